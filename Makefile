@@ -1,0 +1,47 @@
+# make moons   train the built-in moons and say where the pictures are
+# make test    run the tests
+# make lint    ruff and mypy
+# make bench   measure the project beside its peers
+# make clean   remove everything the others made, except the runs
+# Each does its own set-up in .venv the first time. It needs Python with venv, and make.
+
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# two set-ups in one environment at the same time would break it
+.NOTPARALLEL:
+.PHONY: moons test lint bench clean
+
+moons: .venv/train.stamp
+	$(BIN)/accelerate launch training/train.py
+	@echo "The pictures are in runs/moons/samples."
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/test.stamp
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: the largest download, and nothing after it may choose another
+.venv/torch.stamp: constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	touch $@
+
+.venv/train.stamp: .venv/torch.stamp setup.cfg pyproject.toml
+	$(PIP) -e ".[train]"
+	touch $@
+
+.venv/test.stamp: .venv/torch.stamp setup.cfg pyproject.toml
+	$(PIP) -e ".[train,eval,ode,test]"
+	touch $@
