@@ -1,0 +1,704 @@
+"""THE WALK: a picture walks to noise in T small random steps, and home again. Tables, one step out, one step home.
+
+Notation is that of DDPM (Ho et al. 2020, arXiv 2006.11239), with array index t = paper's t - 1, so index 0 is one step of
+noise and index -1 the clean picture. alpha_bar is diffusers' `alphas_cumprod`; a picture is (B, C, H, W) in [-1, 1].
+
+    Eq. 2   one step out     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
+    Eq. 4   t steps at once  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    Eq. 15  a guess of x_0   x_0_pred = (x_t - sqrt(1 - alpha_bar_t) eps_pred) / sqrt(alpha_bar_t)
+    Eq. 7   one step home    x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std noise
+
+The scheduler is diffusers' DDPMScheduler with the same configuration and, wherever that one is right, the same numbers.
+"""
+
+import functools
+import inspect
+import math
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in this module
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su")
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
+MAX_TRAIN_TIMESTEPS = 100_000  # beyond it a typing error is likelier than a walk, and tables grow large
+TINY_VARIANCE = 1e-20  # stands for beta_tilde = 0 at the first index, where a logarithm is wanted
+
+
+class MeanVariance(NamedTuple):
+    """Of a Gaussian: mean (B, C, H, W), variance (B, 1, 1, 1)."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class ReverseMeanVariance(NamedTuple):
+    """Of p(x_{t-1} | x_t): mean (B, C, H, W), variance and its log (B, 1, 1, 1) or (B, C, H, W), x_0_pred (B, C, H, W)."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_0_pred: Tensor
+
+
+class StepCoefficients(NamedTuple):
+    """One step home: x_0_pred = a x_t + b output;  x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std exp(slope v) noise.
+
+    Plain numbers, or tensors without dimensions. v is what a network with learned variance says, slope is 0 without one.
+    """
+
+    a: Any
+    b: Any
+    coef_x_0: Any
+    coef_x_t: Any
+    std: Any
+    slope: Any
+
+
+def _named_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Positional arguments become named ones: `register_to_config` takes positional ones for defaults."""
+    names = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) > len(names):
+            raise TypeError(f"DDPMScheduler takes {len(names)} arguments, got {len(args)}")
+        init(self, **dict(zip(names, args)), **kwargs)
+
+    return __init__
+
+
+class DDPMScheduler(BuiltInDDPMScheduler):
+    """DDPM's walk out and home, a drop-in for diffusers' DDPMScheduler. Same options, same defaults, and:
+
+    - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022), saved as `trained_betas` as well, so that
+      any diffusers scheduler takes it.
+    - `step(eta=...)`: 1 is the ancestral walk of DDPM, 0 the deterministic one of DDIM, on any sub-sequence of steps.
+    - The last step of every schedule adds no noise.
+    - `variance_type="learned"`: the network says the log-variance; `"learned_range"`: where between log beta_tilde (-1) and
+      log beta (1) it is (Nichol and Dhariwal 2021, Eq. 15).
+    - `thresholding=True` with the default `sample_max_value=1` is the same as clipping: give one above 1.
+
+    Raises:
+        ValueError: an option has a value that it cannot have, a beta is not in (0, 1], or the walk ends in pure noise
+            (`rescale_betas_zero_snr`) while the network predicts epsilon, which says nothing about x_0 there.
+    """
+
+    @_named_arguments
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: Literal[
+            "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"
+        ] = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: Literal[
+            "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
+        ] = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        # The built-in constructor is not called: it makes the same attributes from float32 tables.
+        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        num_train_timesteps = _check_int("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        _check_int("steps_offset", steps_offset, 0, num_train_timesteps)
+        if not 0 < dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio!r}: give a number in (0, 1]")
+        for name, bound in (("clip_sample_range", clip_sample_range), ("sample_max_value", sample_max_value)):
+            if not 0 < bound < math.inf:
+                raise ValueError(f"{name} is {bound!r}: give a positive number")
+
+        if beta_schedule == "su" or trained_betas is None:
+            betas = _make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        else:
+            betas = torch.as_tensor(np.array(trained_betas, dtype=np.float64))
+        if rescale_betas_zero_snr:
+            betas = _rescale_zero_terminal_snr(betas)
+        _check_betas(betas, prediction_type)
+        if trained_betas is not None:
+            self._settle(num_train_timesteps=len(betas))
+        if beta_schedule == "su":
+            self._settle(trained_betas=betas.tolist())
+
+        self.betas = betas
+        self.alphas = 1.0 - betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.one = torch.tensor(1.0)
+        self.init_noise_sigma = 1.0
+        self.variance_type = variance_type
+        self.prediction_type = prediction_type
+        self._clip_bound = clip_sample_range if clip_sample and not thresholding else None  # the config is slow to read
+        self._thresholds = thresholding
+        # Index t + 1 holds alpha_bar_t, so that index 0, before the first step, holds 1.
+        self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        alpha_bar = self.alphas_cumprod
+        self._tables = {
+            "signal": alpha_bar.sqrt(),
+            "noise_std": (1 - alpha_bar).sqrt(),
+            "noise_variance": 1 - alpha_bar,
+            "snr": alpha_bar / (1 - alpha_bar),
+        }
+        self._cast: dict[tuple[str | float, torch.device, torch.dtype], Tensor] = {}
+        self._range_seen = False
+
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._set_schedule(list(range(len(betas)))[::-1], "cpu")
+
+    def _settle(self, **options: Any) -> None:
+        """Put options into the configuration as if they had been given: `from_config` drops what was left to default."""
+        left = [name for name in self.config.get("_use_default_values", []) if name not in options]
+        self.register_to_config(**options, _use_default_values=left)
+
+    # ---- One step out: q ---------------------------------------------------------------------------------------------
+
+    def q_mean_variance(self, x_0: Tensor, t: Tensor) -> MeanVariance:
+        """Eq. (4), DDPM: mean sqrt(alpha_bar_t) x_0 and variance 1 - alpha_bar_t of q(x_t | x_0).
+
+        Args:
+            x_0: clean images, (B, C, H, W), in [-1, 1].
+            t: (B,) int64 in [0, T).
+        Returns:
+            mean (B, C, H, W), variance (B, 1, 1, 1), in the dtype of x_0.
+        """
+        signal, variance = self._at(t, x_0, "signal", "noise_variance")
+        return MeanVariance((signal * x_0).to(x_0.dtype), variance.to(x_0.dtype))
+
+    def q_posterior_mean_variance(
+        self, x_0: Tensor, x_t: Tensor, t: Tensor, prev_t: Tensor | None = None
+    ) -> MeanVariance:
+        """Eqs. (6) and (7), DDPM: mean and variance beta_tilde of q(x_prev | x_t, x_0).
+
+        Args:
+            x_0: clean images, (B, C, H, W), in [-1, 1].
+            x_t: noisy images at index t, same shape and dtype.
+            t: (B,) int64 in [0, T).
+            prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
+        Returns:
+            mean (B, C, H, W), variance (B, 1, 1, 1), in the dtype of x_t. At t = 0 these are x_0 and 0.
+        Raises:
+            ValueError: shapes differ, or some t or prev_t is out of range.
+        """
+        if x_0.shape != x_t.shape:
+            raise ValueError(f"x_0 has shape {tuple(x_0.shape)} and x_t {tuple(x_t.shape)}: give one shape")
+        coef_x_0, coef_x_t, variance = (
+            self._broadcast(table, x_t) for table in self._posterior(*self.alpha_bars(t, prev_t))
+        )
+        return MeanVariance((coef_x_0 * x_0 + coef_x_t * x_t).to(x_t.dtype), variance.to(x_t.dtype))
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Eq. (4), DDPM: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, computed in float32 or float64.
+
+        Args:
+            original_samples: x_0, (B, C, H, W), floats in [-1, 1].
+            noise: eps, same shape.
+            timesteps: (B,) integers in [0, T), or one for all. On an accelerator their range is not checked.
+        Returns:
+            (B, C, H, W), dtype of original_samples.
+        Raises:
+            ValueError: images are integers, or some t is out of range.
+        """
+        self._check_images(original_samples)
+        signal, noise_std = self._at(timesteps, original_samples, "signal", "noise_std")
+        return _add_scaled(signal * original_samples, _widened(noise), noise_std).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4), as `add_noise`."""
+        signal, noise_std = self._at(timesteps, sample, "signal", "noise_std")
+        return _add_scaled(signal * noise, _widened(sample), -noise_std).to(sample.dtype)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """alpha_bar_t / (1 - alpha_bar_t), the signal-to-noise ratio: float64, shape of t, integers in [0, T)."""
+        return self._table("snr", t.device, torch.float64)[self._checked(t)]
+
+    def convert_prediction(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
+        """What was predicted as `source`, said as `target`: "epsilon", "sample" (x_0) or "v_prediction".
+
+        By way of x_0_pred: Eq. (15), DDPM, and eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t).
+
+        Args:
+            prediction: (B, C, H, W).
+            t: (B,) int64 in [0, T).
+            x_t: noisy images at index t, (B, C, H, W).
+        Raises:
+            ValueError: unknown source or target, or some t is out of range.
+        """
+        _check_choice("source", source, PREDICTION_TYPES)
+        _check_choice("target", target, PREDICTION_TYPES)
+        if source == target:
+            return prediction
+        alpha_bar_t, _ = self.alpha_bars(t, None)
+        a, b = (self._broadcast(table, x_t) for table in self._x_0_coefficients(alpha_bar_t, source))
+        x_0 = a * x_t + b * prediction
+        if target == "sample":
+            return x_0.to(prediction.dtype)
+        signal, noise_std = self._at(t, x_t, "signal", "noise_std")
+        eps = prediction if source == "epsilon" else (x_t - signal * x_0) / noise_std
+        return (eps if target == "epsilon" else signal * eps - noise_std * x_0).to(prediction.dtype)
+
+    # ---- One step home: p --------------------------------------------------------------------------------------------
+
+    def p_mean_variance(
+        self, model_output: Tensor, t: Tensor, x_t: Tensor, prev_t: Tensor | None = None
+    ) -> ReverseMeanVariance:
+        """Eq. (11), DDPM: mean and variance of p(x_prev | x_t) for the network's output, each sample at its own t.
+
+        Args:
+            model_output: (B, C, H, W), or (B, 2 C, H, W) with learned variance.
+            t: (B,) int64 in [0, T), any t per sample, whatever schedule is set.
+            x_t: noisy images, (B, C, H, W).
+            prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
+        Returns:
+            mean, variance, log_variance, x_0_pred, in the dtype of x_t. Where beta_tilde is 0 (the step that ends at the
+            clean image), the variance of "fixed_small" is 1e-20, as its logarithm is wanted.
+        Raises:
+            ValueError: shapes or channels do not fit, or some t or prev_t is out of range.
+        """
+        output, said = self._split(model_output, x_t)
+        alpha_bars = self.alpha_bars(t, prev_t)
+        a, b, coef_x_0, coef_x_t, centre, slope = (
+            self._broadcast(table, x_t)
+            for table in (
+                *self._x_0_coefficients(alpha_bars[0], self.prediction_type),
+                *self._posterior(*alpha_bars)[:2],
+                *self.log_variance(*alpha_bars),
+            )
+        )
+        x_0_pred = self._bounded(a * x_t + b * output)
+        log_variance = centre if said is None else centre + slope * said
+        moments = (coef_x_0 * x_0_pred + coef_x_t * x_t, log_variance.exp(), log_variance, x_0_pred)
+        return ReverseMeanVariance(*(value.to(x_t.dtype) for value in moments))
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | np.ndarray | Tensor | None = None,
+    ) -> None:
+        """Choose the steps of the walk home and compute the coefficients of all of them.
+
+        Args:
+            num_inference_steps: how many, 1 to T, spaced as `timestep_spacing` says.
+            device: where `self.timesteps` shall be.
+            timesteps: or the steps themselves, falling integers in [0, T).
+        Raises:
+            ValueError: both or neither given, a count or a timestep is out of range, or timesteps do not fall.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps!r} and timesteps is {timesteps!r}: give one of the two"
+            )
+        if timesteps is not None:
+            chosen = [_check_int("timesteps", t, 0, self.num_steps - 1) for t in timesteps]
+            if not chosen or any(later >= earlier for earlier, later in zip(chosen, chosen[1:])):
+                raise ValueError(f"timesteps are {_short(chosen)}: give integers in descending order")
+        else:
+            number = _check_int("num_inference_steps", num_inference_steps, 1, self.num_steps)
+            chosen = self._spaced(number)
+        if chosen[0] >= self.num_steps:
+            raise ValueError(
+                f"timesteps are {_short(chosen)} with steps_offset={self.config.steps_offset}: all must be in "
+                f"[0, {self.num_steps})"
+            )
+        # The network is told that this much of the image is left in what is pure noise.
+        told = self._tables["signal"][chosen[0]].item()
+        if timesteps is None and chosen[0] < self.num_steps - 1 and told > 0.01:
+            warnings.warn(
+                f'timestep_spacing="{self.config.timestep_spacing}" with {len(chosen)} steps starts at t = {chosen[0]}, '
+                f"where {told:.1%} of the image is left, but the walk home starts from pure noise; "
+                'timestep_spacing="trailing" starts at the end of the walk',
+                stacklevel=2,
+            )
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+        self._set_schedule(chosen, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        eta: float = 1.0,
+        variance_noise: Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Algorithm 2, DDPM (eta = 1), DDIM (eta = 0; Song et al. 2021, Eqs. 12 and 16), or between: one step home.
+
+        The direction to x_t is taken from the clipped x_0_pred, as in DDPM's Eq. 7 (`use_clipped_model_output` of
+        diffusers' DDIM). `eta` scales beta_tilde in the mean and the standard deviation of the noise that is added.
+
+        Args:
+            model_output: what the network said, (B, C, H, W), or (B, 2 C, H, W) with learned variance.
+            timestep: one of `self.timesteps`. On an accelerator that is not checked: any other gives NaN.
+            sample: x_t, (B, C, H, W).
+            generator: of the noise; a list has one for each image.
+            variance_noise: the noise itself, (B, C, H, W), instead of a generator.
+        Returns:
+            prev_sample and pred_original_sample, (B, C, H, W), dtype of sample.
+        Raises:
+            ValueError: the timestep is not in the schedule, eta is not in [0, 1], or shapes or channels do not fit.
+        """
+        output, said = self._split(model_output, sample)
+        c = self._coefficients(timestep, eta, sample)
+        x_t = _widened(sample)
+        if self.prediction_type == "sample":
+            x_0_pred = self._bounded(_widened(output))
+        else:
+            x_0_pred = self._bounded(_add_scaled(x_t * c.a, output, c.b), in_place=True)
+        x_prev = _add_scaled(x_0_pred * c.coef_x_0, x_t, c.coef_x_t)
+        if isinstance(c.std, Tensor) or c.std > 0:
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            if said is None:
+                x_prev = _add_scaled(x_prev, variance_noise, c.std)
+            else:
+                x_prev = _add_scaled(x_prev, (_widened(said) * c.slope).exp_() * variance_noise, c.std)
+        x_prev, x_0_pred = x_prev.to(sample.dtype), x_0_pred.to(sample.dtype)
+        if not return_dict:
+            return x_prev, x_0_pred
+        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_pred)
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Where the step home from `timestep` ends: the next of the schedule, -1 after the last one."""
+        following = [*self._schedule[1:], -1][self._index(timestep)]
+        return torch.tensor(following) if isinstance(timestep, Tensor) else following
+
+    @property
+    def num_steps(self) -> int:
+        """T, the length of the walk."""
+        return len(self.betas)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    # ---- The formulas behind both ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _posterior(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients of x_0 and x_t in the mean, and the variance eta^2 beta_tilde: Eq. (7), DDPM; Eq. (7), DDIM.
+
+        mean = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - variance) eps, with eps put in terms of x_0 and x_t.
+        With eta = 1 that is Eq. (7) of DDPM: coef_x_0 = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t).
+        """
+        beta = 1 - alpha_bar_t / alpha_bar_prev
+        variance = eta**2 * beta * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        coef_x_t = ((1 - alpha_bar_prev - variance).clamp(min=0) / (1 - alpha_bar_t)).sqrt()
+        return alpha_bar_prev.sqrt() - coef_x_t * alpha_bar_t.sqrt(), coef_x_t, variance
+
+    def log_variance(
+        self, alpha_bar_t: Tensor, alpha_bar_prev: Tensor, variance_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(centre, slope): the log of p's variance is centre + slope v, where v is what the network says."""
+        variance_type = variance_type or self.variance_type
+        beta = 1 - alpha_bar_t / alpha_bar_prev
+        log_beta_tilde = self._posterior(alpha_bar_t, alpha_bar_prev)[2].clamp(min=TINY_VARIANCE).log()
+        zero = torch.zeros_like(beta)
+        if variance_type.startswith("fixed_small"):
+            return log_beta_tilde, zero
+        if variance_type.startswith("fixed_large"):
+            return beta.log(), zero
+        if variance_type == "learned":
+            return zero, zero + 1
+        return (beta.log() + log_beta_tilde) / 2, (beta.log() - log_beta_tilde) / 2
+
+    @staticmethod
+    def _x_0_coefficients(alpha_bar_t: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """(a, b): x_0_pred = a x_t + b output. Eq. (15), DDPM, for epsilon; Salimans and Ho 2022 for v."""
+        signal, noise_std = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+        if prediction_type == "epsilon":
+            return 1 / signal, -noise_std / signal
+        if prediction_type == "sample":
+            return torch.zeros_like(signal), torch.ones_like(signal)
+        return signal, -noise_std
+
+    def _spaced(self, number: int) -> list[int]:
+        """`number` falling steps: Lin et al. 2023 (arXiv 2305.08891), Table 2."""
+        num_steps, spacing = self.num_steps, self.config.timestep_spacing
+        if spacing == "linspace":
+            steps = np.linspace(0, num_steps - 1, number).round()[::-1]
+        elif spacing == "leading":
+            steps = np.arange(number)[::-1] * (num_steps // number) + self.config.steps_offset
+        else:  # by rounding, arange can be one too long: the first `number` are right
+            steps = np.arange(num_steps, 0, -num_steps / number)[:number].round() - 1
+        return steps.astype(np.int64).tolist()
+
+    def _bounded(self, x_0_pred: Tensor, in_place: bool = False) -> Tensor:
+        """x_0_pred, thresholded or clipped as configured."""
+        if self._thresholds:
+            return self._threshold_sample(x_0_pred)
+        bound = self._clip_bound
+        if bound is None:
+            return x_0_pred
+        return x_0_pred.clamp_(-bound, bound) if in_place else x_0_pred.clamp(-bound, bound)
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip to [-s, s] and divide by s.
+
+        s is the given quantile of |x_0_pred| over one image, but at least 1 and at most `sample_max_value`.
+        """
+        magnitude = _widened(sample).abs().flatten(1)
+        # torch.quantile takes at most 16 million values; two order statistics take any number.
+        position = self.config.dynamic_thresholding_ratio * (magnitude.shape[1] - 1)
+        low = math.floor(position)
+        below, above = (magnitude.kthvalue(k + 1, dim=1).values for k in (low, math.ceil(position)))
+        s = (below + (position - low) * (above - below)).clamp(min=1, max=self.config.sample_max_value)
+        s = s.view(-1, *[1] * (sample.ndim - 1))
+        return (_widened(sample).clamp(-s, s) / s).to(sample.dtype)
+
+    def _get_variance(self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Tensor:
+        """Variance of p for one step t of the schedule, for every variance type; `predicted_variance` is what was said."""
+        t_and_prev = torch.tensor([[int(t) + 1], [int(self.previous_timestep(int(t))) + 1]])
+        centre, slope = self.log_variance(*self._alpha_bar[t_and_prev], variance_type)
+        said = 0 if predicted_variance is None else predicted_variance
+        return (centre + slope * said).exp().squeeze()
+
+    # ---- Tables and how they are read ----------------------------------------------------------------------------------
+
+    def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
+        self._schedule = schedule
+        self._index_of = {t: i for i, t in enumerate(schedule)}
+        self.timesteps = torch.tensor(schedule, dtype=torch.int64).to(device)
+        self._plans: dict[float, Tensor] = {}
+        self._rows: dict[float, list[list[float]]] = {}
+        self._cast = {key: table for key, table in self._cast.items() if key[0] in self._tables}
+
+    def _plan(self, eta: float) -> Tensor:
+        """StepCoefficients of the whole schedule, a float64 table (T, 6) with t as its index, NaN between the steps."""
+        if eta not in self._plans:
+            schedule = torch.tensor(self._schedule)
+            alpha_bar_t = self._alpha_bar[schedule + 1]
+            alpha_bar_prev = torch.cat([alpha_bar_t[1:], self._alpha_bar[:1]])
+            centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev)
+            std = eta * (centre / 2).exp()
+            std[-1] = 0.0  # the last step of any schedule ends at the clean image and adds no noise
+            columns = (
+                *self._x_0_coefficients(alpha_bar_t, self.prediction_type),
+                *self._posterior(alpha_bar_t, alpha_bar_prev, eta)[:2],
+                std,
+                slope / 2,
+            )
+            table = torch.full((self.num_steps, len(columns)), math.nan, dtype=torch.float64)
+            table[schedule] = torch.stack(columns, dim=1)
+            self._plans[eta] = table
+        return self._plans[eta]
+
+    def _coefficients(self, timestep: int | Tensor, eta: float, sample: Tensor) -> StepCoefficients:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta!r}: give a number from 0 (deterministic) to 1 (ancestral)")
+        on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
+        if on_host and not torch.compiler.is_compiling():
+            if eta not in self._rows:
+                self._rows[eta] = self._plan(eta)[self._schedule].tolist()
+            return StepCoefficients(*self._rows[eta][self._index(timestep)])
+        # A compiled step reads the numbers from a table, so that one graph serves every t; a timestep on an accelerator
+        # is read there, so that the host need not wait for it.
+        table = self._table(eta, sample.device, _wide(sample.dtype))
+        if isinstance(timestep, Tensor):  # one element, not a scalar: a scalar index is a number that the host waits for
+            return StepCoefficients(*table[timestep.reshape(1).to(table.device)][0].unbind())
+        return StepCoefficients(*table[timestep].unbind())
+
+    def _index(self, timestep: int | Tensor) -> int:
+        """Place of a timestep in the schedule."""
+        if isinstance(timestep, Tensor):
+            values = timestep.cpu().numpy()  # of a tensor on the CPU: read without a dispatched operation
+            if values.size != 1:
+                raise ValueError(
+                    f"timestep has {values.size} elements: step takes one of the schedule, {_short(self._schedule)}, "
+                    "p_mean_variance a batch"
+                )
+            timestep = values.item()
+        if timestep not in self._index_of:
+            raise ValueError(f"timestep is {timestep!r}: give one of the schedule, {_short(self._schedule)}")
+        return self._index_of[timestep]
+
+    def _table(self, name: str | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A float64 table, or the plan of an eta, cast once for each device and dtype."""
+        key = (name, device, dtype)
+        if key not in self._cast:
+            table = self._tables[name] if isinstance(name, str) else self._plan(name)
+            self._cast[key] = table.to(device=device, dtype=dtype)
+        return self._cast[key]
+
+    def _at(self, t: Tensor, images: Tensor, *names: str) -> list[Tensor]:
+        """Entries of tables at t, (B,) or one for all, made (B, 1, 1, 1), in the dtype to compute in."""
+        index, dtype = self._checked(t).to(images.device), _wide(images.dtype)
+        return [self._broadcast(self._table(name, images.device, dtype)[index], images) for name in names]
+
+    def alpha_bars(self, t: Tensor, prev_t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """alpha_bar at t and at prev_t, both (B,), float64, on the device of t."""
+        index = self._checked(t)
+        if prev_t is None:
+            prev_t = t - 1
+        elif t.device.type == "cpu" and not ((prev_t >= -1) & (prev_t < t)).all():
+            raise ValueError(f"prev_t is {_short(prev_t.tolist())}: each must be at least -1 and less than its t")
+        table = self._alpha_bar.to(t.device)
+        return table[index + 1], table[prev_t + 1]
+
+    @staticmethod
+    def _broadcast(table: Tensor, images: Tensor) -> Tensor:
+        if table.numel() not in (1, images.shape[0]) and images.shape[0] != 1:
+            raise ValueError(
+                f"t has {table.numel()} entries and the images have shape {tuple(images.shape)}: give one for each image"
+            )
+        return table.to(images.device, _wide(images.dtype)).view(-1, *[1] * (images.ndim - 1))
+
+    def _checked(self, t: Tensor) -> Tensor:
+        """t, after a look at its type and, where the host need not wait for it, its range."""
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):  # of others an index is a mask
+            raise ValueError(f"t is {t!r}: give an int64 or int32 tensor, all in [0, {self.num_steps})")
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = t.numpy()  # read without a dispatched operation
+            if values.size and not (values.min() >= 0 and values.max() < len(self.betas)):
+                raise ValueError(f"t is {_short(values.ravel().tolist())}: all must be in [0, {self.num_steps})")
+        return t
+
+    def _check_images(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}: give floats in [-1, 1]")
+        # Seen once, on the first images, since a look at every batch would cost as much as the noise.
+        if not self._range_seen and images.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._range_seen = True
+            largest = images.detach().abs().max().item() if images.numel() else 0.0
+            if largest > 20:
+                warnings.warn(
+                    f"images go up to {largest:g}, but the walk is made for [-1, 1]: divide 0..255 by 127.5, subtract 1",
+                    stacklevel=3,
+                )
+
+    def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network says of the image, and of the variance if that is learned."""
+        channels = x_t.shape[1]
+        learned = self.variance_type.startswith("learned")
+        wanted = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
+        if tuple(model_output.shape) != wanted:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)} and the images {tuple(x_t.shape)}: with "
+                f'variance_type="{self.variance_type}" the network must give {wanted[1]} channels, shape {wanted}'
+            )
+        if not learned:
+            return model_output, None
+        return model_output[:, :channels], model_output[:, channels:]
+
+
+# ---- The beta schedules ----------------------------------------------------------------------------------------------
+
+
+def _make_betas(schedule: str, num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    """beta_1 .. beta_T, float64."""
+    if schedule == "linear":
+        return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+    if schedule == "scaled_linear":  # of latent diffusion (Rombach et al. 2022)
+        return torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64).square()
+    if schedule == "sigmoid":  # of GeoDiff (Xu et al. 2022)
+        sigmoid = torch.linspace(-6, 6, num_steps, dtype=torch.float64).sigmoid()
+        return sigmoid * (beta_end - beta_start) + beta_start
+    if schedule == "su":
+        return 0.02 * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_bar = _cosine if schedule == "squaredcos_cap_v2" else _laplace
+    curve = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in zip(curve, curve[1:])], dtype=torch.float64)
+
+
+def _cosine(time: float) -> float:
+    """alpha_bar of the cosine schedule, Nichol and Dhariwal 2021, Eq. 17, but for a factor. time is in [0, 1]."""
+    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # 0.008: s, their offset
+
+
+def _laplace(time: float) -> float:
+    """alpha_bar of diffusers' "laplace": log SNR follows a Laplace law (Hang and Gu 2024), with diffusers' square root."""
+    log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
+    return math.sqrt(1 / (1 + math.exp(-log_snr)))
+
+
+def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and starts where it did: Lin et al. 2023, Algorithm 1."""
+    signal = torch.cumprod(1 - betas, dim=0).sqrt()
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    alpha_bar = torch.cat([torch.ones_like(signal[:1]), signal.square()])
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+# ---- Small things ------------------------------------------------------------------------------------------------------
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widened(images: Tensor) -> Tensor:
+    return images.to(_wide(images.dtype))
+
+
+def _add_scaled(total: Tensor, images: Tensor, scale: Any) -> Tensor:
+    """total + scale * images, into total."""
+    return total.addcmul_(images, scale) if isinstance(scale, Tensor) else total.add_(images, alpha=scale)
+
+
+def _short(numbers: Sequence[int]) -> str:
+    """A list for an error message."""
+    if len(numbers) <= 8:
+        return str(list(numbers))
+    return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-2:]))}] ({len(numbers)} of them)"
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def _check_int(name: str, value: Any, least: int, most: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {value!r}: give an integer from {least} to {most}")
+    return number
+
+
+def _check_betas(betas: Tensor, prediction_type: str) -> None:
+    if betas.ndim != 1 or not 1 <= len(betas) <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"trained_betas have shape {tuple(betas.shape)}: give 1 to {MAX_TRAIN_TIMESTEPS} of them")
+    wrong = ~((betas > 0) & (betas <= 1))
+    if wrong.any():
+        t = int(wrong.nonzero()[0])
+        raise ValueError(f"beta is {betas[t].item():g} at t = {t}: all must be in (0, 1), and only the last may be 1")
+    alpha_bar = torch.cumprod(1 - betas, dim=0)
+    lost = alpha_bar < torch.finfo(torch.float64).tiny
+    if lost[:-1].any():
+        t = int(lost.nonzero()[0])
+        raise ValueError(f"alpha_bar is 0 from t = {t} on, before the last step: give smaller betas, or fewer")
+    if prediction_type == "epsilon" and alpha_bar[-1].sqrt() < torch.finfo(torch.float32).tiny:
+        raise ValueError(
+            'the walk ends in pure noise (zero terminal SNR), where prediction_type "epsilon" says nothing about the '
+            'image: give prediction_type "v_prediction" or "sample"'
+        )
