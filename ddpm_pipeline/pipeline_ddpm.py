@@ -1,0 +1,404 @@
+"""THE WAY HOME: from noise to pictures, step by step. What a user of a trained DDPM calls.
+
+    x_T = noise;  for t in the schedule: x_t -> network -> one step home (Algorithm 2, DDPM);  picture = x_0
+
+`DDPMPipeline` is diffusers' pipeline of that name with more that it can do. A saved folder is one that anybody can
+load: its labels are diffusers' own, and it holds this file and the scheduler's as one, `pipeline.py`, for those who
+want ours as remote code.
+"""
+
+import contextlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as BuiltInDDPMPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in this module
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class WalkStep(NamedTuple):
+    """A step of the walk home: index t; where it is, x_t, and what it takes for the picture, x_0_pred, (B, C, H, W)."""
+
+    t: int
+    x_t: Tensor
+    x_0_pred: Tensor | None
+
+
+class _Run(NamedTuple):
+    """The arguments of one walk home, checked."""
+
+    x_t: Tensor
+    class_labels: Tensor | None
+    step_options: dict[str, Any]
+
+
+class DDPMPipeline(BuiltInDDPMPipeline):
+    """Pictures from a trained DDPM, a drop-in for diffusers' DDPMPipeline.
+
+    Args:
+        unet: the network, a UNet2DModel, with or without classes.
+        scheduler: the walk. A built-in DDPMScheduler becomes ours with the same configuration; any other scheduler of
+            diffusers (DDIM, DPM-Solver++, UniPC, Euler, ...) stays what it is.
+    """
+
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: BuiltInDDPMScheduler) -> None:
+        if type(scheduler) is BuiltInDDPMScheduler:
+            scheduler = DDPMScheduler.from_config(_config_as_given(scheduler))
+        super().__init__(unet=unet, scheduler=scheduler)
+        self._interrupt = False
+        self._guidance_scale = 1.0
+
+    # ---- Generating --------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["DDPMPipeline", int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Walk home from noise.
+
+        Args:
+            batch_size: how many pictures, B. A list of seeds or labels, or latents, may say it instead.
+            generator: of all random numbers, or a list with one for each picture.
+            seeds: one for each picture, instead of a generator: picture i depends on seeds[i] alone, not on the others.
+            num_inference_steps: steps of the walk home; the length of the walk that the model learned by default.
+            timesteps: or the steps themselves, falling.
+            eta: 1 walks as DDPM does, 0 without noise as DDIM does. By default 1 with our scheduler, and whatever is
+                its own default with another one.
+            class_labels: for a network with classes, one for all pictures or one for each.
+            guidance_scale: w in eps_null + w (eps_class - eps_null), Ho and Salimans 2022 (their w is one less); above
+                1 pictures are more typical of their class. The last class must be the one for "no label".
+            latents: x_T to start from, (B, C, H, W), instead of noise drawn here.
+            height, width: pixels; the size that the network was trained at by default.
+            output_type: "pil" (list of images with 1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), floats
+                in [0, 1], or "latent": x_0 as the walk left it, (B, C, H, W), about [-1, 1].
+            return_dict: an ImagePipelineOutput, or a tuple of one.
+            callback_on_step_end: called after each step with (pipe, step, t, {"latents": x_t}); may return another
+                "latents". Setting `pipe.interrupt = True` in it, or from another thread, ends the walk with that step.
+        Raises:
+            ValueError: an argument, or two together, cannot be.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(map(repr, OUTPUT_TYPES))}")
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels not in PIL_MODES:
+            raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {unknown}: give a list out of {self._callback_tensor_inputs}"
+            )
+
+        run = self._prepare(
+            batch_size, generator, seeds, num_inference_steps, timesteps, eta, class_labels, guidance_scale, latents,
+            height, width,
+        )  # fmt: skip
+        x_t = run.x_t
+        for _, x_t in self._home(run, callback_on_step_end, callback_on_step_end_tensor_inputs):  # noqa: B007
+            pass
+        self.maybe_free_model_hooks()
+        images = _to_output(x_t, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def walk(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[WalkStep]:
+        """The walk home itself: yields (t, x_t, x_0_pred) for each step, in [-1, 1] and not yet clipped to pictures.
+
+        The first x_t is noise; the last x_0_pred is the picture, since the last step adds no noise. Arguments are those
+        of a call. A scheduler that does not say what it takes for the picture (DPM-Solver++, UniPC) gives None for it.
+        """
+        run = self._prepare(
+            batch_size, generator, seeds, num_inference_steps, timesteps, eta, class_labels, guidance_scale, latents,
+            height, width,
+        )  # fmt: skip
+        return (step for step, _ in self._home(run))
+
+    @torch.no_grad()
+    def _home(
+        self, run: _Run, callback: Callable[..., Any] | None = None, callback_tensors: Sequence[str] = ()
+    ) -> Iterator[tuple[WalkStep, Tensor]]:
+        """The loop of Algorithm 2, DDPM: for each step, where it began and where it ended, x_prev."""
+        x_t = run.x_t
+        self._interrupt = False
+        timesteps = self.scheduler.timesteps
+        there = timesteps.to(x_t.device)  # moved once: the network wants them there, the scheduler here
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    break
+                model_input = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
+                model_output = self._denoise(model_input, there[i], run).to(x_t.dtype)
+                output = self.scheduler.step(model_output, t, x_t, **run.step_options)
+                step = WalkStep(int(t), x_t, output.get("pred_original_sample"))
+                x_t = output.prev_sample
+                if callback is not None:
+                    tensors = dict.fromkeys(callback_tensors, x_t)
+                    x_t = (callback(self, i, step.t, tensors) or {}).pop("latents", x_t)
+                progress_bar.update()
+                yield step, x_t
+
+    def _denoise(self, model_input: Tensor, t: Tensor, run: _Run) -> Tensor:
+        """The network's output, with guidance if asked: Ho and Salimans 2022, Eq. 6."""
+        labels, scale = run.class_labels, self._guidance_scale
+        if labels is None or scale == 1:
+            return self.unet(model_input, t, class_labels=labels, return_dict=False)[0]
+        null = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
+        both = self.unet(
+            torch.cat([model_input, model_input]), t, class_labels=torch.cat([labels, null]), return_dict=False
+        )[0].to(_wide(model_input.dtype))
+        with_class, without = both.chunk(2)
+        channels = model_input.shape[1]  # what follows them is a learned variance, which is not guided
+        guided = torch.lerp(without[:, :channels], with_class[:, :channels], scale)
+        return torch.cat([guided, with_class[:, channels:]], dim=1)
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the walk that runs, or ran last."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the walk has that runs, or ran last."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set it to True while the pipeline runs: the walk ends with the current step, where it is."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    # ---- Checking ----------------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        batch_size: int,
+        generator: Any,
+        seeds: int | Sequence[int] | None,
+        num_inference_steps: int | None,
+        timesteps: Sequence[int] | None,
+        eta: float | None,
+        class_labels: Any,
+        guidance_scale: float,
+        latents: Tensor | None,
+        height: int | None,
+        width: int | None,
+    ) -> _Run:
+        """Check everything, set the schedule and draw x_T."""
+        seeds = [seeds] if isinstance(seeds, (int, np.integer)) else seeds
+        batch_size = _batch_size(batch_size, seeds=seeds, class_labels=class_labels, latents=latents)
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError(f"generator and seeds={list(seeds)} are both given: give one of the two")
+            generator = [torch.Generator().manual_seed(_check_int("seeds", seed, 0, 2**64 - 1)) for seed in seeds]
+        if isinstance(generator, (list, tuple)):
+            generator = list(generator)  # diffusers takes a tuple for a single one
+            if len(generator) != batch_size:
+                raise ValueError(f"generator is a list of {len(generator)}, but batch_size is {batch_size}")
+        labels = self._checked_labels(class_labels, guidance_scale, batch_size)
+
+        device, dtype = self._execution_device, _wide(self.unet.dtype)  # the walk is float32 whatever the network is
+        shape = (batch_size, self.unet.config.in_channels, *self._height_width(height, width, latents))
+        if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
+            raise ValueError(
+                f"latents are {latents.dtype} of shape {tuple(latents.shape)}: give floats of shape {shape}"
+            )
+
+        takes = inspect.signature(self.scheduler.set_timesteps).parameters
+        if timesteps is not None:
+            if "timesteps" not in takes:
+                raise ValueError(
+                    f"timesteps are given, but {type(self.scheduler).__name__} takes num_inference_steps only"
+                )
+            if num_inference_steps is not None:
+                raise ValueError(f"timesteps and num_inference_steps={num_inference_steps} are both given: give one")
+            self.scheduler.set_timesteps(timesteps=timesteps)
+        else:
+            num_train_timesteps = self.scheduler.config.num_train_timesteps
+            steps = num_train_timesteps if num_inference_steps is None else num_inference_steps
+            self.scheduler.set_timesteps(_check_int("num_inference_steps", steps, 1, num_train_timesteps))
+
+        takes = inspect.signature(self.scheduler.step).parameters
+        step_options: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
+        if eta is not None:
+            if "eta" not in takes:
+                raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has no eta: leave it out")
+            if not 0 <= eta <= 1:
+                raise ValueError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (ancestral)")
+            step_options["eta"] = eta
+
+        if latents is None:
+            drawn_on = torch.device("cpu") if device.type == "mps" else device  # mps does not repeat its numbers
+            noise = randn_tensor(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
+            x_t = noise * self.scheduler.init_noise_sigma
+        else:
+            x_t = latents.to(device=device, dtype=dtype)
+        self._guidance_scale = guidance_scale
+        return _Run(x_t, labels, step_options)
+
+    def _height_width(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        if latents is not None and height is None and width is None and latents.ndim == 4:
+            size = tuple(latents.shape[-2:])
+        if size is None and (height is None or width is None):
+            raise ValueError(f"the network has sample_size None, height is {height} and width {width}: give both")
+        default = (size, size) if isinstance(size, int) or size is None else tuple(size)
+        height, width = (side if side is not None else usual for side, usual in zip((height, width), default))
+        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, int) or side < 1 or side % multiple:
+                raise ValueError(f"{name} is {side!r}: this network takes positive multiples of {multiple}")
+        return height, width
+
+    def _checked_labels(self, class_labels: Any, guidance_scale: float, batch_size: int) -> Tensor | None:
+        config = self.unet.config
+        number = config.num_class_embeds
+        has_classes = number is not None or config.class_embed_type is not None
+        if class_labels is None:
+            if has_classes:
+                allowed = "class_labels" if number is None else f"class_labels in [0, {number})"
+                raise ValueError(f"class_labels is None, but this network has classes: give {allowed}")
+            if guidance_scale != 1:
+                warnings.warn(
+                    f"guidance_scale={guidance_scale} has no effect: this network has no classes", stacklevel=4
+                )
+            return None
+        if not has_classes:
+            raise ValueError(f"class_labels is {class_labels!r}, but this network has no classes: leave it out")
+        labels = torch.as_tensor(class_labels, device=self._execution_device)
+        if labels.ndim == 0:
+            labels = labels.expand(batch_size)
+        if number is None:  # class_embed_type says what its labels are
+            if guidance_scale != 1:
+                raise ValueError(f"guidance_scale is {guidance_scale}, but no class of this network is for 'no label'")
+            return labels
+        if labels.is_floating_point() or labels.ndim != 1 or not ((labels >= 0) & (labels < number)).all():
+            raise ValueError(f"class_labels is {class_labels!r}: give integers in [0, {number})")
+        return labels.long()
+
+    # ---- Saving and loading ------------------------------------------------------------------------------------------
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Our scheduler is written down as the built-in one, so that the folder loads where only diffusers is."""
+        if "scheduler" in kwargs and kwargs["scheduler"][1] == "DDPMScheduler":
+            kwargs["scheduler"] = ("diffusers", "DDPMScheduler")
+        super().register_to_config(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As diffusers' `save_pretrained`, and `pipeline.py`, this pipeline as one file of remote code.
+
+        The folder does not depend on where the model was loaded from: saved, loaded and saved again it is the same.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+        folder = Path(save_directory)
+        (folder / "pipeline.py").write_text(_source(), encoding="utf-8")
+        for config_file in (folder / "model_index.json", folder / "unet" / "config.json"):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As diffusers' `from_pipe`, but the dtype of the shared network stays what it is unless `dtype` is given."""
+        if "torch_dtype" not in kwargs:  # the old name of dtype
+            kwargs.setdefault("dtype", pipeline.dtype)
+        return super().from_pipe(pipeline, **kwargs)
+
+
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
+
+
+def _source() -> str:
+    """The text of `pipeline.py`: the scheduler's file and this one without its relative import, or, there, itself."""
+    here = Path(inspect.getfile(DDPMPipeline))
+    text = here.read_text(encoding="utf-8")
+    if DDPMScheduler.__module__ == DDPMPipeline.__module__:
+        return text
+    scheduler = Path(inspect.getfile(DDPMScheduler)).read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    return scheduler + "\n\n" + "".join(line for line in lines if not line.startswith("from ."))
+
+
+def _config_as_given(scheduler: BuiltInDDPMScheduler) -> dict[str, Any]:
+    """Its configuration, in which the built-in class lists positional arguments as left to default: those are lost."""
+    config, parameters = dict(scheduler.config), inspect.signature(BuiltInDDPMScheduler).parameters
+    listed = config.pop("_use_default_values", [])
+    return {**config, "_use_default_values": [name for name in listed if config[name] is parameters[name].default]}
+
+
+def _batch_size(batch_size: int, **per_image: Any) -> int:
+    """B, which a list with one entry for each image may say as well."""
+    size = _check_int("batch_size", batch_size, 1, 2**31)
+    lengths = {}
+    for name, values in per_image.items():
+        with contextlib.suppress(TypeError):  # None, or one label for all
+            lengths[name] = len(values)
+    if size == 1:
+        size = max([1, *lengths.values()])
+    for name, length in lengths.items():
+        if length != size:
+            raise ValueError(f"{name} has {length} entries, but the batch has {size}: give one for each image")
+    return size
+
+
+def _to_output(x_0: Tensor, output_type: str) -> Any:
+    if not x_0.isfinite().all():
+        warnings.warn("some pixels are not finite numbers: are the network's weights whole?", stacklevel=3)
+    if output_type == "latent":
+        return x_0
+    images = (x_0 / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    pixels = (np.nan_to_num(array) * 255).round().astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
