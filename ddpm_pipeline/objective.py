@@ -1,0 +1,74 @@
+"""LEARNING: what the network is shown, what it should say, and how wrong it is. Algorithm 1 of DDPM.
+
+    t ~ uniform, eps ~ N(0, I);  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    L_simple = mean |target - network(x_t, t)|^2,  target = eps, x_0 or v                       (Eq. 14, DDPM, for eps)
+
+The numbers drawn are functions of (seed, step, place in the global batch): see chance.py. All of it is float32,
+whatever the network computes in.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chance
+from .scheduling_ddpm import DDPMScheduler
+
+TIMESTEP, NOISE = 1, 2  # the purposes of random numbers here, which keep their streams apart
+
+
+class Lesson(NamedTuple):
+    """What the network is shown, (x_t, t), and what it should say, target: (B, C, H, W), (B,), (B, C, H, W)."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+
+
+def draw_lesson(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, index: Tensor) -> Lesson:
+    """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, walk out to x_t.
+
+    Args:
+        x_0: clean images, (B, C, H, W), float32 in [-1, 1].
+        seed, step: of the run, and the optimizer step.
+        index: places of these images in the global batch, (B,) int64, on the device of x_0.
+    """
+    t = chance.integers(chance.key(seed, TIMESTEP, step), index, scheduler.num_steps)
+    eps = chance.normal(chance.key(seed, NOISE, step), index, tuple(x_0.shape[1:]))
+    return lesson(scheduler, x_0, t, eps)
+
+
+def lesson(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> Lesson:
+    """x_t and the target that belongs to the scheduler's `prediction_type`.
+
+    Raises:
+        ValueError: the scheduler's variance is learned, which L_simple does not teach.
+    """
+    if scheduler.variance_type.startswith("learned"):
+        raise ValueError(
+            f'variance_type is "{scheduler.variance_type}": L_simple teaches no variance, give a fixed one'
+        )
+    x_t = scheduler.add_noise(x_0, eps, t)
+    if scheduler.prediction_type == "epsilon":
+        return Lesson(x_t, t, eps)
+    if scheduler.prediction_type == "sample":
+        return Lesson(x_t, t, x_0)
+    return Lesson(x_t, t, scheduler.get_velocity(x_0, eps, t))
+
+
+def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """L_simple, Eq. (14), DDPM: the mean over everything of the squared error, a float32 scalar."""
+    return torch.nn.functional.mse_loss(prediction.float(), target.float())
+
+
+def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
+    """Weight of |eps - eps_pred|^2 in the bound's term L_{t-1}: Eq. (12), DDPM, with p's variance sigma^2.
+
+    beta^2 / (2 sigma^2 alpha (1 - alpha_bar)), in nats: (B,), float64; t is (B,) int64 in [0, T). L_simple puts 1
+    instead.
+    """
+    beta = scheduler.betas.to(t.device)[t]
+    alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t, None)
+    log_variance, _ = scheduler.log_variance(alpha_bar_t, alpha_bar_prev)
+    return beta.square() / (2 * log_variance.exp() * (1 - beta) * (1 - alpha_bar_t))

@@ -1,0 +1,146 @@
+"""The networks: their published sizes, what goes in and out, that they load as plain UNet2DModel, and bad input."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d import UNet2DModel
+
+from training.denoiser import PRESETS, choose_attention, make_denoiser
+
+SQUARE = {"height": 32, "width": 32, "in_channels": 3}
+
+
+def number_of_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_number_of_parameters():
+    small = make_denoiser("small", **SQUARE)
+    assert number_of_parameters(small) == 6_472_195
+    assert len(list(small.parameters())) == 268
+    assert 1e6 < number_of_parameters(make_denoiser("tiny", **SQUARE)) < 3e6
+
+
+def test_ddpm_cifar10_has_the_published_size_and_settings():
+    model = make_denoiser("ddpm-cifar10", **SQUARE)
+    assert number_of_parameters(model) == 35_746_307
+    config = model.config
+    published = {
+        "sample_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "downsample_padding": 0,
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-6,
+        "dropout": 0.1,  # not in that file: it was converted for sampling; appendix B of the paper
+    }
+    assert {name: list(v) if isinstance(v := config[name], tuple) else v for name in published} == published
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("height", "width", "in_channels", "out_channels"), [(16, 16, 1, None), (8, 24, 4, 8)])
+def test_in_and_out(name, height, width, in_channels, out_channels):
+    model = make_denoiser(name, height=height, width=width, in_channels=in_channels, out_channels=out_channels)
+    assert model.config.sample_size == (height if height == width else (height, width))
+    assert next(model.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        sample = model(torch.randn(2, in_channels, height, width), torch.tensor([0, 999])).sample
+    assert sample.shape == (2, out_channels or in_channels, height, width)
+    assert sample.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_digits_of_28_pixels_fit(name):
+    model = make_denoiser(name, height=28, width=28, in_channels=1)
+    with torch.no_grad():
+        assert model(torch.randn(1, 1, 28, 28), 5).sample.shape == (1, 1, 28, 28)
+
+
+def test_class_labels_and_dropout():
+    model = make_denoiser("tiny", height=16, width=16, in_channels=1, num_class_embeds=11, dropout=0.25)
+    assert model.config.dropout == 0.25
+    assert model.down_blocks[0].resnets[0].dropout.p == 0.25
+    model.eval()
+    x, t = torch.randn(1, 1, 16, 16), torch.tensor([500])
+    with torch.no_grad():
+        a, b = (model(x, t, class_labels=torch.tensor([label])).sample for label in (3, 10))
+        assert not torch.equal(a, b)
+    with pytest.raises(ValueError, match="class_labels"):
+        model(x, t)
+
+
+def test_making_a_model_leaves_the_preset_alone():
+    before = repr(PRESETS)
+    make_denoiser("tiny", **SQUARE, dropout=0.5)
+    assert repr(PRESETS) == before
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_a_saved_model_is_a_plain_unet_and_equal(tmp_path, size):
+    model = make_denoiser("tiny", height=size[0], width=size[1], in_channels=2, num_class_embeds=3).eval()
+    choose_attention(model, "cpu", torch.bfloat16)
+    model.save_pretrained(str(tmp_path))
+    loaded, info = UNet2DModel.from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not any(info.values())
+    assert loaded.config._class_name == "UNet2DModel"
+    x, label = torch.randn(2, 2, *size), torch.tensor([0, 2])
+    with torch.no_grad():
+        ours, theirs = (m(x, 7, class_labels=label).sample for m in (model, loaded))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # the attention is computed another way
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_both_ways_of_attention_give_the_same_gradients(name):
+    torch.manual_seed(0)
+    model = make_denoiser(name, height=16, width=16, in_channels=1, dropout=0)
+    x, gradients = torch.randn(2, 1, 16, 16), []
+    for device_type, dtype, processor in (
+        ("cuda", torch.bfloat16, AttnProcessor2_0),
+        ("cpu", torch.float32, AttnProcessor2_0),
+        ("cpu", torch.bfloat16, AttnProcessor),
+    ):
+        choose_attention(model, device_type, dtype)
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        assert attentions and all(type(attention.processor) is processor for attention in attentions)
+        model.zero_grad()
+        model(x, torch.tensor([10, 700])).sample.square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert (gradients[0] - gradients[2]).norm() < 1e-4 * gradients[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "huge"}, "'huge': give one of tiny, small, ddpm-cifar10"),
+        ({"height": 30}, "height is 30.* multiple of 4"),
+        ({"width": 2}, "width is 2.* multiple of 4"),
+        ({"name": "ddpm-cifar10", "width": 28}, "width is 28.* multiple of 8"),
+        ({"height": 0}, "height is 0"),
+        ({"height": -32}, "height is -32"),
+        ({"height": 32.0}, "height is 32.0"),
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"in_channels": "RGB"}, "in_channels is 'RGB'"),
+        ({"out_channels": -1}, "out_channels is -1"),
+        ({"num_class_embeds": 0}, "num_class_embeds is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+        ({"dropout": "none"}, "dropout is 'none'"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_denoiser(**{"name": "tiny", **SQUARE} | change)
