@@ -91,7 +91,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         Args:
             batch_size: how many pictures, B. A list of seeds or labels, or latents, may say it instead.
             generator: of all random numbers, or a list with one for each picture.
-            seeds: one for each picture, instead of a generator: picture i depends on seeds[i] alone, not on the others.
+            seeds: one for each picture, in [0, 2^32), instead of a generator: picture i depends on seeds[i] alone, not
+                on the others.
             num_inference_steps: steps of the walk home; the length of the walk that the model learned by default.
             timesteps: or the steps themselves, falling.
             eta: 1 walks as DDPM does, 0 without noise as DDIM does. By default 1 with our scheduler, and whatever is
@@ -235,7 +236,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         if seeds is not None:
             if generator is not None:
                 raise ValueError(f"generator and seeds={list(seeds)} are both given: give one of the two")
-            generator = [torch.Generator().manual_seed(_check_int("seeds", seed, 0, 2**64 - 1)) for seed in seeds]
+            # of a larger seed torch's generator on the CPU takes the last 32 bits only
+            generator = [torch.Generator().manual_seed(_check_int("seeds", seed, 0, 2**32 - 1)) for seed in seeds]
         if isinstance(generator, (list, tuple)):
             generator = list(generator)  # diffusers takes a tuple for a single one
             if len(generator) != batch_size:

@@ -1,7 +1,7 @@
 """THE WALK: a picture walks to noise in T small random steps, and home again. Tables, one step out, one step home.
 
-Notation is that of DDPM (Ho et al. 2020, arXiv 2006.11239), with array index t = paper's t - 1, so index 0 is one step of
-noise and index -1 the clean picture. alpha_bar is diffusers' `alphas_cumprod`; a picture is (B, C, H, W) in [-1, 1].
+Notation is that of DDPM (Ho et al. 2020, arXiv 2006.11239), with array index t = paper's t - 1, so index 0 is one step
+of noise and index -1 the clean picture. alpha_bar is diffusers' `alphas_cumprod`; a picture is (B, C, H, W) in [-1, 1].
 
     Eq. 2   one step out     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
     Eq. 4   t steps at once  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
@@ -45,7 +45,7 @@ class MeanVariance(NamedTuple):
 
 
 class ReverseMeanVariance(NamedTuple):
-    """Of p(x_{t-1} | x_t): mean (B, C, H, W), variance and its log (B, 1, 1, 1) or (B, C, H, W), x_0_pred (B, C, H, W)."""
+    """Of p(x_{t-1} | x_t): mean (B, C, H, W), variance and its log (B, 1, 1, 1) or like the mean, x_0_pred like it."""
 
     mean: Tensor
     variance: Tensor
@@ -56,7 +56,8 @@ class ReverseMeanVariance(NamedTuple):
 class StepCoefficients(NamedTuple):
     """One step home: x_0_pred = a x_t + b output;  x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std exp(slope v) noise.
 
-    Plain numbers, or tensors without dimensions. v is what a network with learned variance says, slope is 0 without one.
+    Plain numbers, or tensors without dimensions. v is what a network with learned variance says, slope is 0 without
+    one.
     """
 
     a: Any
@@ -83,12 +84,12 @@ def _named_arguments(init: Callable[..., None]) -> Callable[..., None]:
 class DDPMScheduler(BuiltInDDPMScheduler):
     """DDPM's walk out and home, a drop-in for diffusers' DDPMScheduler. Same options, same defaults, and:
 
-    - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022), saved as `trained_betas` as well, so that
-      any diffusers scheduler takes it.
+    - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022), saved as `trained_betas` as well, so
+      that any diffusers scheduler takes it.
     - `step(eta=...)`: 1 is the ancestral walk of DDPM, 0 the deterministic one of DDIM, on any sub-sequence of steps.
     - The last step of every schedule adds no noise.
-    - `variance_type="learned"`: the network says the log-variance; `"learned_range"`: where between log beta_tilde (-1) and
-      log beta (1) it is (Nichol and Dhariwal 2021, Eq. 15).
+    - `variance_type="learned"`: the network says the log-variance; `"learned_range"`: where between log beta_tilde (-1)
+      and log beta (1) it is (Nichol and Dhariwal 2021, Eq. 15).
     - `thresholding=True` with the default `sample_max_value=1` is the same as clipping: give one above 1.
 
     Raises:
@@ -103,9 +104,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         num_train_timesteps: int = 1000,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
-        beta_schedule: Literal[
-            "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"
-        ] = "linear",
+        beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
         variance_type: Literal[
             "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
@@ -166,12 +165,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self._cast: dict[tuple[str | float, torch.device, torch.dtype], Tensor] = {}
         self._range_seen = False
 
-        self.num_inference_steps: int | None = None
+        self.num_inference_steps = None
         self.custom_timesteps = False
         self._set_schedule(list(range(len(betas)))[::-1], "cpu")
 
     def _settle(self, **options: Any) -> None:
-        """Put options into the configuration as if they had been given: `from_config` drops what was left to default."""
+        """Put options into the configuration as if they had been given: `from_config` drops those left to default."""
         left = [name for name in self.config.get("_use_default_values", []) if name not in options]
         self.register_to_config(**options, _use_default_values=left)
 
@@ -274,8 +273,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             x_t: noisy images, (B, C, H, W).
             prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
         Returns:
-            mean, variance, log_variance, x_0_pred, in the dtype of x_t. Where beta_tilde is 0 (the step that ends at the
-            clean image), the variance of "fixed_small" is 1e-20, as its logarithm is wanted.
+            mean, variance, log_variance, x_0_pred, in the dtype of x_t. Where beta_tilde is 0 (the step that ends at
+            the clean image), the variance of "fixed_small" is 1e-20, as its logarithm is wanted.
         Raises:
             ValueError: shapes or channels do not fit, or some t or prev_t is out of range.
         """
@@ -322,15 +321,15 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             chosen = self._spaced(number)
         if chosen[0] >= self.num_steps:
             raise ValueError(
-                f"timesteps are {_short(chosen)} with steps_offset={self.config.steps_offset}: all must be in "
+                f"timesteps are {_short(chosen)} with steps_offset={self.config['steps_offset']}: all must be in "
                 f"[0, {self.num_steps})"
             )
         # The network is told that this much of the image is left in what is pure noise.
-        told = self._tables["signal"][chosen[0]].item()
+        told, spacing = self._tables["signal"][chosen[0]].item(), self.config["timestep_spacing"]
         if timesteps is None and chosen[0] < self.num_steps - 1 and told > 0.01:
             warnings.warn(
-                f'timestep_spacing="{self.config.timestep_spacing}" with {len(chosen)} steps starts at t = {chosen[0]}, '
-                f"where {told:.1%} of the image is left, but the walk home starts from pure noise; "
+                f'timestep_spacing="{spacing}" with {len(chosen)} steps starts at t = {chosen[0]}, where {told:.1%} of '
+                "the image is left, but the walk home starts from pure noise; "
                 'timestep_spacing="trailing" starts at the end of the walk',
                 stacklevel=2,
             )
@@ -441,11 +440,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _spaced(self, number: int) -> list[int]:
         """`number` falling steps: Lin et al. 2023 (arXiv 2305.08891), Table 2."""
-        num_steps, spacing = self.num_steps, self.config.timestep_spacing
+        num_steps, spacing = self.num_steps, self.config["timestep_spacing"]
         if spacing == "linspace":
             steps = np.linspace(0, num_steps - 1, number).round()[::-1]
         elif spacing == "leading":
-            steps = np.arange(number)[::-1] * (num_steps // number) + self.config.steps_offset
+            steps = np.arange(number)[::-1] * (num_steps // number) + self.config["steps_offset"]
         else:  # by rounding, arange can be one too long: the first `number` are right
             steps = np.arange(num_steps, 0, -num_steps / number)[:number].round() - 1
         return steps.astype(np.int64).tolist()
@@ -466,21 +465,23 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         """
         magnitude = _widened(sample).abs().flatten(1)
         # torch.quantile takes at most 16 million values; two order statistics take any number.
-        position = self.config.dynamic_thresholding_ratio * (magnitude.shape[1] - 1)
+        position = self.config["dynamic_thresholding_ratio"] * (magnitude.shape[1] - 1)
         low = math.floor(position)
         below, above = (magnitude.kthvalue(k + 1, dim=1).values for k in (low, math.ceil(position)))
-        s = (below + (position - low) * (above - below)).clamp(min=1, max=self.config.sample_max_value)
+        s = (below + (position - low) * (above - below)).clamp(min=1, max=self.config["sample_max_value"])
         s = s.view(-1, *[1] * (sample.ndim - 1))
         return (_widened(sample).clamp(-s, s) / s).to(sample.dtype)
 
-    def _get_variance(self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None) -> Tensor:
-        """Variance of p for one step t of the schedule, for every variance type; `predicted_variance` is what was said."""
-        t_and_prev = torch.tensor([[int(t) + 1], [int(self.previous_timestep(int(t))) + 1]])
-        centre, slope = self.log_variance(*self._alpha_bar[t_and_prev], variance_type)
+    def _get_variance(
+        self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """Variance of p for one step t of the schedule; `predicted_variance` is what the network said, if it did."""
+        alpha_bar_t, alpha_bar_prev = self._alpha_bar[[int(t) + 1, int(self.previous_timestep(int(t))) + 1]]
+        centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev, variance_type)
         said = 0 if predicted_variance is None else predicted_variance
-        return (centre + slope * said).exp().squeeze()
+        return (centre + slope * said).exp()
 
-    # ---- Tables and how they are read ----------------------------------------------------------------------------------
+    # ---- Tables and how they are read --------------------------------------------------------------------------------
 
     def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
         self._schedule = schedule
@@ -521,7 +522,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         # A compiled step reads the numbers from a table, so that one graph serves every t; a timestep on an accelerator
         # is read there, so that the host need not wait for it.
         table = self._table(eta, sample.device, _wide(sample.dtype))
-        if isinstance(timestep, Tensor):  # one element, not a scalar: a scalar index is a number that the host waits for
+        if isinstance(timestep, Tensor):  # (1,), not (): for a scalar index the host waits
             return StepCoefficients(*table[timestep.reshape(1).to(table.device)][0].unbind())
         return StepCoefficients(*table[timestep].unbind())
 
@@ -534,7 +535,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                     f"timestep has {values.size} elements: step takes one of the schedule, {_short(self._schedule)}, "
                     "p_mean_variance a batch"
                 )
-            timestep = values.item()
+            timestep = int(values.item())
         if timestep not in self._index_of:
             raise ValueError(f"timestep is {timestep!r}: give one of the schedule, {_short(self._schedule)}")
         return self._index_of[timestep]
@@ -566,7 +567,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _broadcast(table: Tensor, images: Tensor) -> Tensor:
         if table.numel() not in (1, images.shape[0]) and images.shape[0] != 1:
             raise ValueError(
-                f"t has {table.numel()} entries and the images have shape {tuple(images.shape)}: give one for each image"
+                f"t has {table.numel()} entries and images have shape {tuple(images.shape)}: give one for each image"
             )
         return table.to(images.device, _wide(images.dtype)).view(-1, *[1] * (images.ndim - 1))
 
@@ -589,7 +590,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             largest = images.detach().abs().max().item() if images.numel() else 0.0
             if largest > 20:
                 warnings.warn(
-                    f"images go up to {largest:g}, but the walk is made for [-1, 1]: divide 0..255 by 127.5, subtract 1",
+                    f"images go up to {largest:g}, but the walk is made for [-1, 1]: of 0..255 take x / 127.5 - 1",
                     stacklevel=3,
                 )
 
@@ -624,7 +625,8 @@ def _make_betas(schedule: str, num_steps: int, beta_start: float, beta_end: floa
         return 0.02 * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
     alpha_bar = _cosine if schedule == "squaredcos_cap_v2" else _laplace
     curve = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in zip(curve, curve[1:])], dtype=torch.float64)
+    betas = [min(1 - after / before, 0.999) for before, after in zip(curve, curve[1:])]
+    return torch.tensor(betas, dtype=torch.float64)
 
 
 def _cosine(time: float) -> float:
@@ -633,7 +635,8 @@ def _cosine(time: float) -> float:
 
 
 def _laplace(time: float) -> float:
-    """alpha_bar of diffusers' "laplace": log SNR follows a Laplace law (Hang and Gu 2024), with diffusers' square root."""
+    """alpha_bar of diffusers' "laplace": log SNR follows a Laplace law (Hang and Gu 2024), with diffusers' square
+    root."""
     log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
@@ -646,7 +649,7 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-# ---- Small things ------------------------------------------------------------------------------------------------------
+# ---- Small things ----------------------------------------------------------------------------------------------------
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

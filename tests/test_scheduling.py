@@ -245,7 +245,8 @@ def test_variance_types():
         output = torch.cat([x_t, said], dim=1) if variance_type.startswith("learned") else x_t
         close(scheduler.p_mean_variance(output, t, x_t).variance, variance, rtol=1e-10)
         predicted = said[499] if variance_type.startswith("learned") else None
-        close(scheduler._get_variance(500, predicted), variance[499].squeeze(), rtol=1e-10)
+        variance_500 = scheduler._get_variance(500, predicted)
+        close(variance_500.expand(1, 2, 2), variance[499].expand(1, 2, 2), rtol=1e-10)
     assert DDPMScheduler().p_mean_variance(x_t[:1], torch.tensor([0]), x_t[:1]).variance == pytest.approx(1e-20)
 
 
@@ -617,6 +618,23 @@ def test_a_step_elsewhere_reads_nothing_back(dtype, variance_type):
     scheduler.add_noise(x_t, x_t, t)
     scheduler.get_velocity(x_t, x_t, t)
     assert scheduler.alphas_cumprod.device.type == scheduler.betas.device.type == "cpu"
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_used_again_it_forgets_the_last_schedule(compiling, monkeypatch):
+    """Both kinds of coefficients that a step may read: numbers, and the table for compiled steps and accelerators."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    used, x_t = DDPMScheduler(timestep_spacing="trailing"), randn(2, 3, 4, 4)
+    for number in (1000, 50, 10):
+        fresh = DDPMScheduler(timestep_spacing="trailing")
+        for scheduler in (used, fresh):
+            scheduler.set_timesteps(number)
+        for eta in (0.0, 1.0):
+            t = used.timesteps[1]
+            arguments = {"timestep": t, "sample": x_t, "eta": eta, "variance_noise": x_t.flip(0)}
+            assert torch.equal(used.step(x_t, **arguments).prev_sample, fresh.step(x_t, **arguments).prev_sample)
+    if compiling:  # a timestep that is not in the schedule, where it cannot be looked at
+        assert used.step(x_t, torch.tensor(901), x_t).prev_sample.isnan().all()
 
 
 def test_compiled_it_gives_the_same():
