@@ -61,8 +61,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: BuiltInDDPMScheduler) -> None:
         if type(scheduler) is BuiltInDDPMScheduler:
-            scheduler = DDPMScheduler.from_config(_config_as_given(scheduler))
-        super().__init__(unet=unet, scheduler=scheduler)
+            scheduler = DDPMScheduler.from_config(_config_as_given(scheduler))  # type: ignore[assignment]
+        super().__init__(unet=unet, scheduler=scheduler)  # type: ignore[arg-type]
         self._interrupt = False
         self._guidance_scale = 1.0
 
@@ -72,8 +72,11 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        seeds: int | Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        *,
+        seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
@@ -81,12 +84,10 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
         callback_on_step_end: Callable[["DDPMPipeline", int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Walk home from noise.
+        """Walk home from noise. The arguments that diffusers' pipeline has are in its order, ours have names only.
 
         Args:
             batch_size: how many pictures, B. A list of seeds or labels, or latents, may say it instead.
@@ -136,8 +137,9 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        seeds: int | Sequence[int] | None = None,
         num_inference_steps: int | None = None,
+        *,
+        seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
@@ -331,7 +333,9 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             kwargs["scheduler"] = ("diffusers", "DDPMScheduler")
         super().register_to_config(**kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # the options between are passed on as they are
+        self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As diffusers' `save_pretrained`, and `pipeline.py`, this pipeline as one file of remote code.
 
         The folder does not depend on where the model was loaded from: saved, loaded and saved again it is the same.
@@ -345,7 +349,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             config.pop("_name_or_path", None)
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kwargs)
+            kept = {name: kwargs[name] for name in ("safe_serialization", "variant") if name in kwargs}
+            self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kept)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:

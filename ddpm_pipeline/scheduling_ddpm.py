@@ -165,7 +165,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self._cast: dict[tuple[str | float, torch.device, torch.dtype], Tensor] = {}
         self._range_seen = False
 
-        self.num_inference_steps = None
+        self.num_inference_steps: int | None = None  # type: ignore[assignment]  # the built-in class says None alone
         self.custom_timesteps = False
         self._set_schedule(list(range(len(betas)))[::-1], "cpu")
 
