@@ -69,6 +69,6 @@ def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
     instead.
     """
     beta = scheduler.betas.to(t.device)[t]
-    alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t, None)
+    alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t)
     log_variance, _ = scheduler.log_variance(alpha_bar_t, alpha_bar_prev)
     return beta.square() / (2 * log_variance.exp() * (1 - beta) * (1 - alpha_bar_t))

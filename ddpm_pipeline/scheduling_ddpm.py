@@ -251,7 +251,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         _check_choice("target", target, PREDICTION_TYPES)
         if source == target:
             return prediction
-        alpha_bar_t, _ = self.alpha_bars(t, None)
+        alpha_bar_t, _ = self.alpha_bars(t)
         a, b = (self._broadcast(table, x_t) for table in self._x_0_coefficients(alpha_bar_t, source))
         x_0 = a * x_t + b * prediction
         if target == "sample":
@@ -550,11 +550,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _at(self, t: Tensor, images: Tensor, *names: str) -> list[Tensor]:
         """Entries of tables at t, (B,) or one for all, made (B, 1, 1, 1), in the dtype to compute in."""
-        index, dtype = self._checked(t).to(images.device), _wide(images.dtype)
-        return [self._broadcast(self._table(name, images.device, dtype)[index], images) for name in names]
+        index, dtype = self._checked(t).to(images.device).flatten(), _wide(images.dtype)
+        tables = (self._table(name, images.device, dtype) for name in names)
+        return [self._broadcast(table.index_select(0, index), images) for table in tables]
 
-    def alpha_bars(self, t: Tensor, prev_t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """alpha_bar at t and at prev_t, both (B,), float64, on the device of t."""
+    def alpha_bars(self, t: Tensor, prev_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """alpha_bar at t and at prev_t (t - 1 by default), both (B,), float64, on the device of t."""
         index = self._checked(t)
         if prev_t is None:
             prev_t = t - 1
@@ -577,7 +578,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             raise ValueError(f"t is {t!r}: give an int64 or int32 tensor, all in [0, {self.num_steps})")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             values = t.numpy()  # read without a dispatched operation
-            if values.size and not (values.min() >= 0 and values.max() < len(self.betas)):
+            if values.size and not 0 <= values.min() <= values.max() < len(self._alpha_bar) - 1:
                 raise ValueError(f"t is {_short(values.ravel().tolist())}: all must be in [0, {self.num_steps})")
         return t
 

@@ -179,7 +179,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     chooses = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(chooses.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
-    parser = ArgumentParser(description="Train a DDPM.", env_prefix="DDPM")
+    parser = ArgumentParser(description="Train a DDPM.", env_prefix="DDPM", allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="a YAML file of settings, such as training/configs/mnist.yaml"
     )

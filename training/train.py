@@ -98,7 +98,8 @@ def main(config: Config) -> None:
         eps=config.adam_epsilon,
         fused=device.type in ("cpu", "cuda"),
     )
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    # All is in its place; moving it to "cpu:0", the device of several CPU processes, would copy it off the average.
+    model, optimizer = accelerator.prepare(unet, optimizer, device_placement=[False, False])
     if config.compile:
         model = torch.compile(model)
 
