@@ -73,8 +73,8 @@ def main() -> None:
                 )
             if not about["bf16"]:
                 notes.append(
-                    "this machine does not multiply bf16 in hardware, so ours trained in float32; the targets of "
-                    "training are for machines that do"
+                    "this machine does not multiply bf16 in hardware, so ours trained in float32, where nearly all the "
+                    "time of both goes into convolutions"
                 )
             with tempfile.TemporaryDirectory() as folder:
                 both = scripts.Scripts(Path(options.diffusers_repo).resolve(), Path(folder))

@@ -133,6 +133,14 @@ def test_later_arguments_win_over_the_file_and_the_file_over_the_defaults(tmp_pa
     assert (folder.dataset_name, folder.train_data_dir) == (None, "pictures")
 
 
+def test_a_switch_alone_is_true():
+    assert parse([*MOONS, "--random_flip"]).random_flip
+    assert parse(["--random_flip", *MOONS]).random_flip
+    assert parse([*MOONS, "--random_flip", "true"]).random_flip
+    assert not parse([*MOONS, "--center_crop", "false"]).center_crop
+    assert not parse(MOONS).random_flip
+
+
 def test_numbers_may_be_written_with_an_exponent():
     parsed = parse([*MOONS, "--learning_rate", "1e-3", "--adam_epsilon", "1e-9"])
     assert (parsed.learning_rate, parsed.adam_epsilon) == (1e-3, 1e-9)

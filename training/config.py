@@ -171,11 +171,18 @@ class Config:
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """The command line: `--config FILE` and `--name value`, later ones win; without a data set it is the moons.
 
+    `--random_flip` alone means `--random_flip true`.
+
     A mistake is printed, and the process ends with exit code 2.
     """
     from jsonargparse import ArgumentParser
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    switches = {f"--{field.name}" for field in fields(Config) if field.type == "bool"}
+    arguments = [
+        f"{argument}=true" if argument in switches and (not following or following.startswith("-")) else argument
+        for argument, following in zip(arguments, [*arguments[1:], ""])
+    ]
     chooses = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(chooses.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]

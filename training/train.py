@@ -241,9 +241,11 @@ def main(config: Config) -> None:
             progress.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{per_second:.0f}")
             losses.zero_()
             logged_at, logged_step = now, step
-        if config.max_train_minutes:  # the main process looks at the clock for all
-            late = torch.tensor(float(time.monotonic() - started > 60 * config.max_train_minutes), device=device)
-            out_of_time = bool(accelerator.reduce(late, "sum").item()) if accelerator.num_processes > 1 else bool(late)
+        if config.max_train_minutes:
+            out_of_time = time.monotonic() - started > 60 * config.max_train_minutes
+            if accelerator.num_processes > 1:  # it is late for all when it is for one
+                late = torch.tensor(float(out_of_time), device=device)
+                out_of_time = accelerator.reduce(late, "sum").item() > 0
         ended = out_of_time or step == config.max_train_steps
         if step % config.checkpointing_steps == 0 or ended:
             save_checkpoint(step)
