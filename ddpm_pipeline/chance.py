@@ -3,8 +3,8 @@
 Training needs random numbers: which images, turned or not, which t, which noise. Here number `index` of a stream is a
 function of the stream's key, say (seed, purpose, step), and of the index, say the place in the global batch. So nothing
 has to be saved to go on where a run was interrupted, and one process or four, one batch or several small ones, a CPU or
-a GPU use the same numbers. The function is SplitMix64 (Steele, Lea and Flood 2014): a counter times an odd number, then
-mixed.
+a GPU use the same numbers (but for the rounding of a logarithm and a cosine in `normal`). The function is SplitMix64
+(Steele, Lea and Flood 2014): a counter times an odd number, then mixed.
 """
 
 import math

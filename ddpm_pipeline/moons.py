@@ -289,9 +289,10 @@ class MoonDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, length: int = 8192, size: int | tuple[int, int] = 32, seed: int = 0, tilt: float = 0.0) -> None:
-        for name, value, least in (("length", length, 1), ("seed", seed, -math.inf)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}: give an int of at least {least}")
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"length is {length!r}: give an int of at least 1")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed is {seed!r}: give an int")
         if not isinstance(tilt, (int, float)) or not 0 <= tilt < math.inf:
             raise ValueError(f"tilt is {tilt!r}: give radians, 0 or more")
         self.length, self.size, self.seed, self.tilt = length, _height_width(size), seed, tilt

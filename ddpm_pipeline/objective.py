@@ -32,11 +32,12 @@ def draw_lesson(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, 
     Args:
         x_0: clean images, (B, C, H, W), float32 in [-1, 1].
         seed, step: of the run, and the optimizer step.
-        index: places of these images in the global batch, (B,) int64, on the device of x_0.
+        index: places of these images in the global batch, (B,) int64, on the CPU.
     """
     t = chance.integers(chance.key(seed, TIMESTEP, step), index, scheduler.num_steps)
-    eps = chance.normal(chance.key(seed, NOISE, step), index, tuple(x_0.shape[1:]))
-    return lesson(scheduler, x_0, t, eps)
+    there = index.to(x_0.device, non_blocking=True)
+    eps = chance.normal(chance.key(seed, NOISE, step), there, tuple(x_0.shape[1:]))
+    return lesson(scheduler, x_0, t.to(x_0.device, non_blocking=True), eps)
 
 
 def lesson(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> Lesson:
@@ -45,10 +46,7 @@ def lesson(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> Les
     Raises:
         ValueError: the scheduler's variance is learned, which L_simple does not teach.
     """
-    if scheduler.variance_type.startswith("learned"):
-        raise ValueError(
-            f'variance_type is "{scheduler.variance_type}": L_simple teaches no variance, give a fixed one'
-        )
+    _check_fixed(scheduler)
     x_t = scheduler.add_noise(x_0, eps, t)
     if scheduler.prediction_type == "epsilon":
         return Lesson(x_t, t, eps)
@@ -65,10 +63,21 @@ def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
     """Weight of |eps - eps_pred|^2 in the bound's term L_{t-1}: Eq. (12), DDPM, with p's variance sigma^2.
 
-    beta^2 / (2 sigma^2 alpha (1 - alpha_bar)), in nats: (B,), float64; t is (B,) int64 in [0, T). L_simple puts 1
+    beta^2 / (2 sigma^2 alpha (1 - alpha_bar)), in nats: (B,), float64; t is (B,) int64 in [1, T). L_simple puts 1
     instead.
+
+    Raises:
+        ValueError: the variance is learned, so that it is not a number of the scheduler's.
     """
+    _check_fixed(scheduler)
     beta = scheduler.betas.to(t.device)[t]
     alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t)
     log_variance, _ = scheduler.log_variance(alpha_bar_t, alpha_bar_prev)
     return beta.square() / (2 * log_variance.exp() * (1 - beta) * (1 - alpha_bar_t))
+
+
+def _check_fixed(scheduler: DDPMScheduler) -> None:
+    if scheduler.variance_type.startswith("learned"):
+        raise ValueError(
+            f'variance_type is "{scheduler.variance_type}": nothing here teaches a variance, give a fixed one'
+        )

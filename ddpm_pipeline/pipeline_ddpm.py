@@ -29,7 +29,7 @@ from torch import Tensor
 from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+PIL_CHANNELS = (1, 3, 4)  # L, RGB, RGBA
 
 
 class WalkStep(NamedTuple):
@@ -101,7 +101,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             class_labels: for a network with classes, one for all pictures or one for each.
             guidance_scale: w in eps_null + w (eps_class - eps_null), Ho and Salimans 2022 (their w is one less); above
                 1 pictures are more typical of their class. The last class must be the one for "no label".
-            latents: x_T to start from, (B, C, H, W), instead of noise drawn here.
+            latents: noise to start from, (B, C, H, W), N(0, I), instead of noise drawn here.
             height, width: pixels; the size that the network was trained at by default.
             output_type: "pil" (list of images with 1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), floats
                 in [0, 1], or "latent": x_0 as the walk left it, (B, C, H, W), about [-1, 1].
@@ -114,7 +114,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(map(repr, OUTPUT_TYPES))}")
         channels = self.unet.config.in_channels
-        if output_type == "pil" and channels not in PIL_MODES:
+        if output_type == "pil" and channels not in PIL_CHANNELS:
             raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -152,6 +152,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
         The first x_t is noise; the last x_0_pred is the picture, since the last step adds no noise. Arguments are those
         of a call. A scheduler that does not say what it takes for the picture (DPM-Solver++, UniPC) gives None for it.
+        Walk to the end before the next call: both use the one scheduler.
         """
         run = self._prepare(
             batch_size, generator, seeds, num_inference_steps, timesteps, eta, class_labels, guidance_scale, latents,
@@ -278,10 +279,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
         if latents is None:
             drawn_on = torch.device("cpu") if device.type == "mps" else device  # mps does not repeat its numbers
-            noise = randn_tensor(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
-            x_t = noise * self.scheduler.init_noise_sigma
-        else:
-            x_t = latents.to(device=device, dtype=dtype)
+            latents = randn_tensor(shape, generator=generator, device=drawn_on, dtype=dtype)
+        x_t = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma  # 1 but for Euler and its kin
         self._guidance_scale = guidance_scale
         return _Run(x_t, labels, step_options)
 
@@ -355,7 +354,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As diffusers' `from_pipe`, but the dtype of the shared network stays what it is unless `dtype` is given."""
-        if "torch_dtype" not in kwargs:  # the old name of dtype
+        if "torch_dtype" not in kwargs:  # the old name of dtype, until diffusers 0.40
             kwargs.setdefault("dtype", pipeline.dtype)
         return super().from_pipe(pipeline, **kwargs)
 

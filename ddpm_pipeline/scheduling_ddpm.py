@@ -85,7 +85,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     """DDPM's walk out and home, a drop-in for diffusers' DDPMScheduler. Same options, same defaults, and:
 
     - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022), saved as `trained_betas` as well, so
-      that any diffusers scheduler takes it.
+      that any diffusers scheduler takes it. `trained_betas` given beside it do not count.
     - `step(eta=...)`: 1 is the ancestral walk of DDPM, 0 the deterministic one of DDIM, on any sub-sequence of steps.
     - The last step of every schedule adds no noise.
     - `variance_type="learned"`: the network says the log-variance; `"learned_range"`: where between log beta_tilde (-1)
@@ -185,6 +185,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Returns:
             mean (B, C, H, W), variance (B, 1, 1, 1), in the dtype of x_0.
         """
+        self._check_images(x_0)
         signal, variance = self._at(t, x_0, "signal", "noise_variance")
         return MeanVariance((signal * x_0).to(x_0.dtype), variance.to(x_0.dtype))
 
@@ -228,6 +229,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4), as `add_noise`."""
+        self._check_images(sample)
         signal, noise_std = self._at(timesteps, sample, "signal", "noise_std")
         return _add_scaled(signal * noise, _widened(sample), -noise_std).to(sample.dtype)
 
@@ -350,7 +352,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         """Algorithm 2, DDPM (eta = 1), DDIM (eta = 0; Song et al. 2021, Eqs. 12 and 16), or between: one step home.
 
         The direction to x_t is taken from the clipped x_0_pred, as in DDPM's Eq. 7 (`use_clipped_model_output` of
-        diffusers' DDIM). `eta` scales beta_tilde in the mean and the standard deviation of the noise that is added.
+        diffusers' DDIM). eta^2 scales beta_tilde in the mean, eta the standard deviation of the noise that is added.
 
         Args:
             model_output: what the network said, (B, C, H, W), or (B, 2 C, H, W) with learned variance.

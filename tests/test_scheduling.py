@@ -410,7 +410,12 @@ def test_a_large_sample_has_the_law_that_theory_gives(eta, variance_type):
 
 # ---- Beside diffusers' own schedulers --------------------------------------------------------------------------------
 
-RIGHT_THERE = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")  # the others: rows 4 and 5 of STOCK.md
+RIGHT_THERE = (
+    "fixed_small",
+    "fixed_small_log",
+    "fixed_large",
+    "learned_range",
+)  # else: rows 4, 5 of test_stock.py
 
 
 def one_step_of_each(theirs, ours, variance_type, rtol, atol, table_error=0.0, dtype=torch.float64):

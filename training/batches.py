@@ -35,8 +35,8 @@ class Batches:
             self._on_device = torch.from_numpy(np.array(images)).to(device)
 
     def indices(self, step: int, place: Tensor) -> np.ndarray:
-        """Which pictures are at these places, (b,) int64 in [0, B), of the batch of this step, 0, 1, ..."""
-        position = step * self._batch_size + place.cpu().numpy()
+        """Which pictures are at these places, (b,) int64 in [0, B), on the CPU, of the batch of this step, 0, 1, ..."""
+        position = step * self._batch_size + place.numpy()
         passes, within = np.divmod(position, len(self._images))
         return np.array([self._shuffled(number)[i] for number, i in zip(passes.tolist(), within.tolist())])
 

@@ -38,7 +38,7 @@ class Config:
             gradient_accumulation_steps.
         gradient_accumulation_steps: forward passes for one step.
         max_train_steps: the run ends after so many steps.
-        max_train_minutes: or after so many minutes of training, whichever comes first.
+        max_train_minutes: or after so many minutes of training, whichever comes first; a resumed run has them anew.
         learning_rate: of AdamW, after warm-up.
         lr_scheduler: constant, linear or cosine (to 0 at max_train_steps).
         lr_warmup_steps: steps in which the learning rate rises from 0.
@@ -142,27 +142,24 @@ class Config:
     @property
     def height_width(self) -> int | tuple[int, int] | None:
         """`resolution` as numbers."""
-        if self.resolution is None or isinstance(self.resolution, int):
-            sides = [self.resolution or 1] if self.resolution != 0 else [0]
-        else:
-            match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
-            sides = [int(side) for side in match.groups() if side] if match else [0]
-        if min(sides) < 1:
-            raise ValueError(f"resolution is {self.resolution!r}: give a side in pixels, or HEIGHTxWIDTH")
         if self.resolution is None:
             return None
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(self.resolution))
+        sides = [int(side) for side in match.groups() if side] if match else [0]
+        if min(sides) < 1:
+            raise ValueError(f"resolution is {self.resolution!r}: give a side in pixels, or HEIGHTxWIDTH")
         return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of optimizer step 1, 2, ...: rising over the warm-up, then as `lr_scheduler` says."""
-        warm = min(1.0, step / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
+        factor = min(1.0, step / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
         rest = max(1, self.max_train_steps - self.lr_warmup_steps)
         progress = min(1.0, max(0, step - 1 - self.lr_warmup_steps) / rest)
         if self.lr_scheduler == "linear":
-            warm *= 1 - progress
+            factor *= 1 - progress
         elif self.lr_scheduler == "cosine":
-            warm *= (1 + math.cos(math.pi * progress)) / 2
-        return self.learning_rate * warm
+            factor *= (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * factor
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -186,7 +183,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     chooses = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(chooses.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
-    parser = ArgumentParser(description="Train a DDPM.", env_prefix="DDPM", allow_abbrev=False)
+    parser = ArgumentParser(description="Train a DDPM.", allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="a YAML file of settings, such as training/configs/mnist.yaml"
     )

@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-FORMAT = 1  # part of every cache key: raise it when the same files would give other pixels
+FORMAT = 1  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
 NUM_MOONS = 8192
 # Pillow goes by content, not by name, and some of its formats start other programs (EPS): so only these.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")

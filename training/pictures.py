@@ -45,12 +45,13 @@ def walk_picture(
     for on the way, x_0_pred.
     """
     num_steps = pipe.scheduler.config.num_train_timesteps
-    t = torch.linspace(0, num_steps - 1, columns).round().long()
+    along = np.linspace(0, 1, columns)  # squared below: near the picture there is more to see
+    t = torch.from_numpy((along**2 * (num_steps - 1)).round().astype(np.int64))
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
     out = pipe.scheduler.add_noise(x_0.expand(columns, -1, -1, -1), noise, t.to(x_0.device))
     out[0] = x_0[0]
     home = list(pipe.walk(seeds=[seed], num_inference_steps=num_inference_steps))
-    shown = [home[i] for i in np.linspace(0, len(home) - 1, columns).round().astype(int)]
+    shown = [home[i] for i in ((1 - (1 - along) ** 2) * (len(home) - 1)).round().astype(int)]
     guesses = [step.x_0_pred for step in shown if step.x_0_pred is not None]
     x_t = torch.cat([*(step.x_t for step in shown[:-1]), guesses[-1]])  # the last guess is where the walk ends
     return grid(torch.cat([out, x_t, *guesses]).to(x_0), columns=columns)

@@ -2,7 +2,8 @@
 
 Order: settings, accelerator, data, network, average, optimizer, resume, loop, save. Steps are optimizer steps. The
 walk, its noise, the loss and the average are float32; autocast is around the network alone. Every random number is a
-function of (seed, step, place in the global batch), so a run that was interrupted goes on bit for bit.
+function of (seed, step, place in the global batch), dropout's of the process too, so a run that was interrupted goes on
+bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -134,6 +136,7 @@ def main(config: Config) -> None:
         "num_images": len(data),
         "source": data.source,
         "versions": versions(),
+        "commit": commit(),
         "config": config.as_dict(),
     }
     millions = sum(parameter.numel() for parameter in parameters) / 1e6
@@ -203,7 +206,7 @@ def main(config: Config) -> None:
 
         for part in range(accumulation):
             first = (part * accelerator.num_processes + accelerator.process_index) * per_process
-            place = torch.arange(first, first + per_process, device=device)
+            place = torch.arange(first, first + per_process)
             x_0 = batches.images(step, place)
             lesson = objective.draw_lesson(scheduler, x_0, seed=config.seed, step=step, index=place)
             last = part == accumulation - 1
@@ -292,7 +295,7 @@ def precision(config: Config) -> str:
         if launched_with != "no":
             asked = launched_with
         elif torch.cuda.is_available():
-            asked = "bf16" if torch.cuda.is_bf16_supported() else "no"
+            asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
         else:
             asked = "bf16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "no"
     if asked == "fp16" and not torch.cuda.is_available():
@@ -335,6 +338,16 @@ def measure_moons(log: Log, step: int, samples: Tensor) -> str:
     )
 
 
+def commit() -> str | None:
+    """The commit of the project's code, if it lies in a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -355,7 +368,8 @@ class Log:
         self.folder = folder
         self._writer: Any = None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+        settings = config.as_dict() | {"resume_from_checkpoint": None}  # so that the file starts a run of its own
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         path = folder / "metrics.jsonl"
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
         path.write_text("".join(line for line in kept if json.loads(line)["step"] <= after_step), encoding="utf-8")
