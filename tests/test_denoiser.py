@@ -60,9 +60,8 @@ def test_in_and_out(name, height, width, in_channels, out_channels):
     assert sample.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_digits_of_28_pixels_fit(name):
-    model = make_denoiser(name, height=28, width=28, in_channels=1)
+def test_digits_of_28_pixels_fit():
+    model = make_denoiser("small", height=28, width=28, in_channels=1)
     with torch.no_grad():
         assert model(torch.randn(1, 1, 28, 28), 5).sample.shape == (1, 1, 28, 28)
 
@@ -125,8 +124,8 @@ def test_both_ways_of_attention_give_the_same_gradients(name):
     ("change", "message"),
     [
         ({"name": "huge"}, "'huge': give one of tiny, small, ddpm-cifar10"),
-        ({"height": 30}, "height is 30.* multiple of 4"),
-        ({"width": 2}, "width is 2.* multiple of 4"),
+        ({"height": 28}, "height is 28.* multiple of 8"),
+        ({"width": 4}, "width is 4.* multiple of 8"),
         ({"name": "ddpm-cifar10", "width": 28}, "width is 28.* multiple of 8"),
         ({"height": 0}, "height is 0"),
         ({"height": -32}, "height is -32"),
