@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks import arithmetic, scripts  # noqa: E402
 from benchmarks.compare import Comparison  # noqa: E402
+from training.checkpoint import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("step", "ema", "training", "launch")
@@ -105,12 +105,6 @@ def machine() -> dict[str, Any]:
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     found = dict(re.findall(r"^(model name|flags)\s*: (.*)$", text, re.MULTILINE))
     flags = found.get("flags", "").split()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
     return {
         "processor": found.get("model name", platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -121,7 +115,7 @@ def machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets", "numpy")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": commit(),
     }
 
 

@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path / OPTIMIZER} is refused: {error}") from None
     return load_file(path / WEIGHTS), load_file(path / AVERAGE), optimizer
+
+
+def commit() -> str | None:
+    """The commit of the project's code, if it lies in a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _named(output_dir: Path) -> Iterator[tuple[int, Path]]:

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -136,7 +135,7 @@ def main(config: Config) -> None:
         "num_images": len(data),
         "source": data.source,
         "versions": versions(),
-        "commit": commit(),
+        "commit": checkpoint.commit(),
         "config": config.as_dict(),
     }
     millions = sum(parameter.numel() for parameter in parameters) / 1e6
@@ -336,16 +335,6 @@ def measure_moons(log: Log, step: int, samples: Tensor) -> str:
         f"{len(samples)} sampled moons: mean squared distance to the nearest true moon {distance:.4f}, "
         f"phases in {eighths} of 8 eighths of the circle"
     )
-
-
-def commit() -> str | None:
-    """The commit of the project's code, if it lies in a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:
