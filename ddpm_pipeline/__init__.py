@@ -9,6 +9,7 @@ a half moon give the three-quarter moon.
 The chapters, one file each:
     scheduling_ddpm.py   the walk: tables, one step out, one step home
     pipeline_ddpm.py     the way home, for users
+    loading.py           before loading: a whole model and nothing else
     objective.py         learning: draw t and eps, give x_t and the target; the loss
     chance.py            random numbers that are functions of where they are used
     moons.py             the built-in data set: moons with a phase that can be read back

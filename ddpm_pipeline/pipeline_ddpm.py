@@ -3,13 +3,14 @@
     x_T = noise;  for t in the schedule: x_t -> network -> one step home (Algorithm 2, DDPM);  picture = x_0
 
 `DDPMPipeline` is diffusers' pipeline of that name with more that it can do. A saved folder is one that anybody can
-load: its labels are diffusers' own, and it holds this file and the scheduler's as one, `pipeline.py`, for those who
+load: its labels are diffusers' own, and it holds this file and those it imports as one, `pipeline.py`, for those who
 want ours as remote code.
 """
 
 import contextlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .loading import check_finite, check_folder
 from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -352,6 +354,33 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kept)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> Any:
+        """As diffusers' `from_pretrained`, of whole models only.
+
+        diffusers loads weights that lack a tensor, or that are not numbers, and then samples from them. Here the folder
+        is checked before anything of it is loaded: see loading.py. Weights are read from safetensors alone, unless
+        `use_safetensors=False` is given.
+
+        Raises:
+            ValueError: the folder is not that of a whole DDPM; the message names the file and the field or tensor.
+            OSError: a file is missing or cannot be read.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
+        pickled = kwargs.get("use_safetensors", True) is False
+        if not pickled:
+            kwargs["use_safetensors"] = True
+        if not folder.is_dir():
+            hub = {option: kwargs[option] for option in DOWNLOAD_OPTIONS if option in kwargs}
+            folder = Path(cls.download(name, **hub))
+        given = {component for component in ("unet", "scheduler") if kwargs.get(component) is not None}
+        check_folder(folder, variant=kwargs.get("variant"), given=given | ({"unet"} if pickled else set()))
+        pipe = super().from_pretrained(str(folder), **kwargs)
+        if "unet" not in given:
+            check_finite(pipe.unet, f"the weights of {name}")
+        return pipe
+
+    @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As diffusers' `from_pipe`, but the dtype of the shared network stays what it is unless `dtype` is given."""
         if "torch_dtype" not in kwargs:  # the old name of dtype, until diffusers 0.40
@@ -360,17 +389,20 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
 
 HUB_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
+DOWNLOAD_OPTIONS = (
+    "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "variant", "use_safetensors",
+    "custom_pipeline", "custom_revision", "trust_remote_code",
+)  # fmt: skip
 
 
 def _source() -> str:
-    """The text of `pipeline.py`: the scheduler's file and this one without its relative import, or, there, itself."""
+    """The text of `pipeline.py`: the files of its parts and this one without relative imports, or, there, itself."""
     here = Path(inspect.getfile(DDPMPipeline))
-    text = here.read_text(encoding="utf-8")
     if DDPMScheduler.__module__ == DDPMPipeline.__module__:
-        return text
-    scheduler = Path(inspect.getfile(DDPMScheduler)).read_text(encoding="utf-8")
-    lines = text.splitlines(keepends=True)
-    return scheduler + "\n\n" + "".join(line for line in lines if not line.startswith("from ."))
+        return here.read_text(encoding="utf-8")
+    files = [Path(inspect.getfile(part)) for part in (DDPMScheduler, check_folder)] + [here]
+    lines = [line for file in files for line in [*file.read_text(encoding="utf-8").splitlines(), "", ""]]
+    return "\n".join(line for line in lines if not line.startswith("from .")).rstrip("\n") + "\n"
 
 
 def _config_as_given(scheduler: BuiltInDDPMScheduler) -> dict[str, Any]:

@@ -66,8 +66,13 @@ def inside(imported: str, *modules: str) -> bool:
     return any(imported == module or imported.startswith(module + ".") for module in modules)
 
 
-def test_the_two_remote_code_files_import_little():
-    for name, more in (("scheduling_ddpm", ()), ("pipeline_ddpm", ("ddpm_pipeline.scheduling_ddpm",))):
+def test_the_remote_code_files_import_little():
+    walk, loading = "ddpm_pipeline.scheduling_ddpm", "ddpm_pipeline.loading"
+    for name, more in (
+        ("scheduling_ddpm", ()),
+        ("loading", ("safetensors", walk)),
+        ("pipeline_ddpm", (walk, loading)),
+    ):
         allowed = (*sys.stdlib_module_names, "numpy", "torch", "PIL", "diffusers", *more)
         found = imports(f"ddpm_pipeline/{name}.py")
         assert any(inside(i, "torch") for i in found)
@@ -101,22 +106,31 @@ def test_nothing_imports_the_training_script():
         assert {i for i in imports(name) if inside(i, "training.train", "train")} == set(), name
 
 
-def test_the_two_remote_code_files_can_be_joined_into_one():
-    """pipeline.py in a published folder is scheduling_ddpm.py, then pipeline_ddpm.py without its one relative import.
+def test_the_remote_code_files_can_be_joined_into_one():
+    """pipeline.py in a published folder is these files one after the other, without their relative imports.
 
     A __future__ import may not stand in the middle of a file. diffusers finds relative imports by a regular expression
-    over the text, so none may stand in a docstring either.
+    over the text, so none may stand in a docstring either. What two files call by one name would be one thing.
     """
-    for name, expected in (("scheduling_ddpm", 0), ("pipeline_ddpm", 1)):
+    names: dict[str, str] = {}
+    before: set[str] = set()
+    for name in ("scheduling_ddpm", "loading", "pipeline_ddpm"):
         text = (ROOT / "ddpm_pipeline" / f"{name}.py").read_text(encoding="utf-8")
         assert not re.search(r"^\s*from\s+__future__\s", text, re.M), name
-        relative = re.findall(r"^\s*(?:from|import)\s+\.\S*.*$", text, re.M)
-        assert len(relative) == expected, relative
-        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
-        assert len(nodes) == expected
+        tree = ast.parse(text)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+        assert len(re.findall(r"^\s*(?:from|import)\s+\.\S*.*$", text, re.M)) == len(nodes)
         for node in nodes:
-            assert (node.level, node.module, node.col_offset) == (1, "scheduling_ddpm", 0)
-            assert node.lineno == node.end_lineno, "the relative import must stand on one line, to be taken out"
+            assert node.level == 1 and node.module in before and node.col_offset == 0
+            assert node.lineno == node.end_lineno, "a relative import must stand on one line, to be taken out"
+            assert all(alias.asname is None for alias in node.names)
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            defined = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            defined += [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            for what in defined:
+                assert names.setdefault(what, name) == name, f"{what} is in {names[what]} and in {name}"
+        before.add(name)
 
 
 # ---- README.md and the other texts -----------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""BEFORE LOADING: is this folder a whole DDPM, and nothing else?
+
+Loaders trust what they are given: diffusers' samples from weights that lack a tensor, runs the pickled code of a .bin
+file, and lets a configuration ask for any amount of memory. So everything is read here first, as text and as headers:
+which classes are named, what every field says, and whether each tensor that the network has is there with its shape.
+Nothing of the folder is run, no weight is read, and what is wrong is named.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import SafetensorError, safe_open
+
+from .scheduling_ddpm import MAX_TRAIN_TIMESTEPS, DDPMScheduler, _check_int
+
+MAX_JSON_BYTES = 10 * 2**20  # a configuration has a few thousand; trained_betas of the longest walk make 3 million
+MAX_SIDE, MAX_CHANNELS, MAX_BLOCKS, MAX_LAYERS = 2**16, 2**16, 16, 64  # of a U-net that somebody has trained
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Names that attention had in diffusers until 0.15: its loader knows them still.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_FIELDS = {"tensor_format"}  # of configurations from 2022; means nothing since
+
+
+def check_folder(folder: Path, *, variant: str | None = None, given: Collection[str] = ()) -> None:
+    """Check a saved pipeline before it is loaded.
+
+    Args:
+        folder: with model_index.json, unet/ and scheduler/.
+        variant: of the weights' file, as in diffusion_pytorch_model.fp16.safetensors.
+        given: components that do not come from the folder.
+    Raises:
+        ValueError: something is not as a saved DDPM has it; the message names the file and the field or tensor.
+        OSError: a file cannot be read.
+    """
+    index_file = folder / "model_index.json"
+    index = _read_json(index_file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{index_file}: _class_name is {_quoted(index.get('_class_name'))}: it must be a name")
+    entries = {name: entry for name, entry in index.items() if not name.startswith("_")}
+    if entries.keys() != {"unet", "scheduler"}:
+        raise ValueError(f"{index_file} lists {_quoted(sorted(entries))}: a DDPM has a unet and a scheduler")
+    for name, entry in entries.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+            raise ValueError(f"{index_file}: {name} is {_quoted(entry)}: it must be [library, class]")
+    if "unet" not in given:
+        if entries["unet"] != ["diffusers", "UNet2DModel"]:
+            raise ValueError(
+                f'{index_file}: unet is {_quoted(entries["unet"])}: it must be ["diffusers", "UNet2DModel"]'
+            )
+        _check_unet(folder / "unet", variant)
+    if "scheduler" not in given:
+        library, name = entries["scheduler"]
+        kind = getattr(diffusers, name, None) if library == "diffusers" and name.endswith("Scheduler") else None
+        if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+            raise ValueError(
+                f'{index_file}: scheduler is {_quoted(entries["scheduler"])}: it must be ["diffusers", a scheduler]'
+            )
+        _check_scheduler(folder / "scheduler" / "scheduler_config.json", kind)
+
+
+def check_finite(unet: torch.nn.Module, where: str) -> None:
+    """Raise ValueError if a weight is not a finite number: it would make every picture black, without a word."""
+    bad = [name for name, tensor in unet.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{where}: not all numbers are finite in {_listed(bad)}")
+
+
+def _check_scheduler(file: Path, kind: type) -> None:
+    config = _read_json(file)
+    # A scheduler made from another one's configuration keeps the fields that only the other one has.
+    kinds = [kind, *kind._get_compatibles()]  # type: ignore[attr-defined]
+    known = {name for each in kinds for name in inspect.signature(each.__init__).parameters}
+    _check_fields(file, config, known)
+    betas = config.get("trained_betas")
+    if betas is not None and not (isinstance(betas, list) and 0 < len(betas) <= MAX_TRAIN_TIMESTEPS):
+        raise ValueError(f"{file}: trained_betas is {_quoted(betas)}: a list of numbers or null")
+    try:
+        _check_int("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TRAIN_TIMESTEPS)
+        if kind.__name__ == "DDPMScheduler":
+            DDPMScheduler.from_config(config)  # small by now, and it looks at every field
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _check_unet(folder: Path, variant: str | None) -> None:
+    file = folder / "config.json"
+    config = _read_json(file)
+    _check_fields(file, config, set(inspect.signature(UNet2DModel.__init__).parameters))
+    sizes = config.get("sample_size")
+    limits: list[tuple[str, Any, int]] = [("sample_size", size, MAX_SIDE) for size in _as_list(sizes)]
+    for name in ("in_channels", "out_channels"):
+        limits.append((name, config.get(name, 3), MAX_CHANNELS))
+    widths = _as_list(config.get("block_out_channels", (224, 448, 672, 896)))
+    limits.append(("the number of block_out_channels", len(widths), MAX_BLOCKS))
+    limits += [("block_out_channels", width, MAX_CHANNELS) for width in widths]
+    limits.append(("layers_per_block", config.get("layers_per_block", 2), MAX_LAYERS))
+    if config.get("num_class_embeds") is not None:
+        limits.append(("num_class_embeds", config["num_class_embeds"], 2**31))
+    try:
+        for name, value, greatest in limits:
+            _check_int(name, value, 1, greatest)
+        with torch.device("meta"):  # tensors with shapes but without memory
+            unet = UNet2DModel.from_config(config)
+    except Exception as error:  # whatever a constructor meets
+        raise ValueError(f"{file}: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+
+    found, files = {}, _weight_files(folder, variant)
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  it is not a dict
+                    part = tensors.get_slice(name)
+                    found[_new_name(name)] = (tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+    where = files[0] if len(files) == 1 else folder
+    if missing := wanted.keys() - found.keys():
+        raise ValueError(f"{where} lacks {_listed(sorted(missing))}")
+    if unexpected := found.keys() - wanted.keys():
+        raise ValueError(f"{where} has {_listed(sorted(unexpected))}, which the network of config.json has not")
+    for name, (shape, dtype) in found.items():
+        if shape != wanted[name]:
+            raise ValueError(f"{where}: {name} has shape {shape}, and {wanted[name]} by config.json")
+        if dtype not in FLOATS:
+            raise ValueError(f"{where}: {name} is {dtype}: weights are one of {', '.join(FLOATS)}")
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    base = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    single = folder / f"{base}.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob(f"{base}-*-of-*.safetensors"))
+    if not files:
+        there = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pt", ".safetensors"))
+        raise ValueError(
+            f"{folder} has no {single.name}, but {', '.join(there) or 'no weights at all'}; weights that are pickled "
+            "code (.bin) are not read"
+        )
+    return files
+
+
+def _new_name(name: str) -> str:
+    """A tensor's name today: `mid_block.attentions.0.query.weight` was one of attention."""
+    match = re.fullmatch(rf"(.*attentions\.\d+)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)", name)
+    return f"{match[1]}.{OLD_ATTENTION[match[2]]}.{match[3]}" if match else name
+
+
+def _check_fields(file: Path, config: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(name for name in config if not name.startswith("_") and name not in known | OLD_FIELDS)
+    if unknown:
+        by = f"; it was saved by diffusers {config['_diffusers_version']}" if "_diffusers_version" in config else ""
+        raise ValueError(
+            f"{file} has the field {_quoted(unknown[0])}, which diffusers {diffusers.__version__} does not know{by}"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{file} has {size} bytes: a configuration has at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {_quoted(content)}: it must be an object")
+    return content
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _quoted(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more tensors" if len(names) > 5 else "")

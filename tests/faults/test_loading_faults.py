@@ -1,0 +1,295 @@
+"""F17 to F20: what is damaged, incomplete or made to harm is refused by name, and nothing of it runs."""
+
+import json
+import os
+import pickle
+import struct
+import tracemalloc
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDPMPipeline as BuiltInDDPMPipeline
+from safetensors.torch import load_file, save_file
+
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A saved pipeline of a network of two blocks."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("whole") / "pipeline"
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of it to be damaged."""
+    import shutil
+
+    return shutil.copytree(whole, tmp_path / "pipeline")
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    for name, value in changes.items():
+        content[name] = value
+    file.write_text(json.dumps(content))
+
+
+def refused(folder, *words, error=ValueError, **options):
+    with pytest.raises(error) as caught:
+        DDPMPipeline.from_pretrained(str(folder), **options)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    assert len(str(caught.value)) < 1000, "an error is to be read"
+
+
+def test_what_is_whole_loads(folder):
+    assert DDPMPipeline.from_pretrained(folder).unet.config.in_channels == 1
+    assert DDPMPipeline.from_pretrained(str(folder), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+def test_other_schedulers_and_variants_and_shards_load(folder):
+    pipe = DDPMPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(folder.parent / "ddim", variant="fp16")
+    loaded = DDPMPipeline.from_pretrained(folder.parent / "ddim", variant="fp16")
+    assert isinstance(loaded.scheduler, DDIMScheduler)
+    pipe.unet.save_pretrained(folder / "unet", max_shard_size="30KB")
+    (folder / "unet" / WEIGHTS).unlink(missing_ok=True)
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    again = DDPMPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+
+
+def test_attention_with_the_names_of_2022_loads(folder):
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    expected = DDPMPipeline.from_pretrained(folder).unet.state_dict()
+    save_file(tensors, folder / "unet" / WEIGHTS)
+    loaded = DDPMPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_parts_that_are_given_are_not_looked_at(folder):
+    pipe = DDPMPipeline.from_pretrained(folder)
+    (folder / "unet" / WEIGHTS).write_bytes(b"damaged")
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="v_predict")
+    assert DDPMPipeline.from_pretrained(folder, unet=pipe.unet, scheduler=pipe.scheduler).unet is pipe.unet
+
+
+# ---- F17: pickles ----------------------------------------------------------------------------------------------------
+
+
+class Canary:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickled_weights_are_refused_and_do_not_run(folder, tmp_path):
+    (folder / "unet" / WEIGHTS).unlink()
+    bin_file = folder / "unet" / "diffusion_pytorch_model.bin"
+    bin_file.write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
+    refused(folder, WEIGHTS, "diffusion_pytorch_model.bin", "not read")
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(bin_file.read_bytes())
+    assert (tmp_path / "ran").exists(), "the canary would have sung"
+
+
+def test_pickled_weights_load_when_asked_for(folder):
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
+    unet = DDPMPipeline.from_pretrained(folder, use_safetensors=False).unet
+    assert all(torch.equal(unet.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+# ---- F18: model_index.json -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"unet": ["os", "system"]}, ["unet", "os"]),
+        ({"unet": ["../../evil", "X"]}, ["unet", "../../evil"]),
+        ({"unet": ["/evil", "X"]}, ["unet", "/evil"]),
+        ({"unet": ["diffusers", "AutoencoderKL"]}, ["unet", "AutoencoderKL"]),
+        ({"scheduler": ["os", "system"]}, ["scheduler", "os"]),
+        ({"scheduler": ["diffusers", "DiffusionPipeline"]}, ["scheduler", "DiffusionPipeline"]),
+        ({"scheduler": ["diffusers", "NoSuchScheduler"]}, ["scheduler", "NoSuchScheduler"]),
+        ({"scheduler": ["ddpm_pipeline", "DDPMScheduler"]}, ["scheduler", "ddpm_pipeline"]),
+        ({"vae": ["diffusers", "AutoencoderKL"]}, ["vae"]),
+        ({"unet": [1, 2]}, ["unet", "[1, 2]"]),
+        ({"unet": ["diffusers", "UNet2DModel", "x"]}, ["unet"]),
+        ({"scheduler": None}, ["scheduler", "null"]),
+        ({"_class_name": ["pipeline", "Evil"]}, ["_class_name", "Evil"]),
+        ({"_class_name": None}, ["_class_name"]),
+    ],
+)
+def test_the_index_names_a_unet_and_a_scheduler_of_diffusers(folder, entry, words, tmp_path):
+    (folder / "pipeline.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    edit(folder / "model_index.json", **entry)
+    refused(folder, "model_index.json", *words)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_that_is_no_index(folder):
+    file = folder / "model_index.json"
+    text = file.read_text()
+    for content, word in ((text[:-5], "not JSON"), ("", "not JSON"), ("[]", "object"), ("[" * 100_000, "not JSON")):
+        file.write_text(content)
+        refused(folder, "model_index.json", word)
+    file.write_bytes(b"\xff\xfe")
+    refused(folder, "model_index.json", "not JSON")
+    file.unlink()
+    refused(folder, "model_index.json", "missing", error=OSError)
+
+
+def test_a_huge_index_is_not_read(folder):
+    with open(folder / "model_index.json", "r+b") as file:
+        file.truncate(100 * 2**20)
+    tracemalloc.start()
+    refused(folder, "model_index.json", str(100 * 2**20))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+# ---- F19: the weights ------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_lacks_is_named_where_the_built_in_loader_samples(folder):
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["conv_in.weight"], tensors["mid_block.resnets.0.conv1.bias"]
+    save_file(tensors, file)
+    built_in = BuiltInDDPMPipeline.from_pretrained(folder, low_cpu_mem_usage=False)  # as without accelerate
+    assert built_in(num_inference_steps=1, output_type="np").images.size
+    refused(folder, str(file), "conv_in.weight", "mid_block.resnets.0.conv1.bias")
+
+
+def test_a_tensor_too_many_or_of_another_shape_or_kind_is_named(folder):
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    name = "conv_in.weight"
+    for changed, words in (
+        ({"another.weight": torch.zeros(2)}, ["another.weight"]),
+        ({name: torch.zeros(8, 3, 3, 3)}, [name, "(8, 3, 3, 3)", "(8, 1, 3, 3)"]),
+        ({name: tensors[name].to(torch.int32)}, [name, "I32"]),
+    ):
+        save_file(tensors | changed, file)
+        refused(folder, str(file), *words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_named(folder, value):
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    tensors["conv_out.bias"][0] = value
+    save_file(tensors, file)
+    refused(folder, "conv_out.bias", "finite")
+
+
+def test_a_damaged_safetensors_file_is_named(folder):
+    file = folder / "unet" / WEIGHTS
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    first, second = [name for name in header if name != "__metadata__"][:2]
+    overlapping = json.loads(json.dumps(header))
+    overlapping[second]["data_offsets"][0] = overlapping[first]["data_offsets"][0]
+    text = json.dumps(overlapping).encode()
+    for damaged in (
+        struct.pack("<Q", 2**63) + content[8:],
+        struct.pack("<Q", len(text)) + text + content[8 + length :],
+        content[:-1],
+        content[:4],
+        b"",
+    ):
+        file.write_bytes(damaged)
+        refused(folder, str(file), "safetensors")
+
+
+# ---- F20: the configurations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"in_channels": 3}, ["conv_in.weight", "(8, 1, 3, 3)", "(8, 3, 3, 3)"]),
+        ({"in_channels": 10**12}, ["in_channels", str(10**12)]),
+        ({"in_channels": 0}, ["in_channels", "0"]),
+        ({"in_channels": "1"}, ["in_channels", "'1'"]),
+        ({"out_channels": 4}, ["conv_out"]),
+        ({"sample_size": 0}, ["sample_size", "0"]),
+        ({"sample_size": [16, -1]}, ["sample_size", "-1"]),
+        ({"layers_per_block": 10**9}, ["layers_per_block", str(10**9)]),
+        ({"block_out_channels": [2**40, 2**40]}, ["block_out_channels", str(2**40)]),
+        ({"block_out_channels": [8] * 10**5}, ["block_out_channels", str(10**5)]),
+        ({"block_out_channels": [2**16, 2**16]}, ["shape"]),
+        ({"down_block_types": ["DownBlock2D", "../evil"]}, ["../evil"]),
+        ({"num_class_embeds": 10**18}, ["num_class_embeds", str(10**18)]),
+        ({"chanels": 3}, ["chanels", "does not know"]),
+    ],
+)
+def test_a_network_that_cannot_be_is_named_and_takes_no_memory(folder, changes, words):
+    edit(folder / "unet" / "config.json", **changes)
+    tracemalloc.start()
+    refused(folder, *words)
+    assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_train_timesteps": 0}, ["num_train_timesteps", "0"]),
+        ({"num_train_timesteps": 10**10}, ["num_train_timesteps", str(10**10)]),
+        ({"num_train_timesteps": 1e10}, ["num_train_timesteps"]),
+        ({"prediction_type": "v_predict"}, ["prediction_type", "v_predict"]),
+        ({"variance_type": "small"}, ["variance_type", "small"]),
+        ({"beta_schedule": "square"}, ["beta_schedule", "square"]),
+        ({"beta_end": 20.0}, ["bet"]),
+        ({"trained_betas": "evil"}, ["trained_betas", "evil"]),
+        ({"trained_betas": [0.1] * 200_000}, ["trained_betas"]),
+        ({"predicton_type": "epsilon"}, ["predicton_type", "does not know"]),
+    ],
+)
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
+def test_a_walk_that_cannot_be_is_named_and_takes_no_memory(folder, changes, words, scheduler):
+    of_ddpm_alone = {"variance_type", "prediction_type", "beta_schedule", "beta_end"}
+    if scheduler != "DDPMScheduler" and changes.keys() & of_ddpm_alone:
+        pytest.skip("the values of other schedulers' fields are diffusers' own to check")
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
+    file = folder / "scheduler" / "scheduler_config.json"
+    edit(file, _class_name=scheduler, **changes)
+    tracemalloc.start()
+    refused(folder, "scheduler_config.json", *words)
+    assert tracemalloc.get_traced_memory()[1] < 60 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5])
+def test_steps_that_cannot_be(folder, steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps is {steps}"):
+        DDPMPipeline.from_pretrained(folder)(num_inference_steps=steps)
+
+
+def test_the_field_that_nobody_reads_any_more_is_let_through(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", tensor_format="pt")
+    assert DDPMPipeline.from_pretrained(folder)
