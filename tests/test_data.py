@@ -493,7 +493,7 @@ def test_a_cache_is_whole_or_not_there(folder, load, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_to_disk", to_disk)
     load()
     (made,) = (tmp_path / "cache").iterdir()
-    assert sorted(path.name for path in made.iterdir()) == ["images.npy", "meta.json"]
+    assert sorted(path.name for path in made.iterdir()) == ["images.npy", "meta.json", "names.txt"]
     with open(made / "images.npy", "r+b") as file:
         file.truncate(150)
     with pytest.raises(ValueError, match=r"damaged.*delete it"):

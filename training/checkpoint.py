@@ -3,95 +3,211 @@
     checkpoint-000500/  model.safetensors  ema.safetensors  optimizer.pt  manifest.json
 
 A checkpoint is written into a temporary folder, its files are made safe on the disk, and only then it gets its name;
-older ones are deleted after that. The manifest holds size and sha256 of each file, and the step, the global batch, the
-number of processes, the configuration and the versions. Random numbers need no state: see ddpm_pipeline/chance.py.
+it is read again, and older ones are deleted after that. The manifest holds size and sha256 of each file, and the step,
+the global batch, the number of processes, the configuration and the versions. Random numbers need no state: see
+ddpm_pipeline/chance.py. A run holds the lock of its folder, so that no two write into one.
+
+Other names in the folder: `checkpoint-000500.tmp-PID` is half a checkpoint, or one that is being deleted;
+`checkpoint-000500.old` is a whole one whose place another of the same step is taking. `clear` sees to both.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
+import socket
 import subprocess
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
 WEIGHTS, AVERAGE, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
+LOCK = ".lock"
+ROOM_FOR_HEADERS = 2**20  # bytes of a checkpoint besides its tensors, at most
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another run."""
+    """A checkpoint is missing, damaged, or of another run; or the folder of the run cannot be used."""
+
+
+class NoRoomError(OSError):
+    """A checkpoint could not be written; what was there before is untouched."""
+
+
+def lock(output_dir: Path) -> IO[str]:
+    """Make the folder if it is missing, and lock it for this process until the file that is returned is closed.
+
+    Raises:
+        CheckpointError: it cannot be made or written into, or another process has it.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = open(output_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  held open on purpose
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir is {str(output_dir)!r}: {error.strerror}; give a folder to write into"
+        ) from None
+    try:
+        import fcntl
+    except ImportError:  # Windows has none: there two runs in one folder are not noticed
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise CheckpointError(
+                f"output_dir is {str(output_dir)!r}: another run is writing into it ({file.read().strip()}); give "
+                "another folder, or wait for that run"
+            ) from None
+        warnings.warn(f"{output_dir / LOCK} cannot be locked: {error.strerror}", stacklevel=2)  # some network drives
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def clear(output_dir: Path) -> None:
+    """Remove what interrupted runs left, and put back a whole checkpoint that was to be replaced. Lock first."""
+    for path in sorted(output_dir.glob("checkpoint-*")):
+        name, _, rest = path.name.partition(".")
+        if not NAME.fullmatch(name) or not path.is_dir():
+            continue
+        if rest == "old" and not (output_dir / name).exists():
+            path.rename(output_dir / name)
+        elif rest == "old" or re.fullmatch(r"tmp(-\d+)?", rest):
+            _delete(path)
+
+
+def check_room(output_dir: Path, needed: int) -> None:
+    """Raise NoRoomError if `needed` bytes are not free there."""
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise NoRoomError(
+            errno.ENOSPC, f"a checkpoint needs {needed:,} bytes, and {free:,} are free: make room", str(output_dir)
+        )
 
 
 def save(
     output_dir: Path,
     step: int,
     *,
-    model: dict[str, Tensor],
-    ema: dict[str, Tensor],
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
     optimizer: dict[str, Any],
     facts: dict[str, Any],
     total_limit: int,
 ) -> Path:
     """Write a checkpoint after `step` optimizer steps, then delete all but the newest `total_limit` up to this step.
 
-    Those of later steps are of a run that this one replaces: "latest" must not find them.
+    Those of later steps are of a run that this one replaces: "latest" must not find them. A checkpoint that cannot be
+    deleted is warned of.
 
     Args:
         model, ema: named float32 tensors.
         optimizer: a state dict of tensors, numbers, lists and dicts.
         facts: what else the manifest shall hold; plain JSON.
+    Raises:
+        NoRoomError: it cannot be written; the message has the path, the bytes that are needed and those that are free.
     """
     final = output_dir / f"checkpoint-{step:06d}"
-    temporary = output_dir / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / WEIGHTS)
-    save_file(ema, temporary / AVERAGE)
-    torch.save(optimizer, temporary / OPTIMIZER)
-    files = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-        for name in (WEIGHTS, AVERAGE, OPTIMIZER)
-    }
-    manifest = {"step": step, **facts, "files": files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _to_disk(path)
-    if final.exists():  # of a run that was resumed from an earlier step
-        shutil.rmtree(final)
-    temporary.replace(final)
-    _to_disk(output_dir)
+    temporary = output_dir / f"{final.name}.tmp-{os.getpid()}"
+    _reached("begin")
+    needed = bytes_of(model, ema, optimizer)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_room(output_dir, needed)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files = {}
+        for name, content in (
+            (WEIGHTS, lambda: safetensors_bytes({name: tensor.contiguous() for name, tensor in model.items()})),
+            (AVERAGE, lambda: safetensors_bytes(dict(ema))),
+            (OPTIMIZER, lambda: _torch_bytes(optimizer)),
+        ):
+            files[name] = _write(temporary / name, content())
+        _write(temporary / MANIFEST, json.dumps({"step": step, **facts, "files": files}, indent=2).encode() + b"\n")
+        _to_disk(temporary)
+        _reached("named")
+        old = output_dir / f"{final.name}.old"
+        if final.exists():  # of a run that was resumed from an earlier step
+            final.replace(old)
+            _reached("replaced")
+        temporary.replace(final)
+        _to_disk(output_dir)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
+        raise NoRoomError(
+            error.errno or errno.EIO,
+            f"{final} cannot be written: {error.strerror or error}. It needs {needed:,} bytes, {free:,} are free; "
+            "earlier checkpoints are as they were",
+            str(final),
+        ) from error
+    verified(final)  # as the disk has it now; only then an older one may go
+    _reached("rotate")
+    if old.exists():
+        _delete(old)
     kept = [path for number, path in sorted(_named(output_dir)) if number <= step][-total_limit:]
-    for _, old in _named(output_dir):
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    for _, path in _named(output_dir):
+        if path not in kept:
+            _delete(path)
+            _reached("rotating")
+    _reached("end")
     return final
 
 
-def find(output_dir: Path, which: str) -> tuple[Path, dict[str, Any]]:
+def bytes_of(model: Mapping[str, Tensor], ema: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None = None) -> int:
+    """About how many bytes a checkpoint takes; without an optimizer's state, that of Adam, which is yet to come."""
+    tensors = [*model.values(), *ema.values()]
+    if optimizer is None:
+        tensors += [*ema.values(), *ema.values()]
+    else:
+        tensors += [value for state in optimizer.get("state", {}).values() for value in state.values()]
+    return ROOM_FOR_HEADERS + sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def find(output_dir: Path, which: str, say: Callable[[str], object] = lambda line: None) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that `which` names, and its manifest: "latest", the newest whole one, or a folder.
 
+    Args:
+        say: is told of each newer one that is damaged and passed over, and why.
     Raises:
-        CheckpointError: there is none, or the folder named is missing or damaged.
+        CheckpointError: there is none, or the folder named is missing, damaged, or not of this run.
     """
     if which != "latest":
         path = Path(which)
-        return path, verified(path)
+        manifest = verified(path)
+        real = path.resolve()
+        if real.parent != output_dir.resolve() or not NAME.fullmatch(real.name):
+            raise CheckpointError(
+                f"resume_from_checkpoint is {which!r}: that is no checkpoint of the run in {output_dir}; "
+                "output_dir must be the folder of its run"
+            )
+        return path, manifest
     reasons = []
     for _, path in sorted(_named(output_dir), reverse=True):
         try:
-            return path, verified(path)
+            manifest = verified(path)
         except CheckpointError as error:
             reasons.append(str(error))
+            say(f"{path.name} is passed over: {error}")
+        else:
+            return path, manifest
     raise CheckpointError("; ".join(reasons) or f"{output_dir} has no checkpoint to resume from")
 
 
@@ -104,7 +220,7 @@ def verified(path: Path) -> dict[str, Any]:
             for name in (WEIGHTS, AVERAGE, OPTIMIZER)
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path / MANIFEST} is not that of a checkpoint: {type(error).__name__}: {error}") from None
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
@@ -140,8 +256,50 @@ def _named(output_dir: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), path
 
 
+def _delete(folder: Path) -> None:
+    """Out of sight at once, then gone: a folder that is half deleted has no checkpoint's name."""
+    try:
+        if ".tmp" not in folder.name:
+            hidden = folder.with_name(f"{folder.name.partition('.')[0]}.tmp-{os.getpid()}")
+            folder.replace(hidden)
+            folder = hidden
+            _reached("deleting")
+        shutil.rmtree(folder)
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be deleted: {error.strerror or error}", stacklevel=2)
+
+
+def _torch_bytes(state: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
+    """Write a file, safe on the disk: its size and sha256, of what should be there."""
+    half = len(content) // 2
+    with open(path, "xb") as file:
+        file.write(content[:half])
+        file.flush()
+        _reached(path.name)
+        file.write(content[half:])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _reached(phase: str) -> None:
+    """Tests let a run die here, as if the power had gone: DDPM_CRASH_AT=phase, or phase:N for the N-th time."""
+    wanted, _, times = os.environ.get("DDPM_CRASH_AT", "").partition(":")
+    if wanted == phase:
+        os.environ["DDPM_CRASH_AT"] = f"{phase}:{int(times or 1) - 1}"
+        if int(times or 1) <= 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

@@ -50,10 +50,13 @@ class Config:
         ema_max_decay: of the moving average of the weights, after its warm-up; samples use the average.
         ema_inv_gamma: of the average's warm-up.
         ema_power: of the average's warm-up.
+        on_nonfinite: a step with a loss or gradient that is not a finite number is never done; "stop" then ends the run
+            with the images named, "skip" goes on with the next step.
         mixed_precision: what the network computes in: no (float32), fp16, bf16, or auto: bf16 where the machine has it.
         cpu_threads: threads of one process on a CPU; by default the processes share out all cores. (`accelerate launch`
             asks for one thread, which is not obeyed.)
         compile: compile the network with torch.compile.
+        deterministic: only operations that give the same bits each time, as on a CPU they do anyway; slower on a GPU.
         seed: of the first weights and of every random number.
         logging_steps: steps between two lines of metrics.
         save_images_steps: steps between two sample pictures; 0: only at the end.
@@ -95,9 +98,11 @@ class Config:
     ema_max_decay: float = 0.9999
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     cpu_threads: int | None = None
     compile: bool = False
+    deterministic: bool = False
     seed: int = 0
     logging_steps: int = 50
     save_images_steps: int = 1000

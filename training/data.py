@@ -5,6 +5,7 @@ what all must share (size, channels, 8 or 16 bits), a second pass decodes. Then 
 hash of everything it depends on, and the next run maps it into memory and starts at once.
 
     <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
+    <cache_dir>/<key>/names.txt    their names, one line of JSON for each
     <cache_dir>/<key>/meta.json    what it was made from, which pictures were left out and why
 
 What a picture means: its first frame, turned upright as its EXIF says, composited on a background where it is
@@ -36,7 +37,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-FORMAT = 1  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
+FORMAT = 2  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
 NUM_MOONS = 8192
 # Pillow goes by content, not by name, and some of its formats start other programs (EPS): so only these.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -58,6 +59,12 @@ class ImageSet:
     images: np.ndarray  # (N, C, H, W) uint8 or uint16, memory-mapped read-only
     source: str  # what it was made from, in words for the log and the card
     skipped: tuple[str, ...]  # "name: reason" of the unreadable files that were left out on request
+    names_file: Path  # one line of JSON for each picture
+
+    def name(self, i: int) -> str:
+        """What picture i is called: its path in the folder, or its row."""
+        with open(self.names_file, encoding="ascii") as lines:
+            return str(json.loads(next(islice(lines, i, None))))
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -193,7 +200,8 @@ def load_images(
 
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
-        return ImageSet(np.load(folder / "images.npy", mmap_mode="r"), meta["source"], tuple(meta["skipped"]))
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        return ImageSet(images, meta["source"], tuple(meta["skipped"]), folder / "names.txt")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it") from error
 
@@ -293,6 +301,7 @@ def _draw_moons(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
             yield from moons.images(range(start, min(start + at_once, NUM_MOONS))).numpy()
 
     _write(folder, tqdm(images(), "drawing moons", NUM_MOONS), (1, *size), "uint8")
+    (folder / "names.txt").write_text("".join(f'"moon {i}"\n' for i in range(NUM_MOONS)), encoding="ascii")
     return {"source": f"{NUM_MOONS} moons, drawn with seed 0, {size[0]} x {size[1]}", "skipped": []}
 
 
@@ -331,16 +340,14 @@ def _decode_all(
             raise ValueError(f"{name_a} has {a} channels and {name_b} has {b}: they cannot be in one data set")
 
         # Pixels. Rows are written one after the other, so a picture that turns out bad leaves no hole.
-        images: Iterable[np.ndarray] = ()
         channels = max(first_with, default=1)
         height, width = size or (sizes.most_common(1)[0][0] if sizes else (1, 1))
         background = colour if channels != 1 else (_luminance(colour),)
         target = _Target(channels, f"uint{bits}", height, width, center_crop, background)
-        if sizes:
+        with open(folder / "names.txt", "w", encoding="ascii") as names:
             items = ((i, name, payload) for i, (name, payload) in enumerate(rows()) if i not in bad)
             attempts = _attempts(partial(_decode, target=target), items, pool, count - len(bad), "decoding")
-            images = _good(attempts, bad)
-        number = _write(folder, images, (channels, height, width), target.dtype)
+            number = _write(folder, _good(attempts, bad, names), (channels, height, width), target.dtype)
 
     listed = [line for _, line in sorted(bad.items())]
     if listed and (on_bad_image == "stop" or not number):
@@ -358,11 +365,12 @@ def _decode_all(
     return {"source": "; ".join(words), "skipped": listed}
 
 
-def _good(attempts: Iterable[tuple[int, str, Any, str]], bad: dict[int, str]) -> Iterator[np.ndarray]:
+def _good(attempts: Iterable[tuple[int, str, Any, str]], bad: dict[int, str], names: Any) -> Iterator[np.ndarray]:
     for i, name, image, reason in attempts:
         if image is None:
             bad[i] = f"{name}: {reason}"
         else:
+            names.write(json.dumps(name) + "\n")
             yield image
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,34 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from training.checkpoint import NoRoomError  # noqa: E402
 from training.config import Config, parse  # noqa: E402
+from training.stopping import EXIT_CODE, Stop, processes_asked  # noqa: E402
 
 DROPOUT, NEW_WEIGHTS = 5, 6  # purposes of random numbers, besides those of objective.py and batches.py
 SAMPLE_SEED = 1_000_000  # sample picture i is drawn from seed SAMPLE_SEED + i, so one sees the same pictures get better
 
 
-def main(config: Config) -> None:
+class OutOfMemory(RuntimeError):
+    """The message says which settings need less."""
+
+
+def main(config: Config, stop: Stop) -> int:
+    """Train, and return the exit code: 0, or 143 after a signal."""
     # ---- Accelerator: processes, device, precision -------------------------------------------------------------------
     from accelerate import Accelerator
 
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     accelerator = Accelerator(mixed_precision=precision(config))
+    asked = processes_asked()
+    if asked is not None and asked != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher was asked for {asked} processes, and {accelerator.num_processes} started: on CPUs give "
+            "torchrun --nproc-per-node N training/train.py"
+        )
     device, main_process = accelerator.device, accelerator.is_main_process
     if device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -41,11 +60,14 @@ def main(config: Config) -> None:
     per_process, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     global_batch = per_process * accelerator.num_processes * accumulation
     output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir is {config.output_dir!r}: {error.strerror}; give a folder") from None
     say = accelerator.print
+
+    from training import checkpoint
+
+    locked = checkpoint.lock(output_dir) if main_process else None
+    if main_process:
+        checkpoint.clear(output_dir)
+    accelerator.wait_for_everyone()
 
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
     from training.batches import Batches
@@ -74,7 +96,6 @@ def main(config: Config) -> None:
     # ---- Walk, network, average, optimizer ---------------------------------------------------------------------------
     from ddpm_pipeline import chance, objective
     from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
-    from training import checkpoint
     from training.denoiser import choose_attention, make_denoiser
     from training.ema import FlatEMA
 
@@ -107,7 +128,12 @@ def main(config: Config) -> None:
     # ---- Resume ------------------------------------------------------------------------------------------------------
     done = 0
     if config.resume_from_checkpoint:
-        path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint)
+        path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
+        for what, now, then in differences(manifest, config, len(data), data.source):
+            raise checkpoint.CheckpointError(
+                f"{path} was trained with {what} {then!r}, now it is {now!r}: that is another run; give it an "
+                "output_dir of its own"
+            )
         if manifest["global_batch"] != global_batch:
             raise checkpoint.CheckpointError(
                 f"{path} was trained with a global batch of {manifest['global_batch']}, now it is {global_batch}: "
@@ -124,6 +150,9 @@ def main(config: Config) -> None:
     elif main_process and any(output_dir.glob("checkpoint-*")):
         say(f"{output_dir} has checkpoints of an earlier run, which this run begins to replace; "
             "to go on with it, --resume_from_checkpoint latest")  # fmt: skip
+
+    if main_process:  # now, not after the first hour
+        checkpoint.check_room(output_dir, checkpoint.bytes_of(unet.state_dict(), ema.state_dict()))
 
     # ---- The run's folder --------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=done) if main_process else None
@@ -145,7 +174,10 @@ def main(config: Config) -> None:
         + (f" or {config.max_train_minutes:g} minutes" if config.max_train_minutes else "")
     )
 
+    saved = done  # the step of the newest checkpoint
+
     def save_checkpoint(step: int) -> None:
+        nonlocal saved
         if main_process:
             checkpoint.save(
                 output_dir,
@@ -157,9 +189,20 @@ def main(config: Config) -> None:
                 total_limit=config.checkpoints_total_limit,
             )
         accelerator.wait_for_everyone()
+        saved = step
 
-    def draw_samples(step: int) -> Tensor:
-        """Sample pictures by all processes, image i from a seed of its own, with the averaged weights."""
+    def on_any(*flags: bool) -> list[bool]:
+        """Each flag, if it is set on some process: the same answer on all."""
+        if accelerator.num_processes == 1:
+            return list(flags)
+        total: Tensor = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=device), "sum")
+        return (total > 0).tolist()
+
+    def draw_samples(step: int) -> Tensor | None:
+        """Sample pictures by all processes, image i from a seed of its own, with the averaged weights.
+
+        None if the run shall end, or if the memory is not enough.
+        """
         from ddpm_pipeline import DDPMPipeline
 
         number = config.num_sample_images
@@ -167,24 +210,45 @@ def main(config: Config) -> None:
         share = -(-number // accelerator.num_processes)
         mine += [0] * (share - len(mine))  # all processes draw as many
         unet.eval()
+        images: list[Any] = []
+        no_memory = None
         with ema.applied(), torch.autocast(device.type, computes_in, enabled=computes_in != torch.float32):
             pipe = DDPMPipeline(unet, scheduler)
             pipe.set_progress_bar_config(desc=f"samples of step {step}", leave=False, disable=not main_process)
-            images: list[Any] = []
-            for start in range(0, share, 64):
-                seeds = [SAMPLE_SEED + i for i in mine[start : start + 64]]
-                steps = config.ddpm_num_inference_steps
-                images += pipe(seeds=seeds, num_inference_steps=steps, output_type="latent", return_dict=False)
+
+            def end_early(pipe: DDPMPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+                pipe.interrupt = stop.asked()
+                return {}
+
+            try:
+                for start in range(0, share, 64):
+                    images += pipe(
+                        seeds=[SAMPLE_SEED + i for i in mine[start : start + 64]],
+                        num_inference_steps=config.ddpm_num_inference_steps,
+                        output_type="latent",
+                        return_dict=False,
+                        callback_on_step_end=end_early,
+                    )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                no_memory = error
         unet.train()
+        stopping, without = on_any(stop.asked(), no_memory is not None)
+        if without:
+            say(f"WARNING: no samples of step {step}, for there is not enough memory: lower num_sample_images, "
+                f"which is {number}. Training is not touched by it.")  # fmt: skip
+        if stopping or without:
+            return None
         gathered = accelerator.gather(torch.cat(images))
         # Process p drew images p, p + P, p + 2 P, ...: put them back in order.
         return gathered.unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:number]
 
-    def save_samples(step: int) -> Tensor:
+    def save_samples(step: int) -> Tensor | None:
         from training import pictures
 
         samples = draw_samples(step)
-        if log is not None:
+        if log is not None and samples is not None:
             log.picture(step, pictures.grid(samples))
         return samples
 
@@ -195,70 +259,98 @@ def main(config: Config) -> None:
     progress = tqdm(total=config.max_train_steps, initial=done, desc="training", disable=not main_process)
     losses = torch.zeros((), device=device)
     started = logged_at = time.monotonic()
-    logged_step = step = done
-    out_of_time = False
-    while step < config.max_train_steps and not out_of_time:
+    step, counted, skipped = done, 0, 0
+    stopping = out_of_time = False
+    stop.in_loop = True
+    while step < config.max_train_steps and not out_of_time and not stopping:
         learning_rate = config.learning_rate_at(step + 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed(chance.key(config.seed, DROPOUT, step, accelerator.process_index))
 
+        step_loss = torch.zeros((), device=device)
+        shown: list[tuple[Tensor, Tensor, Tensor]] = []  # places, predictions and targets of this process
         for part in range(accumulation):
             first = (part * accelerator.num_processes + accelerator.process_index) * per_process
             place = torch.arange(first, first + per_process)
-            x_0 = batches.images(step, place)
-            lesson = objective.draw_lesson(scheduler, x_0, seed=config.seed, step=step, index=place)
-            last = part == accumulation - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                prediction = model(lesson.x_t, lesson.t, return_dict=False)[0]
-                loss = objective.simple_loss(prediction, lesson.target) / accumulation
-                accelerator.backward(loss)
-            losses += loss.detach()
+            try:
+                x_0 = batches.images(step, place)
+                lesson = objective.draw_lesson(scheduler, x_0, seed=config.seed, step=step, index=place)
+                last = part == accumulation - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    prediction = model(lesson.x_t, lesson.t, return_dict=False)[0]
+                    loss = objective.simple_loss(prediction, lesson.target) / accumulation
+                    accelerator.backward(loss)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(
+                    f"there is not enough memory for step {step + 1}. A smaller train_batch_size needs less; "
+                    f"{less_memory(config)} keeps the global batch at {global_batch}. {last_checkpoint(saved)}"
+                ) from error
+            step_loss += loss.detach()
+            shown.append((place, prediction.detach(), lesson.target))
 
         norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        # The same on all processes. fp16's scaler has steps with such a norm now and then, and leaves them out itself.
-        if accelerator.scaler is None and not norm.isfinite():
-            raise FloatingPointError(
-                f"the norm of the gradient is {norm.item()} in step {step + 1}, at learning rate {learning_rate:g}, so "
-                "the step is not done: lower learning_rate, and go on with --resume_from_checkpoint latest"
+        # fp16's scaler has steps with such a norm now and then, and leaves them out itself.
+        finite = step_loss.isfinite() & (norm.isfinite() if accelerator.scaler is None else True)
+        late = bool(config.max_train_minutes) and time.monotonic() - started > 60 * (config.max_train_minutes or 0)
+        broken, stopping, out_of_time = on_any(not finite.item(), stop.asked(), late)
+        if broken:  # before optimizer and average move
+            message = (
+                f"loss or gradient of step {step + 1} is not a number: loss {step_loss.item():g} in this process, norm "
+                f"of the gradient {float(norm):g}, learning rate {learning_rate:g}; images "
+                + ", ".join(gather_names(accelerator, suspects(shown, batches, step), data))
             )
-        optimizer.step()
+            if config.on_nonfinite == "stop":
+                raise FloatingPointError(
+                    f"{message}. The step is not done. {last_checkpoint(saved)} Lower learning_rate, or look at the "
+                    "images; --on_nonfinite skip leaves such steps out"
+                )
+            say(f"WARNING: {message}. The step is left out")
+            skipped += 1
+        else:
+            optimizer.step()
+            skipped += accelerator.optimizer_step_was_skipped  # by fp16's scaler
+            losses += step_loss
+            counted += 1
         optimizer.zero_grad()
         step += 1
-        ema.update(step)
+        if not broken:
+            ema.update(step)
         progress.update()
 
         if step == 1 or step % config.logging_steps == 0 or step == config.max_train_steps:
-            mean_loss = (accelerator.reduce(losses, "mean") / (step - logged_step)).item()
-            if mean_loss != mean_loss or mean_loss == float("inf"):
-                raise FloatingPointError(
-                    f"the loss is {mean_loss} between steps {logged_step + 1} and {step}, at learning rate "
-                    f"{learning_rate:g}: lower learning_rate, and go on with --resume_from_checkpoint latest"
-                )
+            mean_loss = (accelerator.reduce(losses, "mean") / counted).item() if counted else math.nan
             now = time.monotonic()
-            per_second = (step - logged_step) * global_batch / (now - logged_at)
-            if log is not None:
+            per_second = max(1, counted) * global_batch / (now - logged_at)
+            if log is not None and counted:
                 log.metrics(step, loss=mean_loss, learning_rate=learning_rate, images=step * global_batch,
-                            images_per_second=per_second, ema_decay=ema.decay_at(step))  # fmt: skip
+                            images_per_second=per_second, ema_decay=ema.decay_at(step), skipped=skipped)  # fmt: skip
             progress.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{per_second:.0f}")
             losses.zero_()
-            logged_at, logged_step = now, step
-        if config.max_train_minutes:
-            out_of_time = time.monotonic() - started > 60 * config.max_train_minutes
-            if accelerator.num_processes > 1:  # it is late for all when it is for one
-                late = torch.tensor(float(out_of_time), device=device)
-                out_of_time = accelerator.reduce(late, "sum").item() > 0
-        ended = out_of_time or step == config.max_train_steps
-        if step % config.checkpointing_steps == 0 or ended:
+            logged_at, counted = now, 0
+        if step % config.checkpointing_steps == 0:
             save_checkpoint(step)
+        ended = stopping or out_of_time or step == config.max_train_steps
         if config.save_images_steps and step % config.save_images_steps == 0 and not ended:
             paused = time.monotonic()
             save_samples(step)
             pause = time.monotonic() - paused
             started, logged_at = started + pause, logged_at + pause  # drawing is not training
+            (stopping,) = on_any(stop.asked())
+    if saved != step:
+        save_checkpoint(step)
+    stop.in_loop = False
     progress.close()
+    if stopping:
+        say(f"asked to end: checkpoint after step {step} written; go on with --resume_from_checkpoint latest")
+        if log is not None:
+            log.close()
+        accelerator.end_training()
+        return EXIT_CODE
     minutes = (time.monotonic() - started) / 60
-    say(f"trained {step - done} steps in {minutes:.1f} minutes")
+    say(f"trained {step - done} steps in {minutes:.1f} minutes" + (f", {skipped} left out" if skipped else ""))
 
     # ---- Save: the pipeline, its samples, the walk -------------------------------------------------------------------
     samples = save_samples(step)
@@ -273,8 +365,8 @@ def main(config: Config) -> None:
             x_0 = batches.images(0, torch.zeros(1, dtype=torch.int64))
             steps = config.ddpm_num_inference_steps
             walk = pictures.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
-        walk.save(log.folder / "samples" / "walk.png")
-        if config.dataset_name == "moons":
+        log.save(walk, "walk.png")
+        if config.dataset_name == "moons" and samples is not None:
             say(measure_moons(log, step, samples))
         log.close()
         say(
@@ -283,6 +375,60 @@ def main(config: Config) -> None:
             f'    image = DDPMPipeline.from_pretrained("{output_dir / "pipeline"}")(num_inference_steps=50).images[0]'
         )
     accelerator.end_training()
+    if locked is not None:
+        locked.close()
+    return 0
+
+
+# ---- When things go wrong --------------------------------------------------------------------------------------------
+
+
+def differences(
+    manifest: dict[str, Any], config: Config, num_images: int, source: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, now, then) of what makes a run another one: its network, walk, seed and pictures."""
+    then = manifest["config"]
+    for name in ("denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"):
+        if then[name] != getattr(config, name):
+            yield name, getattr(config, name), then[name]
+    if (manifest["num_images"], manifest["source"]) != (num_images, source):
+        yield "the pictures", f"{num_images}: {source}", f"{manifest['num_images']}: {manifest['source']}"
+
+
+def suspects(shown: list[tuple[Tensor, Tensor, Tensor]], batches: Any, step: int) -> list[int]:
+    """Which pictures of this process have an error that is not finite; all, if it is in the gradient alone."""
+    bad = [place[~(out.float() - target).square().flatten(1).mean(1).isfinite().cpu()] for place, out, target in shown]
+    chosen = torch.cat(bad) if sum(map(len, bad)) else torch.cat([place for place, _, _ in shown])
+    return [int(i) for i in batches.indices(step, chosen)]
+
+
+def gather_names(accelerator: Any, mine: list[int], data: Any) -> list[str]:
+    """Number and name of the pictures that the processes suspect."""
+    from accelerate.utils import gather_object
+
+    indices = sorted(set(gather_object(mine))) if accelerator.num_processes > 1 else sorted(set(mine))
+    return [f"{i} ({data.name(i)})" for i in indices]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own error on a GPU; on a CPU a RuntimeError of its allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def less_memory(config: Config) -> str:
+    """Flags for half the memory and the same global batch, as near as they come."""
+    size, passes = config.train_batch_size, config.gradient_accumulation_steps
+    factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
+    if factor == 1:
+        return "a smaller resolution or denoiser helps, since train_batch_size is 1 already; nothing else"
+    return f"--train_batch_size {size // factor} --gradient_accumulation_steps {passes * factor}"
+
+
+def last_checkpoint(saved: int) -> str:
+    return f"The checkpoint after step {saved} is whole." if saved else "There is no checkpoint yet."
+
+
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 
 def precision(config: Config) -> str:
@@ -324,8 +470,6 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
 
 def measure_moons(log: Log, step: int, samples: Tensor) -> str:
     """How near the samples are to true moons, and whether they are of all phases."""
-    import math
-
     from ddpm_pipeline.moons import phase_of
 
     match = phase_of(samples.float().clamp(-1, 1).cpu())
@@ -356,33 +500,57 @@ class Log:
 
         self.folder = folder
         self._writer: Any = None
+        self._file: Any = None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         settings = config.as_dict() | {"resume_from_checkpoint": None}  # so that the file starts a run of its own
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         path = folder / "metrics.jsonl"
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
-        path.write_text("".join(line for line in kept if json.loads(line)["step"] <= after_step), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= after_step]
+        path.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._purge_step = after_step + 1
+        self._warned: set[str] = set()
 
     def metrics(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._harmless("metrics"):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if step > 1:  # not before the first step is done: tensorboard takes a second to import
-            for name, value in values.items():
-                self._tensorboard().add_scalar(name, value, step)
+            with self._harmless("tensorboard"):
+                for name, value in values.items():
+                    self._tensorboard().add_scalar(name, value, step)
 
     def picture(self, step: int, image: Any) -> None:
         import numpy as np
 
-        image.save(self.folder / "samples" / f"step-{step:06d}.png")
+        self.save(image, f"step-{step:06d}.png")
         array = np.asarray(image)
-        self._tensorboard().add_image("samples", array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+        with self._harmless("tensorboard"):
+            layout = "HW" if array.ndim == 2 else "HWC"
+            self._tensorboard().add_image("samples", array, step, dataformats=layout)
+
+    def save(self, image: Any, name: str) -> None:
+        with self._harmless("pictures"):
+            image.save(self.folder / "samples" / name)
 
     def close(self) -> None:
-        self._file.close()
+        with self._harmless("metrics"):
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with self._harmless("tensorboard"):
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _harmless(self, what: str) -> Iterator[None]:
+        """A log that cannot be written is told of once, and training goes on: it is worth more."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                why = f"{what} in {self.folder} cannot be written: {error.strerror or error}"
+                print(f"WARNING: {why}. Training goes on", file=sys.stderr)
 
     def _tensorboard(self) -> Any:
         if self._writer is None:
@@ -392,10 +560,23 @@ class Log:
         return self._writer
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a half one, which a run left that was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 if __name__ == "__main__":
     settings = parse()
     try:
-        main(settings)
+        with Stop() as stop:
+            code = main(settings, stop)
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except (FloatingPointError, OutOfMemory, NoRoomError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,77 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: the step that runs is finished, a checkpoint is written, and the run ends with 143.
+
+A signal only sets a flag, which the loop asks for after each step; there is no other safe place. A second one ends the
+process at once. Before the loop begins and after it has ended nothing can be lost, so there the first one ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell says it of a process that SIGTERM ended
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+# One `kill` of a process group reaches a process twice: itself, and by torchrun, which passes its own on.
+SAME_SIGNAL = 1.0  # seconds
+
+
+class Stop:
+    """Takes the signals while it is a context; `asked` says whether one came.
+
+    `accelerate launch` with one process does not pass signals on and leaves its child alone when it dies: that is
+    taken for a signal too.
+    """
+
+    def __init__(self) -> None:
+        self.in_loop = False
+        self._came_at: float | None = None
+        self._parent = os.getppid() if launched_alone() else None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Shall the run end?"""
+        return self._came_at is not None or (self._parent is not None and os.getppid() != self._parent)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.in_loop:
+            raise SystemExit(EXIT_CODE)
+        if self._came_at is None:
+            self._came_at = now
+        elif now - self._came_at > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def launched_alone() -> bool:
+    """Has `accelerate launch` started this process, and no others beside it?"""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+
+
+def processes_asked() -> int | None:
+    """How many processes the launcher was asked for, as far as this one can know."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if not launched_alone():
+        return None
+    # On a CPU `accelerate launch --num_processes 2` starts one process, and says so nowhere but in its command line.
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", encoding="utf-8", errors="replace") as file:
+            words = file.read().replace("=", "\0").split("\0")
+    except OSError:
+        words = []
+    for flag in ("--num_processes", "--num-processes"):
+        if flag in words[:-1] and words[words.index(flag) + 1].isdecimal():
+            return int(words[words.index(flag) + 1])
+    return 2 if "MASTER_ADDR" in os.environ else None  # set by it for more than one, with 2 standing for "several"
