@@ -220,7 +220,9 @@ def verified(path: Path) -> dict[str, Any]:
             for name in (WEIGHTS, AVERAGE, OPTIMIZER)
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is not that of a checkpoint: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{path / MANIFEST} is not that of a checkpoint: {type(error).__name__}: {error}"
+        ) from None
     for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():

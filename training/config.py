@@ -138,6 +138,8 @@ class Config:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give 0 or more")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ValueError(f"cpu_threads is {self.cpu_threads}: give an integer of at least 1")
+        if self.resume_from_checkpoint == "":  # an unset variable of a shell script: no new run for that
+            raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError(
                 f"ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: give at most ddpm_num_steps, "

@@ -347,7 +347,6 @@ def main(config: Config, stop: Stop) -> int:
         say(f"asked to end: checkpoint after step {step} written; go on with --resume_from_checkpoint latest")
         if log is not None:
             log.close()
-        accelerator.end_training()
         return EXIT_CODE
     minutes = (time.monotonic() - started) / 60
     say(f"trained {step - done} steps in {minutes:.1f} minutes" + (f", {skipped} left out" if skipped else ""))
@@ -374,7 +373,6 @@ def main(config: Config, stop: Stop) -> int:
             f"    from ddpm_pipeline import DDPMPipeline\n"
             f'    image = DDPMPipeline.from_pretrained("{output_dir / "pipeline"}")(num_inference_steps=50).images[0]'
         )
-    accelerator.end_training()
     if locked is not None:
         locked.close()
     return 0
@@ -422,6 +420,15 @@ def less_memory(config: Config) -> str:
     if factor == 1:
         return "a smaller resolution or denoiser helps, since train_batch_size is 1 already; nothing else"
     return f"--train_batch_size {size // factor} --gradient_accumulation_steps {passes * factor}"
+
+
+def part() -> None:
+    """Leave the other processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's threads need Python's lock to let go of the last tensors, and this thread has it when it waits for
+        # them to end: without a pause some runs hang here for ever.
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
 
 
 def last_checkpoint(saved: int) -> str:
@@ -579,4 +586,5 @@ if __name__ == "__main__":
     except (FloatingPointError, OutOfMemory, NoRoomError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
+    part()
     sys.exit(code)
