@@ -1,5 +1,6 @@
 # make moons   train the built-in moons and say where the pictures are
 # make test    run the tests
+# make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy
 # make bench   measure the project beside its peers
 # make clean   remove everything the others made, except the runs
@@ -11,7 +12,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 # two set-ups in one environment at the same time would break it
 .NOTPARALLEL:
-.PHONY: moons test lint bench clean
+.PHONY: moons test test-faults lint bench clean
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
@@ -19,6 +20,9 @@ moons: .venv/train.stamp
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
+
+test-faults: .venv/test.stamp
+	DDPM_FAULTS=full $(BIN)/python -m pytest tests/faults
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

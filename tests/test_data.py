@@ -374,6 +374,22 @@ def test_bad_pictures_are_left_out_on_request_and_remembered(load, broken, monke
     np.testing.assert_array_equal(again.images, images.images)
 
 
+def test_pictures_that_are_too_small_are_named(folder, load):
+    for height, width in ((64, 64), (1, 1), (2000, 3), (3, 2000), (8, 9)):
+        Image.fromarray(smooth(height, width)).save(folder / f"{height}x{width}.png")
+    with pytest.raises(BadImagesError) as error:
+        load(min_side=8)
+    for name in ("1x1", "2000x3", "3x2000"):
+        assert f"{name}.png: {name.replace('x', ' x ')} pixels: min_side is 8" in str(error.value)
+    assert "3 of 5 images" in str(error.value)
+    assert len(load(min_side=8, on_bad_image="skip")) == 2
+    assert len(load(min_side=9, on_bad_image="skip")) == 1
+    assert len(load()) == 5
+    assert load(min_side=8, on_bad_image="skip").name(1) == "8x9.png"
+    with pytest.raises(ValueError, match="min_side is 0"):
+        load(min_side=0)
+
+
 def test_only_bad_pictures_is_an_error_also_with_skip(folder, load):
     (folder / "a.png").touch()
     with pytest.raises(BadImagesError, match=r"(?s)1 of 1 images.*a\.png: empty"):

@@ -27,6 +27,7 @@ class Config:
         random_flip: mirror half of the pictures, left to right.
         background: colour behind transparent pixels, a name or #rrggbb.
         on_bad_image: "stop" lists the unreadable pictures and ends, "skip" leaves them out.
+        min_side: pixels; pictures with a shorter side count as unreadable.
         cache_dir: where decoded pictures are kept.
         dataloader_num_workers: processes that decode pictures the first time; 0: this one.
         denoiser: the network: tiny, small or ddpm-cifar10.
@@ -76,6 +77,7 @@ class Config:
     random_flip: bool = False
     background: str = "white"
     on_bad_image: Literal["stop", "skip"] = "stop"
+    min_side: int = 8
     cache_dir: str = "~/.cache/ddpm_pipeline"
     dataloader_num_workers: int = 0
     denoiser: Literal["tiny", "small", "ddpm-cifar10"] = "small"
@@ -119,7 +121,10 @@ class Config:
             )
         self.height_width  # noqa: B018  says what is wrong with resolution
         for names, least in (
-            ("train_batch_size gradient_accumulation_steps max_train_steps logging_steps num_sample_images", 1),
+            (
+                "train_batch_size gradient_accumulation_steps max_train_steps logging_steps num_sample_images min_side",
+                1,
+            ),
             ("ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit", 1),
             ("dataloader_num_workers lr_warmup_steps save_images_steps", 0),
         ):

@@ -118,6 +118,7 @@ def load_images(
     center_crop: bool = True,
     background: str = "white",
     on_bad_image: str = "stop",
+    min_side: int = 1,
     cache_dir: str | Path,
     num_workers: int = 0,
 ) -> ImageSet:
@@ -134,6 +135,7 @@ def load_images(
             squeezed to it (False).
         background: what shows through transparent pictures, a CSS colour name or #rrggbb; for gray ones its luminance.
         on_bad_image: "stop" raises and names every unreadable picture, "skip" leaves them out.
+        min_side: pixels; a picture with a shorter side counts as one that cannot be read.
         cache_dir: where the arrays are kept; made if missing.
         num_workers: processes that decode; 0 decodes in this one.
     Raises:
@@ -144,6 +146,8 @@ def load_images(
         raise ValueError(f"dataset_name is {dataset_name!r}, train_data_dir is {train_data_dir!r}: give exactly one")
     if on_bad_image not in ("stop", "skip"):
         raise ValueError(f'on_bad_image is {on_bad_image!r}: give "stop" or "skip"')
+    if not isinstance(min_side, int) or min_side < 1:
+        raise ValueError(f"min_side is {min_side!r}: give an int of at least 1")
     if not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f"num_workers is {num_workers!r}: give an int of at least 0")
     if not isinstance(split, str):
@@ -176,10 +180,11 @@ def load_images(
             center_crop=bool(center_crop),
             colour=colour,
             on_bad_image=on_bad_image,
+            min_side=min_side,
             num_workers=num_workers,
         )
 
-    settings = [FORMAT, identity, size, bool(center_crop), colour, on_bad_image]
+    settings = [FORMAT, identity, size, bool(center_crop), colour, on_bad_image, min_side]
     folder = cache_dir / hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if not (folder / "meta.json").exists():
         temporary = cache_dir / f".{folder.name[:16]}-{uuid.uuid4().hex}"
@@ -315,6 +320,7 @@ def _decode_all(
     center_crop: bool,
     colour: tuple[int, int, int],
     on_bad_image: str,
+    min_side: int,
     num_workers: int,
 ) -> dict[str, Any]:
     """Holds few pictures in memory, however many there are."""
@@ -326,7 +332,8 @@ def _decode_all(
         first_with: dict[int, str] = {}  # channels: a picture that has so many
         bits, narrowed = 8, 0
         items = ((i, name, payload) for i, (name, payload) in enumerate(rows()))
-        for i, name, header, reason in _attempts(_read_header, items, pool, count, "reading headers"):
+        read_header = partial(_read_header, min_side=min_side)
+        for i, name, header, reason in _attempts(read_header, items, pool, count, "reading headers"):
             if header is None:
                 bad[i] = f"{name}: {reason}"
             else:
@@ -439,11 +446,20 @@ class _Header(NamedTuple):
     narrowed: bool  # 16 bits per colour channel: Pillow reads the upper 8
 
 
-def _read_header(payload: Payload) -> _Header:
-    if _is_npy(payload):
-        array = _open_npy(payload)
-        height, width, channels = array.shape
-        return _Header(height, width, channels, 8 * array.itemsize, False)
+def _read_header(payload: Payload, min_side: int) -> _Header:
+    header = _header_of_npy(payload) if _is_npy(payload) else _header_of_image(payload)
+    if min(header.height, header.width) < min_side:
+        raise ValueError(f"{header.height} x {header.width} pixels: min_side is {min_side}")
+    return header
+
+
+def _header_of_npy(payload: Payload) -> _Header:
+    array = _open_npy(payload)
+    height, width, channels = array.shape
+    return _Header(height, width, channels, 8 * array.itemsize, False)
+
+
+def _header_of_image(payload: Payload) -> _Header:
     with _open(payload) as image:
         if image.mode not in GRAY | COLOUR:
             kind = {"I": "32-bit or signed integers", "F": "floating point"}.get(image.mode, "unknown")

@@ -82,6 +82,7 @@ def main(config: Config, stop: Stop) -> int:
             center_crop=config.center_crop,
             background=config.background,
             on_bad_image=config.on_bad_image,
+            min_side=config.min_side,
             cache_dir=Path(config.cache_dir).expanduser(),
             num_workers=config.dataloader_num_workers,
         )

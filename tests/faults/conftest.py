@@ -66,9 +66,8 @@ class Place:
 
     def sums(self, name, step=None):
         """sha256 of the three files of its newest checkpoint, or that after `step`."""
-        path, manifest = checkpoint.find(self.folder / name, "latest")
-        if step is not None:
-            path, manifest = checkpoint.find(self.folder / name, str(self.folder / name / f"checkpoint-{step:06d}"))
+        which = "latest" if step is None else str(self.folder / name / f"checkpoint-{step:06d}")
+        _, manifest = checkpoint.find(self.folder / name, which)
         return {file: entry["sha256"] for file, entry in manifest["files"].items()}
 
     def checkpoints(self, name):
