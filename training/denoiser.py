@@ -19,8 +19,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # more, since in a group of one channel GroupNorm takes away how bright the picture is as a whole.
     "tiny": {
         "block_out_channels": (16, 32, 64, 96),
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "attention_head_dim": 32,

@@ -46,11 +46,13 @@ def main(config: Config, stop: Stop) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    accelerator = Accelerator(mixed_precision=precision(config))
+    # Without being told so, accelerate makes of several processes on CPUs as many runs that know nothing of each other.
+    only_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=precision(config), cpu=only_cpus)
     asked = processes_asked()
     if asked is not None and asked != accelerator.num_processes:
         raise ValueError(
-            f"the launcher was asked for {asked} processes, and {accelerator.num_processes} started: on CPUs give "
+            f"the launcher was asked for {asked} processes, and {accelerator.num_processes} started: give "
             "torchrun --nproc-per-node N training/train.py"
         )
     device, main_process = accelerator.device, accelerator.is_main_process
