@@ -12,6 +12,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from training.mishaps import launched_alone
+
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell says it of a process that SIGTERM ended
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 # One `kill` of a process group reaches a process twice: itself, and by torchrun, which passes its own on.
@@ -52,26 +54,3 @@ class Stop:
         elif now - self._came_at > SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-
-
-def launched_alone() -> bool:
-    """Has `accelerate launch` started this process, and no others beside it?"""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
-
-
-def processes_asked() -> int | None:
-    """How many processes the launcher was asked for, as far as this one can know."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if not launched_alone():
-        return None
-    # On a CPU `accelerate launch --num_processes 2` starts one process, and says so nowhere but in its command line.
-    try:
-        with open(f"/proc/{os.getppid()}/cmdline", encoding="utf-8", errors="replace") as file:
-            words = file.read().replace("=", "\0").split("\0")
-    except OSError:
-        words = []
-    for flag in ("--num_processes", "--num-processes"):
-        if flag in words[:-1] and words[words.index(flag) + 1].isdecimal():
-            return int(words[words.index(flag) + 1])
-    return 2 if "MASTER_ADDR" in os.environ else None  # set by it for more than one, with 2 standing for "several"

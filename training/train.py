@@ -9,14 +9,12 @@ bit for bit.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from training.checkpoint import NoRoomError  # noqa: E402
+from training import checkpoint, mishaps  # noqa: E402
 from training.config import Config, parse  # noqa: E402
-from training.stopping import EXIT_CODE, Stop, processes_asked  # noqa: E402
+from training.log import Log  # noqa: E402
+from training.stopping import EXIT_CODE, Stop  # noqa: E402
 
 DROPOUT, NEW_WEIGHTS = 5, 6  # purposes of random numbers, besides those of objective.py and batches.py
 SAMPLE_SEED = 1_000_000  # sample picture i is drawn from seed SAMPLE_SEED + i, so one sees the same pictures get better
-
-
-class OutOfMemory(RuntimeError):
-    """The message says which settings need less."""
 
 
 def main(config: Config, stop: Stop) -> int:
@@ -49,12 +44,7 @@ def main(config: Config, stop: Stop) -> int:
     # Without being told so, accelerate makes of several processes on CPUs as many runs that know nothing of each other.
     only_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=precision(config), cpu=only_cpus)
-    asked = processes_asked()
-    if asked is not None and asked != accelerator.num_processes:
-        raise ValueError(
-            f"the launcher was asked for {asked} processes, and {accelerator.num_processes} started: give "
-            "torchrun --nproc-per-node N training/train.py"
-        )
+    mishaps.check_processes(accelerator.num_processes)
     device, main_process = accelerator.device, accelerator.is_main_process
     if device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -63,8 +53,6 @@ def main(config: Config, stop: Stop) -> int:
     global_batch = per_process * accelerator.num_processes * accumulation
     output_dir = Path(config.output_dir)
     say = accelerator.print
-
-    from training import checkpoint
 
     locked = checkpoint.lock(output_dir) if main_process else None
     if main_process:
@@ -132,16 +120,7 @@ def main(config: Config, stop: Stop) -> int:
     done = 0
     if config.resume_from_checkpoint:
         path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
-        for what, now, then in differences(manifest, config, len(data), data.source):
-            raise checkpoint.CheckpointError(
-                f"{path} was trained with {what} {then!r}, now it is {now!r}: that is another run; give it an "
-                "output_dir of its own"
-            )
-        if manifest["global_batch"] != global_batch:
-            raise checkpoint.CheckpointError(
-                f"{path} was trained with a global batch of {manifest['global_batch']}, now it is {global_batch}: "
-                "change train_batch_size or gradient_accumulation_steps"
-            )
+        mishaps.check_same_run(path, manifest, config, global_batch, data)
         weights, average, optimizer_state = checkpoint.load(path)
         ema.load_state_dict(average)  # first, since it names what is of another network
         unet.load_state_dict(weights)
@@ -233,7 +212,7 @@ def main(config: Config, stop: Stop) -> int:
                         callback_on_step_end=end_early,
                     )
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not mishaps.is_out_of_memory(error):
                     raise
                 no_memory = error
         unet.train()
@@ -276,21 +255,14 @@ def main(config: Config, stop: Stop) -> int:
         for part in range(accumulation):
             first = (part * accelerator.num_processes + accelerator.process_index) * per_process
             place = torch.arange(first, first + per_process)
-            try:
+            last = part == accumulation - 1
+            with mishaps.memory_explained(config, step + 1, saved):
                 x_0 = batches.images(step, place)
                 lesson = objective.draw_lesson(scheduler, x_0, seed=config.seed, step=step, index=place)
-                last = part == accumulation - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     prediction = model(lesson.x_t, lesson.t, return_dict=False)[0]
                     loss = objective.simple_loss(prediction, lesson.target) / accumulation
                     accelerator.backward(loss)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise OutOfMemory(
-                    f"there is not enough memory for step {step + 1}. A smaller train_batch_size needs less; "
-                    f"{less_memory(config)} keeps the global batch at {global_batch}. {last_checkpoint(saved)}"
-                ) from error
             step_loss += loss.detach()
             shown.append((place, prediction.detach(), lesson.target))
 
@@ -303,15 +275,17 @@ def main(config: Config, stop: Stop) -> int:
             message = (
                 f"loss or gradient of step {step + 1} is not a number: loss {step_loss.item():g} in this process, norm "
                 f"of the gradient {float(norm):g}, learning rate {learning_rate:g}; images "
-                + ", ".join(gather_names(accelerator, suspects(shown, batches, step), data))
+                + mishaps.named(accelerator, mishaps.suspects(shown, batches, step), data)
             )
             if config.on_nonfinite == "stop":
                 raise FloatingPointError(
-                    f"{message}. The step is not done. {last_checkpoint(saved)} Lower learning_rate, or look at the "
+                    f"{message}. The step is not done. {mishaps.last(saved)} Lower learning_rate, or look at the "
                     "images; --on_nonfinite skip leaves such steps out"
                 )
             say(f"WARNING: {message}. The step is left out")
             skipped += 1
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()  # clipping has unscaled this step's gradients
         else:
             optimizer.step()
             skipped += accelerator.optimizer_step_was_skipped  # by fp16's scaler
@@ -381,66 +355,6 @@ def main(config: Config, stop: Stop) -> int:
     return 0
 
 
-# ---- When things go wrong --------------------------------------------------------------------------------------------
-
-
-def differences(
-    manifest: dict[str, Any], config: Config, num_images: int, source: str
-) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, now, then) of what makes a run another one: its network, walk, seed and pictures."""
-    then = manifest["config"]
-    for name in ("denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"):
-        if then[name] != getattr(config, name):
-            yield name, getattr(config, name), then[name]
-    if (manifest["num_images"], manifest["source"]) != (num_images, source):
-        yield "the pictures", f"{num_images}: {source}", f"{manifest['num_images']}: {manifest['source']}"
-
-
-def suspects(shown: list[tuple[Tensor, Tensor, Tensor]], batches: Any, step: int) -> list[int]:
-    """Which pictures of this process have an error that is not finite; all, if it is in the gradient alone."""
-    bad = [place[~(out.float() - target).square().flatten(1).mean(1).isfinite().cpu()] for place, out, target in shown]
-    chosen = torch.cat(bad) if sum(map(len, bad)) else torch.cat([place for place, _, _ in shown])
-    return [int(i) for i in batches.indices(step, chosen)]
-
-
-def gather_names(accelerator: Any, mine: list[int], data: Any) -> list[str]:
-    """Number and name of the pictures that the processes suspect."""
-    from accelerate.utils import gather_object
-
-    indices = sorted(set(gather_object(mine))) if accelerator.num_processes > 1 else sorted(set(mine))
-    return [f"{i} ({data.name(i)})" for i in indices]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on a GPU; on a CPU a RuntimeError of its allocator."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-
-
-def less_memory(config: Config) -> str:
-    """Flags for half the memory and the same global batch, as near as they come."""
-    size, passes = config.train_batch_size, config.gradient_accumulation_steps
-    factor = next((n for n in range(2, size + 1) if size % n == 0), 1)
-    if factor == 1:
-        return "a smaller resolution or denoiser helps, since train_batch_size is 1 already; nothing else"
-    return f"--train_batch_size {size // factor} --gradient_accumulation_steps {passes * factor}"
-
-
-def part() -> None:
-    """Leave the other processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads need Python's lock to let go of the last tensors, and this thread has it when it waits for
-        # them to end: without a pause some runs hang here for ever.
-        time.sleep(0.2)
-        torch.distributed.destroy_process_group()
-
-
-def last_checkpoint(saved: int) -> str:
-    return f"The checkpoint after step {saved} is whole." if saved else "There is no checkpoint yet."
-
-
-# ---- Helpers ---------------------------------------------------------------------------------------------------------
-
-
 def precision(config: Config) -> str:
     """mixed_precision with "auto" decided: bf16 where the hardware multiplies it, else float32."""
     asked: str = config.mixed_precision
@@ -499,85 +413,6 @@ def versions() -> dict[str, str]:
     }
 
 
-class Log:
-    """config.yaml, metrics.jsonl, tensorboard/ and samples/ of a run, written by the main process.
-
-    Lines of steps after `after_step`, where the run resumes, are taken out again.
-    """
-
-    def __init__(self, folder: Path, config: Config, after_step: int) -> None:
-        import yaml
-
-        self.folder = folder
-        self._writer: Any = None
-        self._file: Any = None
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        settings = config.as_dict() | {"resume_from_checkpoint": None}  # so that the file starts a run of its own
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= after_step]
-        path.write_text("".join(kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._purge_step = after_step + 1
-        self._warned: set[str] = set()
-
-    def metrics(self, step: int, **values: float) -> None:
-        with self._harmless("metrics"):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-        if step > 1:  # not before the first step is done: tensorboard takes a second to import
-            with self._harmless("tensorboard"):
-                for name, value in values.items():
-                    self._tensorboard().add_scalar(name, value, step)
-
-    def picture(self, step: int, image: Any) -> None:
-        import numpy as np
-
-        self.save(image, f"step-{step:06d}.png")
-        array = np.asarray(image)
-        with self._harmless("tensorboard"):
-            layout = "HW" if array.ndim == 2 else "HWC"
-            self._tensorboard().add_image("samples", array, step, dataformats=layout)
-
-    def save(self, image: Any, name: str) -> None:
-        with self._harmless("pictures"):
-            image.save(self.folder / "samples" / name)
-
-    def close(self) -> None:
-        with self._harmless("metrics"):
-            self._file.close()
-        if self._writer is not None:
-            with self._harmless("tensorboard"):
-                self._writer.close()
-
-    @contextlib.contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
-        """A log that cannot be written is told of once, and training goes on: it is worth more."""
-        try:
-            yield
-        except OSError as error:
-            if what not in self._warned:
-                self._warned.add(what)
-                why = f"{what} in {self.folder} cannot be written: {error.strerror or error}"
-                print(f"WARNING: {why}. Training goes on", file=sys.stderr)
-
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
-        return self._writer
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a half one, which a run left that was killed."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 if __name__ == "__main__":
     settings = parse()
     try:
@@ -586,8 +421,8 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 2
-    except (FloatingPointError, OutOfMemory, NoRoomError) as error:
+    except (FloatingPointError, mishaps.OutOfMemoryError, checkpoint.NoRoomError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
-    part()
+    mishaps.part()
     sys.exit(code)

@@ -43,12 +43,13 @@ class Run:
         processes: how many; with more than one they meet as those of torchrun do.
         prepare: name of a function below that is called in each first, with the rank.
         crash_at: DDPM_CRASH_AT, in the first process.
+        bare: accelerate is not told that it is to use CPUs.
     """
 
-    def __init__(self, arguments, log, *, processes=1, prepare=None, crash_at=None):
+    def __init__(self, arguments, log, *, processes=1, prepare=None, crash_at=None, bare=False):
         self.log = log
         log.write_text("")
-        common = {"ACCELERATE_USE_CPU": "true"}
+        common = {} if bare else {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -98,6 +99,7 @@ class Run:
 
 
 def _train(arguments, environment, log, prepare, rank):
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

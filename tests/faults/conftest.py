@@ -51,12 +51,12 @@ class Place:
             options.setdefault("train_data_dir", self.pictures / "pictures")
         return [f"--{option}={value}" for option, value in options.items()]
 
-    def run(self, name, *, processes=1, prepare=None, crash_at=None, **options):
+    def run(self, name, *, processes=1, prepare=None, crash_at=None, bare=False, **options):
         if processes > 1:
             options = {"train_batch_size": 4 // processes, **options}
         log = self.folder / f"{name}.log"
         arguments = self.arguments(name, **options)
-        return Run(arguments, log, processes=processes, prepare=prepare, crash_at=crash_at)
+        return Run(arguments, log, processes=processes, prepare=prepare, crash_at=crash_at, bare=bare)
 
     def finish(self, name, **options):
         """Run to the end, which must be a good one, and give what was learned."""

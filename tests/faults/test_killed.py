@@ -48,6 +48,10 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_of_the_same_step(place, und
     assert set(place.checkpoints("run")) <= {f"checkpoint-00000{step}" for step in (2, 4, 6)}  # nothing half
 
 
+def test_deterministic_operations_change_nothing_on_a_cpu(place, undisturbed):
+    assert place.finish("run", deterministic=True) == undisturbed()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("repeat", range(20 if FULL else 2))
 def test_a_run_killed_at_any_time_learns_the_same(place, undisturbed, processes, repeat):

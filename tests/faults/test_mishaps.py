@@ -266,6 +266,12 @@ def test_too_little_memory_for_samples_does_not_touch_training(place, undisturbe
     assert set(codes) <= {0, 1}
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes would share one accelerator")
+def test_several_processes_on_cpus_are_one_run_without_being_told_that_these_are_cpus(place, undisturbed):
+    assert place.finish("run", processes=2, bare=True) == undisturbed(2)
+    assert checkpoint.find(place.folder / "run", "latest")[1]["num_processes"] == 2
+
+
 def test_fewer_processes_than_asked_for_is_refused(place):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", str(TRAIN)]
     done = subprocess.run([*command, *place.arguments("run")], capture_output=True, text=True, timeout=120)
