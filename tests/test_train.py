@@ -294,7 +294,7 @@ def test_time_that_is_up_ends_a_run_as_its_last_step_does(work):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_the_loss_falls(work, prediction_type):
-    steps = 30
+    steps = 60
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
     options |= {"checkpointing_steps": steps, "save_images_steps": 0}
