@@ -145,7 +145,7 @@ def test_another_seed_or_other_pictures_are_another_run(place):
     for options, words in (
         ({"seed": 1}, "seed 0, now it is 1"),
         ({"prediction_type": "sample"}, "prediction_type 'epsilon', now it is 'sample'"),
-        ({"dataset_name": "moons", "resolution": 16}, "the pictures '10: 10 images of folder pictures'"),
+        ({"dataset_name": "moons", "resolution": 16}, "number of pictures 10, now it is 8192"),
     ):
         run = place.run("run", resume_from_checkpoint="latest", **options)
         assert run.wait() == [2], run.text()
@@ -246,7 +246,7 @@ def test_too_little_memory_for_a_step_says_what_to_lower(place, undisturbed):
     assert run.wait() == [1]
     text = run.text()
     assert "not enough memory for step 4" in text and "Traceback" not in text
-    assert "--train_batch_size 2 --gradient_accumulation_steps 2 keeps the global batch at 4" in text
+    assert "--train_batch_size 2 --gradient_accumulation_steps 2 needs less and keeps the global batch" in text
     assert "The checkpoint after step 2 is whole" in text
     assert place.checkpoints("run") == ["checkpoint-000002"]
     options = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
