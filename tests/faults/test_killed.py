@@ -48,6 +48,14 @@ def test_a_run_killed_while_it_replaces_a_checkpoint_of_the_same_step(place, und
     assert set(place.checkpoints("run")) <= {f"checkpoint-00000{step}" for step in (2, 4, 6)}  # nothing half
 
 
+def test_the_only_checkpoint_is_not_lost_while_another_takes_its_place(place, undisturbed):
+    place.finish("run")
+    again = place.run("run", checkpointing_steps=6, crash_at="replaced")  # a new run in the folder of the old one
+    assert again.wait() == [-9], again.text()
+    assert place.finish("run", resume_from_checkpoint="latest") == undisturbed()
+    assert place.checkpoints("run") == ["checkpoint-000006"]
+
+
 def test_deterministic_operations_change_nothing_on_a_cpu(place, undisturbed):
     assert place.finish("run", deterministic=True) == undisturbed()
 
