@@ -41,6 +41,8 @@ def check_folder(folder: Path, *, variant: str | None = None, given: Collection[
         OSError: a file cannot be read.
     """
     index_file = folder / "model_index.json"
+    if not index_file.is_file() and (folder / "pipeline" / index_file.name).is_file():
+        raise FileNotFoundError(f"{index_file} is missing: {folder} is a run, its model is {folder / 'pipeline'}")
     index = _read_json(index_file)
     if not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{index_file}: _class_name is {_quoted(index.get('_class_name'))}: it must be a name")

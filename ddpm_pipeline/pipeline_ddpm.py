@@ -371,6 +371,10 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         if not pickled:
             kwargs["use_safetensors"] = True
         if not folder.is_dir():
+            if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+                raise FileNotFoundError(
+                    f"{name} is no folder here, and not the name of a model on the Hub (user/model)"
+                )
             hub = {option: kwargs[option] for option in DOWNLOAD_OPTIONS if option in kwargs}
             folder = Path(cls.download(name, **hub))
         given = {component for component in ("unet", "scheduler") if kwargs.get(component) is not None}

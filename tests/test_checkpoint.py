@@ -193,7 +193,7 @@ def test_latest_goes_by_number_not_by_name(tmp_path):
 def test_an_explicit_folder_may_be_a_link_or_end_in_a_slash(tmp_path):
     first, _ = save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "best").symlink_to(first)
-    for which in (str(first) + "/", str(tmp_path / "best")):
+    for which in (str(first) + "/", str(tmp_path / "best"), first.name):
         assert checkpoint.find(tmp_path, which)[1]["step"] == 1
     other = save(tmp_path / "other run", 3)
     backup = shutil.copytree(first, tmp_path / "checkpoint-000001-bak")

@@ -248,3 +248,22 @@ def test_a_warm_up_of_no_step_and_one_longer_than_the_run():
     assert config(lr_warmup_steps=20, learning_rate=0.1, max_train_steps=10, lr_scheduler="cosine").learning_rate_at(
         10
     ) == pytest.approx(0.05)
+
+
+def test_other_data_named_on_the_command_line_replace_those_of_a_preset():
+    preset = f"--config={CONFIGS / 'mnist.yaml'}"
+    config = parse([preset, "--train_data_dir", "images"])
+    assert (config.train_data_dir, config.dataset_name) == ("images", None)
+    assert parse(["--train_data_dir=images", preset]).dataset_name is None
+    tiles = parse([f"--config={CONFIGS / 'tiles.yaml'}", "--dataset_name=moons"])
+    assert (tiles.train_data_dir, tiles.dataset_name) == (None, "moons")
+    with pytest.raises(SystemExit):
+        parse([preset, "--train_data_dir=images", "--dataset_name=moons"])
+
+
+def test_help_says_what_each_flag_means(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "folder of image files, at any depth" in text
+    assert "every random number" in text

@@ -258,7 +258,11 @@ def test_the_first_frame_of_an_animation(folder, load):
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
     for suffix in ("gif", "png", "webp"):
         frames[0].save(folder / f"a.{suffix}", save_all=True, append_images=frames[1:], lossless=True, duration=50)
-    assert load().images[:, :, 2, 2].tolist() == [[255, 0, 0]] * 3
+    frames[0].save(folder / "b.tif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "one.png")
+    data = load()
+    assert data.images[:, :, 2, 2].tolist() == [[255, 0, 0]] * 5
+    assert "4 of several frames, of which the first is kept" in data.source
 
 
 # ---- Size ------------------------------------------------------------------------------------------------------------

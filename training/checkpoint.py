@@ -191,6 +191,13 @@ def find(output_dir: Path, which: str, say: Callable[[str], object] = lambda lin
     """
     if which != "latest":
         path = Path(which)
+        if not path.exists() and path.name == which:  # its name in the folder of the run
+            path = output_dir / which
+        if not path.is_dir():
+            there = ", ".join(found.name for _, found in sorted(_named(output_dir))) or "none"
+            raise CheckpointError(
+                f"resume_from_checkpoint is {which!r}: there is no such folder; in {output_dir}: {there}"
+            )
         manifest = verified(path)
         real = path.resolve()
         if real.parent != output_dir.resolve() or not NAME.fullmatch(real.name):

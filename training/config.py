@@ -55,7 +55,7 @@ class Config:
             with the images named, "skip" goes on with the next step.
         mixed_precision: what the network computes in: no (float32), fp16, bf16, or auto: bf16 where the machine has it.
         cpu_threads: threads of one process on a CPU; by default the processes share out all cores. (`accelerate launch`
-            asks for one thread, which is not obeyed.)
+            asks for one thread, which is not obeyed, and neither is OMP_NUM_THREADS, by which it asks.)
         compile: compile the network with torch.compile.
         deterministic: only operations that give the same bits each time, as on a CPU they do anyway; slower on a GPU.
         seed: of the first weights and of every random number.
@@ -195,6 +195,11 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     chooses = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(chooses.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
+    # A preset names its data; who names other data on the command line means these instead.
+    sources = {"--dataset_name": "--train_data_dir", "--train_data_dir": "--dataset_name"}
+    named = {argument.split("=")[0] for argument in arguments} & sources.keys()
+    if len(named) == 1:
+        arguments.append(f"{sources[named.pop()]}=null")
     parser = ArgumentParser(description="Train a DDPM.", allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="a YAML file of settings, such as training/configs/mnist.yaml"

@@ -169,7 +169,7 @@ def load_images(
         make = partial(_draw_moons, size=size)
     else:
         if train_data_dir is not None:
-            source = _image_folder(Path(train_data_dir), cache_dir)
+            source = _image_folder(Path(train_data_dir).expanduser(), cache_dir)
         else:
             source = _dataset(str(dataset_name), dataset_config_name, split)
         identity = source.identity
@@ -330,7 +330,7 @@ def _decode_all(
         # Headers: what do all have in common?
         sizes: Counter[tuple[int, int]] = Counter()
         first_with: dict[int, str] = {}  # channels: a picture that has so many
-        bits, narrowed = 8, 0
+        bits, narrowed, frames = 8, 0, 0
         items = ((i, name, payload) for i, (name, payload) in enumerate(rows()))
         read_header = partial(_read_header, min_side=min_side)
         for i, name, header, reason in _attempts(read_header, items, pool, count, "reading headers"):
@@ -340,6 +340,7 @@ def _decode_all(
                 sizes[header.height, header.width] += 1
                 first_with.setdefault(header.channels, name)
                 bits, narrowed = max(bits, header.bits), narrowed + header.narrowed
+                frames += header.frames
         if len(first_with) > 1 and set(first_with) != {1, 3}:  # gray and colour go together as colour
             (a, name_a), (b, name_b) = list(first_with.items())[:2]
             if {a, b} == {1, 3}:
@@ -366,6 +367,7 @@ def _decode_all(
     notes = [
         (resized, f"resized to {height} x {width}"),
         (narrowed, "of 16 bits per colour channel, of which 8 are kept"),
+        (frames, "of several frames, of which the first is kept"),
         (len(listed), "unreadable and left out"),
     ]
     words = [f"{number} images of {source.words}", *(f"{n} {what}" for n, what in notes if n)]
@@ -444,6 +446,7 @@ class _Header(NamedTuple):
     channels: int
     bits: int
     narrowed: bool  # 16 bits per colour channel: Pillow reads the upper 8
+    frames: bool  # more than one
 
 
 def _read_header(payload: Payload, min_side: int) -> _Header:
@@ -456,7 +459,7 @@ def _read_header(payload: Payload, min_side: int) -> _Header:
 def _header_of_npy(payload: Payload) -> _Header:
     array = _open_npy(payload)
     height, width, channels = array.shape
-    return _Header(height, width, channels, 8 * array.itemsize, False)
+    return _Header(height, width, channels, 8 * array.itemsize, False, False)
 
 
 def _header_of_image(payload: Payload) -> _Header:
@@ -471,7 +474,8 @@ def _header_of_image(payload: Payload) -> _Header:
         is_16 = image.mode.startswith("I;16")
         coding = str(image.tile)
         gray = image.mode in GRAY or "LA;16" in coding  # 16-bit gray with alpha, which Pillow reads as RGBA
-        return _Header(height, width, 1 if gray else 3, 16 if is_16 else 8, ";16" in coding and not is_16)
+        narrowed, frames = ";16" in coding and not is_16, getattr(image, "is_animated", False)
+        return _Header(height, width, 1 if gray else 3, 16 if is_16 else 8, narrowed, frames)
 
 
 def _decode(payload: Payload, target: _Target) -> np.ndarray:

@@ -71,10 +71,7 @@ def make_denoiser(
     if name not in PRESETS:
         raise ValueError(f"the network is {name!r}: give one of {', '.join(PRESETS)}")
     settings = PRESETS[name]
-    multiple = 2 ** (len(settings["block_out_channels"]) - 1)
-    for side, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % multiple:
-            raise ValueError(f"{side} is {value!r}: {name} halves it, so give a positive multiple of {multiple}")
+    check_size(name, height, width)
     out_channels = in_channels if out_channels is None else out_channels
     for what, value in (
         ("in_channels", in_channels),
@@ -92,6 +89,18 @@ def make_denoiser(
         out_channels=out_channels,
         num_class_embeds=num_class_embeds,
     )
+
+
+def check_size(name: str, height: int, width: int) -> None:
+    """Raise ValueError if pictures of this size cannot be halved as often as the network `name` halves them."""
+    multiple = 2 ** (len(PRESETS[name]["block_out_channels"]) - 1)
+    for side, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % multiple:
+            near = "x".join(str(max(1, round(size / multiple)) * multiple) for size in (height, width))
+            raise ValueError(
+                f"{side} is {value!r}: {name} halves it, so give a positive multiple of {multiple}, such as "
+                f"--resolution {near}"
+            )
 
 
 def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:

@@ -51,7 +51,7 @@ def main(config: Config, stop: Stop) -> int:
         torch.set_num_threads(config.cpu_threads or max(1, cpu_cores() // here))
     per_process, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     global_batch = per_process * accelerator.num_processes * accumulation
-    output_dir = Path(config.output_dir)
+    output_dir = Path(config.output_dir).expanduser()
     say = accelerator.print
 
     locked = checkpoint.lock(output_dir) if main_process else None
@@ -62,7 +62,13 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
     from training.batches import Batches
     from training.data import load_images
+    from training.denoiser import check_size
 
+    if config.height_width is not None:  # before all is decoded for nothing
+        size = config.height_width
+        check_size(config.denoiser, *((size, size) if isinstance(size, int) else size))
+    if config.resume_from_checkpoint:
+        path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
     with accelerator.main_process_first():
         data = load_images(
             dataset_name=config.dataset_name,
@@ -79,10 +85,7 @@ def main(config: Config, stop: Stop) -> int:
     batches = Batches(
         data.images, batch_size=global_batch, seed=config.seed, random_flip=config.random_flip, device=device
     )
-    say(
-        f"{len(data)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from {data.source}"
-        + (f", {len(data.skipped)} skipped" if data.skipped else "")
-    )
+    say(f"{len(data)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from {data.source}")
 
     # ---- Walk, network, average, optimizer ---------------------------------------------------------------------------
     from ddpm_pipeline import chance, objective
@@ -119,7 +122,6 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Resume ------------------------------------------------------------------------------------------------------
     done = 0
     if config.resume_from_checkpoint:
-        path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
         mishaps.check_same_run(path, manifest, config, global_batch, data)
         weights, average, optimizer_state = checkpoint.load(path)
         ema.load_state_dict(average)  # first, since it names what is of another network

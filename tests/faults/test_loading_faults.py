@@ -58,6 +58,12 @@ def test_what_is_whole_loads(folder):
     assert DDPMPipeline.from_pretrained(str(folder), dtype=torch.bfloat16).unet.dtype == torch.bfloat16
 
 
+def test_a_folder_that_is_not_there_or_is_that_of_a_run_is_named(folder, tmp_path):
+    refused(tmp_path / "nothing", "no folder here", error=FileNotFoundError)
+    refused("./nothing", "no folder here", error=FileNotFoundError)
+    refused(tmp_path, "is a run, its model is", str(folder), error=FileNotFoundError)
+
+
 def test_other_schedulers_and_variants_and_shards_load(folder):
     pipe = DDPMPipeline.from_pretrained(folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)

@@ -213,13 +213,17 @@ def test_the_picture_is_named(place):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_such_steps_are_left_out_on_request(place, processes):
-    run = place.run("run", processes=processes, prepare="nan_on_the_last_process", on_nonfinite="skip")
+    options = {"on_nonfinite": "skip", "checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    run = place.run("run", processes=processes, prepare="nan_on_the_last_process", **options)
     assert set(run.wait()) == {0}, run.text()
     assert "step 4 is not a number" in run.text() and "The step is left out" in run.text()
     lines = metrics(place, "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 5, 6]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1]
     assert all(tensor.isfinite().all() for tensor in weights(place, "run").values())
+    before, after, later = (place.sums("run", step) for step in (3, 4, 5))
+    for file in (checkpoint.WEIGHTS, checkpoint.AVERAGE):
+        assert before[file] == after[file] != later[file]
     path, _ = checkpoint.find(place.folder / "run", "latest")
     state = torch.load(path / checkpoint.OPTIMIZER, weights_only=True)["state"]
     assert {int(entry["step"]) for entry in state.values()} == {5}
