@@ -39,7 +39,8 @@ class Stop:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # torchrun ends the others as soon as one process has ended: that must not change their exit code.
+            signal.signal(number, signal.SIG_IGN if self.asked() else handler)
 
     def asked(self) -> bool:
         """Shall the run end?"""

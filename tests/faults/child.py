@@ -163,6 +163,18 @@ def slow_steps(rank):
     _each_loss(slow)
 
 
+def slow_end(rank):
+    """A step takes longer, and so does parting from the other processes, at the very end."""
+    slow_steps(rank)
+    from training import mishaps
+
+    def part():
+        print("[parting]", flush=True)
+        time.sleep(1.5)
+
+    mishaps.part = part
+
+
 def slow_samples(rank):
     """A step of the walk home takes a fifth of a second more."""
     from ddpm_pipeline import scheduling_ddpm

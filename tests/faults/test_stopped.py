@@ -92,6 +92,17 @@ def test_the_same_signal_twice_at_once_is_one(place):
         ended_well(place, run, step=3)
 
 
+def test_what_comes_while_it_leaves_changes_nothing(place):
+    """torchrun sends SIGTERM to all as soon as one process has ended."""
+    with ended(place.run("run", prepare="slow_end")) as run:
+        run.wait_for("[step 3 of 0 begins]")
+        stop(run, signal.SIGUSR1, "all")
+        run.wait_for("[parting]")
+        time.sleep(1.1)
+        stop(run, signal.SIGTERM, "all")
+        ended_well(place, run, step=3)
+
+
 def test_after_the_last_step_everything_is_saved_already(place, undisturbed):
     options = {"ddpm_num_inference_steps": 20}
     with ended(place.run("run", prepare="slow_samples", **options)) as run:
