@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # the project, so that `training` is found
@@ -30,7 +31,8 @@ def main() -> None:
 
     alone, manifest = checkpoint.find(given.run, "latest")
     lines = [json.loads(line) for line in (given.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = lines[-1]["images"] / sorted(line.get("images_per_second", 0) for line in lines)[len(lines) // 2]
+    lines = [line for line in lines if "images" in line]  # that of the moons' distance has none
+    seconds = lines[-1]["images"] / median(line["images_per_second"] for line in lines)
     folder = given.run.with_name(given.run.name + "-killed")
     folder.mkdir()
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(given.run / "config.yaml")]
