@@ -157,11 +157,16 @@ def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint_and_no_orphan(place,
         time.sleep(0.1)
     workers = children(process.pid)
     assert workers
-    process.send_signal(signal.SIGTERM)
-    process.wait(IN_TIME)
-    deadline = time.monotonic() + IN_TIME
-    while alive := [pid for pid in workers if os.path.isdir(f"/proc/{pid}")]:
-        assert time.monotonic() < deadline, (alive, log.read_text())
-        time.sleep(0.05)
+    alive = list(workers)
+    try:
+        process.send_signal(signal.SIGTERM)
+        process.wait(IN_TIME)
+        deadline = time.monotonic() + IN_TIME
+        while alive := [pid for pid in workers if os.path.isdir(f"/proc/{pid}")]:
+            assert time.monotonic() < deadline, (alive, log.read_text())
+            time.sleep(0.05)
+    finally:
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
     _, manifest = checkpoint.find(place.folder / "run", "latest")
     assert f"checkpoint after step {manifest['step']} written" in log.read_text()
