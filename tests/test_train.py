@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, objective
+from tests.short_run import SHORT_RUN
 from training import checkpoint, pictures
 
 ROOT = Path(__file__).parents[1]
@@ -31,20 +32,9 @@ TRAIN = ROOT / "training" / "train.py"
 SAMPLE_SEED = 1_000_000
 
 # Global batch 4 of 10 pictures: passes end within step 3 and with step 5, and the checkpoint of step 3 is between.
-OPTIONS = {
-    "denoiser": "tiny",
-    "ddpm_num_steps": 20,
-    "random_flip": True,
+OPTIONS = SHORT_RUN | {
     "train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "max_train_steps": 6,
-    "learning_rate": 1e-3,
-    "adam_epsilon": 1e-5,  # Adam makes steps of full length of gradients that are 0 but for rounding, which differs
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 2,
-    "mixed_precision": "no",
-    "cpu_threads": 1,
-    "logging_steps": 1,
     "save_images_steps": 3,
     "num_sample_images": 3,
     "ddpm_num_inference_steps": 3,

@@ -62,7 +62,7 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
     from training.batches import Batches
     from training.data import load_images
-    from training.denoiser import check_size
+    from training.denoiser import check_size, choose_attention, make_denoiser
 
     if config.height_width is not None:  # before all is decoded for nothing
         size = config.height_width
@@ -90,7 +90,6 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Walk, network, average, optimizer ---------------------------------------------------------------------------
     from ddpm_pipeline import chance, objective
     from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
-    from training.denoiser import choose_attention, make_denoiser
     from training.ema import FlatEMA
 
     scheduler = DDPMScheduler(

@@ -12,25 +12,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # child.py, which the processes 
 
 from child import Run
 
+from tests.short_run import SHORT_RUN
 from training import checkpoint
 
 # All repeats, as `make test-faults` wants it; without it the tests that repeat do it a few times.
 FULL = os.environ.get("DDPM_FAULTS") == "full"
 
 # Global batch 4 of 10 pictures: passes end within step 3 and with step 5.
-OPTIONS = {
-    "denoiser": "tiny",
-    "ddpm_num_steps": 20,
-    "random_flip": True,
+OPTIONS = SHORT_RUN | {
     "train_batch_size": 4,
-    "max_train_steps": 6,
-    "learning_rate": 1e-3,
-    "adam_epsilon": 1e-5,  # Adam makes steps of full length of gradients that are 0 but for rounding, which differs
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 2,
-    "mixed_precision": "no",
-    "cpu_threads": 1,
-    "logging_steps": 1,
     "save_images_steps": 0,
     "num_sample_images": 2,
     "ddpm_num_inference_steps": 2,
