@@ -27,11 +27,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
+from .fusion import PictureMethods
+from .images import check_output_type, to_output
 from .loading import check_finite, check_folder
 from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_CHANNELS = (1, 3, 4)  # L, RGB, RGBA
 
 
 class WalkStep(NamedTuple):
@@ -50,7 +49,7 @@ class _Run(NamedTuple):
     step_options: dict[str, Any]
 
 
-class DDPMPipeline(BuiltInDDPMPipeline):
+class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
     """Pictures from a trained DDPM, a drop-in for diffusers' DDPMPipeline.
 
     Args:
@@ -113,11 +112,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         Raises:
             ValueError: an argument, or two together, cannot be.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}: give one of {', '.join(map(repr, OUTPUT_TYPES))}")
-        channels = self.unet.config.in_channels
-        if output_type == "pil" and channels not in PIL_CHANNELS:
-            raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
+        check_output_type(output_type, self.unet.config.in_channels)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -132,7 +127,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         for _, x_t in self._home(run, callback_on_step_end, callback_on_step_end_tensor_inputs):  # noqa: B007
             pass
         self.maybe_free_model_hooks()
-        images = _to_output(x_t, output_type)
+        images = to_output(x_t, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def walk(
@@ -149,18 +144,38 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
     ) -> Iterator[WalkStep]:
         """The walk home itself: yields (t, x_t, x_0_pred) for each step, in [-1, 1] and not yet clipped to pictures.
 
         The first x_t is noise; the last x_0_pred is the picture, since the last step adds no noise. Arguments are those
-        of a call. A scheduler that does not say what it takes for the picture (DPM-Solver++, UniPC) gives None for it.
+        of a call. With `image`, B pictures, it first walks out from them into the noise, by random steps (Eq. 2, DDPM)
+        over the same t, rising, with x_0_pred the pictures themselves; then home from where that ends, to other pictures.
+        A scheduler that does not say what it takes for the picture (DPM-Solver++, UniPC) gives None for it.
         Walk to the end before the next call: both use the one scheduler.
         """
+        x_0 = None
+        if image is not None:
+            if latents is not None:
+                raise ValueError("image and latents are both given: give one of the two")
+            x_0 = self._checked_pictures(image, "image")
+            batch_size, height, width = _batch_size(batch_size, image=x_0), *x_0.shape[2:]
         run = self._prepare(
             batch_size, generator, seeds, num_inference_steps, timesteps, eta, class_labels, guidance_scale, latents,
             height, width,
         )  # fmt: skip
-        return (step for step, _ in self._home(run))
+        return (step for step, _ in self._home(run)) if x_0 is None else self._out_and_home(x_0, run)
+
+    def _out_and_home(self, x_0: Tensor, run: _Run) -> Iterator[WalkStep]:
+        x_t, alpha_bar = x_0, 1.0
+        for t in reversed(self.scheduler.timesteps.tolist()):
+            kept = self.scheduler.alphas_cumprod[t].item() / alpha_bar  # Eq. (2), DDPM: alpha_t, of a step of this length
+            noise = randn_tensor(
+                x_0.shape, generator=run.step_options.get("generator"), device=x_0.device, dtype=x_0.dtype
+            )
+            x_t, alpha_bar = kept**0.5 * x_t + (1 - kept) ** 0.5 * noise, alpha_bar * kept
+            yield WalkStep(t, x_t, x_0)
+        yield from (step for step, _ in self._home(run._replace(x_t=x_t)))
 
     @torch.no_grad()
     def _home(
@@ -176,7 +191,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
                 if self._interrupt:
                     break
                 model_input = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
-                model_output = self._denoise(model_input, there[i], run).to(x_t.dtype)
+                model_output = self._denoise(model_input, there[i], run.class_labels).to(x_t.dtype)
                 output = self.scheduler.step(model_output, t, x_t, **run.step_options)
                 step = WalkStep(int(t), x_t, output.get("pred_original_sample"))
                 x_t = output.prev_sample
@@ -186,9 +201,15 @@ class DDPMPipeline(BuiltInDDPMPipeline):
                 progress_bar.update()
                 yield step, x_t
 
-    def _denoise(self, model_input: Tensor, t: Tensor, run: _Run) -> Tensor:
+    def _walked(self, x_t: Tensor, labels: Tensor | None, step_options: dict[str, Any]) -> Tensor:
+        """Where the walk home from x_t ends, on the steps that the scheduler is set to."""
+        for _, x_t in self._home(_Run(x_t, labels, step_options)):  # noqa: B007
+            pass
+        return x_t
+
+    def _denoise(self, model_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output, with guidance if asked: Ho and Salimans 2022, Eq. 6."""
-        labels, scale = run.class_labels, self._guidance_scale
+        scale = self._guidance_scale
         if labels is None or scale == 1:
             return self.unet(model_input, t, class_labels=labels, return_dict=False)[0]
         null = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
@@ -404,7 +425,7 @@ def _source() -> str:
     here = Path(inspect.getfile(DDPMPipeline))
     if DDPMScheduler.__module__ == DDPMPipeline.__module__:
         return here.read_text(encoding="utf-8")
-    files = [Path(inspect.getfile(part)) for part in (DDPMScheduler, check_folder)] + [here]
+    files = [Path(inspect.getfile(part)) for part in (DDPMScheduler, check_folder, to_output, PictureMethods)] + [here]
     lines = [line for file in files for line in [*file.read_text(encoding="utf-8").splitlines(), "", ""]]
     return "\n".join(line for line in lines if not line.startswith("from .")).rstrip("\n") + "\n"
 
@@ -429,18 +450,3 @@ def _batch_size(batch_size: int, **per_image: Any) -> int:
         if length != size:
             raise ValueError(f"{name} has {length} entries, but the batch has {size}: give one for each image")
     return size
-
-
-def _to_output(x_0: Tensor, output_type: str) -> Any:
-    if not x_0.isfinite().all():
-        warnings.warn("some pixels are not finite numbers: are the network's weights whole?", stacklevel=3)
-    if output_type == "latent":
-        return x_0
-    images = (x_0 / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return array
-    pixels = (np.nan_to_num(array) * 255).round().astype(np.uint8)
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]

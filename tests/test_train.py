@@ -23,9 +23,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_pipeline import DDPMPipeline, objective
+from ddpm_pipeline import DDPMPipeline, film, objective
 from tests.short_run import SHORT_RUN
-from training import checkpoint, pictures
+from training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "training" / "train.py"
@@ -208,7 +208,7 @@ def test_the_pipeline_has_the_averaged_weights_and_loads_and_samples(whole):
 def test_the_sample_picture_is_drawn_with_the_averaged_weights(whole):
     def drawn():
         seeds = [SAMPLE_SEED, SAMPLE_SEED + 1, SAMPLE_SEED + 2]
-        return np.asarray(pictures.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(
+        return np.asarray(film.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(
             int
         )
 

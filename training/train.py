@@ -239,11 +239,11 @@ def main(config: Config, stop: Stop) -> int:
         return gathered.unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:number]
 
     def save_samples(step: int) -> Tensor | None:
-        from training import pictures
+        from ddpm_pipeline import film
 
         samples = draw_samples(step)
         if log is not None and samples is not None:
-            log.picture(step, pictures.grid(samples))
+            log.picture(step, film.grid(samples))
         return samples
 
     def save_model(step: int) -> Tensor | None:
@@ -253,16 +253,16 @@ def main(config: Config, stop: Stop) -> int:
         if log is None:
             return samples
         from ddpm_pipeline import DDPMPipeline
-        from training import pictures
+        from ddpm_pipeline import film
 
-        drawn = {"samples.png": pictures.grid(samples)} if samples is not None else {}
+        drawn = {"samples.png": film.grid(samples)} if samples is not None else {}
         with ema.applied():
             pipe = DDPMPipeline(unet.eval(), scheduler)
             pipe.set_progress_bar_config(disable=True)
             x_0 = batches.images(0, torch.zeros(1, dtype=torch.int64))
             steps = config.ddpm_num_inference_steps
             try:
-                drawn["walk.png"] = pictures.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
+                drawn["walk.png"] = film.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
                 log.save(drawn["walk.png"], "walk.png")
             except (RuntimeError, MemoryError) as error:
                 if not mishaps.is_out_of_memory(error):

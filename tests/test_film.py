@@ -6,7 +6,7 @@ import torch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from training.denoiser import make_denoiser
-from training.pictures import grid, to_uint8, walk_picture
+from ddpm_pipeline.film import grid, to_uint8, walk_picture
 
 MARGIN = 2
 
