@@ -102,7 +102,7 @@ def test_half_precision(run, tmp_path):
         assert torch.equal(tensor, whole[name].half()), name
     whole["conv_in.bias"][0] = 1e5
     save_file(whole, run / "pipeline" / publishing.WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="conv_in.bias has numbers above 65504"):
+    with pytest.raises(ValueError, match=r"conv_in\.bias has numbers above 65504"):
         staged(run, tmp_path / "large", fp16=True)
 
 
@@ -322,7 +322,7 @@ def test_weights_that_do_not_fit(run, unet, walk, message):
 
 
 def test_no_model_to_begin_from(tmp_path):
-    with pytest.raises(ValueError, match="init_from is './nowhere'"):
+    with pytest.raises(ValueError, match=r"init_from is '\./nowhere'"):
         hub.begin_from("./nowhere", network(), DDPMScheduler(), lambda line: None)
 
 
