@@ -102,7 +102,7 @@ def test_half_precision(run, tmp_path):
         assert torch.equal(tensor, whole[name].half()), name
     whole["conv_in.bias"][0] = 1e5
     save_file(whole, run / "pipeline" / publishing.WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="conv_in.bias has numbers above 65504"):
+    with pytest.raises(ValueError, match=r"conv_in\.bias has numbers above 65504"):
         staged(run, tmp_path / "large", fp16=True)
 
 
@@ -139,7 +139,7 @@ def test_secrets_stop_it(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    ("spoil", "message"),
     [
         (lambda run: shutil.rmtree(run / "pipeline"), "has no pipeline/"),
         (lambda run: (run / "pipeline" / "training.json").unlink(), "training.json"),
@@ -181,8 +181,8 @@ def test_numbers_are_those_of_the_report(run, tmp_path):
                   "floor": None, "standard_error": None, "sampler": None}  # fmt: skip
     report = measured(run, **likelihood)
     card, front = card_of(run, tmp_path / "out")
-    row = "| Kernel distance | 0.01234 &plusmn; 0.00056 | 0.0001 | 5000 | resnet56 | mnist, train | DDPM, eta 1 | 50 | 0 |"
-    assert row in card
+    row = "| Kernel distance | 0.01234 &plusmn; 0.00056 | 0.0001 | 5000 | resnet56 | mnist, train | DDPM, eta 1 "
+    assert row + "| 50 | 0 |" in card
     assert "| Bits per dimension | 1.5 |  | 5000 |  | mnist, train |  | 50 | 0 |" in card
     assert "9.87" not in card  # of the raw weights, which are not published
     assert report["command"] in card and "Nothing was measured" not in card
@@ -246,7 +246,7 @@ def built_in(folder, steps, **options):
 
 
 @pytest.mark.parametrize(
-    "walk, words",
+    ("walk", "words"),
     [
         ({}, None),
         ({"variance_type": "fixed_large"}, "leave noise"),
@@ -266,7 +266,7 @@ def test_the_card_warns_of_built_in_classes_that_are_wrong(tmp_path, walk, words
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    ("options", "words"),
     [({"num_class_embeds": 5}, "class labels"), ({"in_channels": 4, "out_channels": 4}, "pictures of 4 channels")],
 )
 def test_the_card_warns_of_networks_that_built_in_classes_cannot_sample(tmp_path, options, words):
@@ -297,17 +297,15 @@ def test_begin_from(run, tmp_path):
     wanted = network().state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in ours.state_dict().items())
     assert said == [f"first weights: those of {run / 'pipeline'}"]
-    hub.begin_from(
-        str(run / "pipeline"), ours, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), said.append
-    )
+    hub.begin_from(str(run / "pipeline"), ours, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), said.append)
     assert "another noise schedule" in said[1]
 
 
 @pytest.mark.parametrize(
-    "unet, walk, message",
+    ("unet", "walk", "message"),
     [
         ({"block_out_channels": (4, 8)}, {}, "has shape (4, 4, 3, 3) there and (8, 4, 3, 3) here"),
-        ({"in_channels": 1, "out_channels": 1}, {}, "conv_in.weight has shape (4, 3, 3, 3) there and (4, 1, 3, 3) here"),
+        ({"in_channels": 1, "out_channels": 1}, {}, "has shape (4, 3, 3, 3) there and (4, 1, 3, 3) here"),
         ({"layers_per_block": 2}, {}, "has shape none there"),
         ({}, {"prediction_type": "v_prediction"}, "prediction_type 'epsilon', and here it is 'v_prediction'"),
         ({}, {"num_train_timesteps": 30}, "ddpm_num_steps 20, and here it is 30: give --ddpm_num_steps 20"),
@@ -324,7 +322,7 @@ def test_weights_that_do_not_fit(run, unet, walk, message):
 
 
 def test_no_model_to_begin_from(tmp_path):
-    with pytest.raises(ValueError, match="init_from is './nowhere'"):
+    with pytest.raises(ValueError, match=r"init_from is '\./nowhere'"):
         hub.begin_from("./nowhere", network(), DDPMScheduler(), lambda line: None)
 
 

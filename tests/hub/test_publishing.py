@@ -94,7 +94,7 @@ def published(work):
 
 
 def test_a_run_publishes_itself(published):
-    hub, run, said = published
+    hub, _run, said = published
     repo = hub.repo("alice/pictures")
     titles = [commit.message for commit in repo.commits[1:]]
     assert [title.split(" (")[0] for title in titles] == ["run, step 3", "run, step 6"], said
@@ -148,7 +148,8 @@ def test_the_card(published):
         "![The walk out of a picture, and home to a new one](walk.png)",
     ):
         assert words in card, words
-    assert f"| parameters of the network | {publishing.parameters_in(run / 'pipeline' / publishing.WEIGHTS):,} |" in card
+    parameters = publishing.parameters_in(run / "pipeline" / publishing.WEIGHTS)
+    assert f"| parameters of the network | {parameters:,} |" in card
 
 
 def test_publishing_again_changes_nothing(published, tmp_path):
@@ -156,7 +157,7 @@ def test_publishing_again_changes_nothing(published, tmp_path):
     repo = hub.repo("alice/pictures")
     before, tags = list(repo.commits), dict(repo.tags)
     again = ("--hub_model_id", "alice/pictures", "--license", "cc0-1.0")
-    code, out, err = command(hub, tmp_path, "publish.py", run, *again)
+    code, _out, err = command(hub, tmp_path, "publish.py", run, *again)
     assert code == 0 and repo.commits == before and repo.tags == tags, err
 
 
@@ -180,9 +181,7 @@ def test_a_tag_and_half_precision(published, tmp_path):
 def test_a_dry_run_sends_nothing(published, tmp_path):
     _, run, _ = published
     with Hub({}) as hub:
-        code, out, err = command(
-            hub, tmp_path, "publish.py", run, "--hub_model_id", "alice/x", "--dry_run", token=None
-        )
+        code, out, err = command(hub, tmp_path, "publish.py", run, "--hub_model_id", "alice/x", "--dry_run", token=None)
         assert code == 0 and hub.requests == [], err
     size = (run / "pipeline" / publishing.WEIGHTS).stat().st_size
     assert f"{size:,}  {publishing.WEIGHTS}" in out
@@ -245,9 +244,8 @@ draw("ours, old", DDPMPipeline, revision="{old}")
     kinds |= loaded(hub, tmp_path / "home", tmp_path, ours, package=True)
     before = len(hub.requests)
     offline = {"HF_HUB_OFFLINE": "1"}
-    kinds |= loaded(
-        hub, tmp_path / "home", tmp_path, 'draw("anyone, offline", diffusers.DiffusionPipeline)', package=False, **offline
-    )
+    script = 'draw("anyone, offline", diffusers.DiffusionPipeline)'
+    kinds |= loaded(hub, tmp_path / "home", tmp_path, script, package=False, **offline)
     script = 'from ddpm_pipeline import DDPMPipeline\ndraw("ours, offline", DDPMPipeline)'
     kinds |= loaded(hub, tmp_path / "home", tmp_path, script, package=True, **offline)
     assert len(hub.requests) == before
@@ -422,7 +420,7 @@ def test_somebody_else_pushes_meanwhile(hub, tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "token, repo, words",
+    ("token", "repo", "words"),
     [
         (None, "alice/x", "there is no token"),
         ("tok-r", "alice/x", "403"),
@@ -432,7 +430,7 @@ def test_somebody_else_pushes_meanwhile(hub, tmp_path, folder):
 )
 def test_who_may_not_publish_is_told_before_training(hub, work, tmp_path, token, repo, words):
     options = run_options(work, f"never {token}", push_to_hub=True, hub_model_id=repo)
-    code, out, err = command(hub, tmp_path, "train.py", *options, token=token)
+    code, _out, err = command(hub, tmp_path, "train.py", *options, token=token)
     assert code == 3 and words in err and "Nothing was trained" in err, err
     assert not list((work / f"never {token}").glob("checkpoint-*")) and "training:" not in err
     assert "Traceback" not in err and hub.repos == []
@@ -449,16 +447,16 @@ def test_training_outlives_the_hub(hub, work, tmp_path):
     """The Hub breaks down after the check: the run ends whole, with 3 and the command for later, which then works."""
     hub.fault("POST", "/preupload/", status=403)
     options = run_options(work, "later", push_to_hub=True, push_to_hub_steps=2, hub_model_id="alice/later")
-    code, out, err = command(hub, tmp_path, "train.py", *options)
+    code, _out, err = command(hub, tmp_path, "train.py", *options)
     assert code == 3, err
     assert "WARNING: the model was not published" in err and "Training goes on" in err
     assert "The run is as it was. To publish it later:" in err
     assert publishing.check_folder(work / "later" / "pipeline") is None
     printed = re.search(r"^ {4}python (.*)$", err, re.MULTILINE)[1]
     hub._faults.clear()
-    result = subprocess.run(
-        f"{sys.executable} {printed}", shell=True, capture_output=True, text=True, env=hub.environment(tmp_path, "tok-a")
-    )
+    environment = hub.environment(tmp_path, "tok-a")
+    again = f"{sys.executable} {printed}"
+    result = subprocess.run(again, shell=True, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert set(hub.repo("alice/later").head.files) == ALL | {".gitattributes"}
 
@@ -481,7 +479,7 @@ def test_a_signal_while_it_is_sent(hub, work, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (("nowhere", "--hub_model_id", "alice/x"), "nowhere"),
         (("{run}", "--hub_model_id", "alice/x/y"), "alice/x/y"),
