@@ -22,14 +22,15 @@ ANIMATED = (".gif", ".webp")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m ddpm_pipeline", description=__doc__.split("\n")[0], allow_abbrev=False)
+    description = "Pictures from a trained DDPM, and what lies between pictures."
+    made = argparse.ArgumentParser(prog="python -m ddpm_pipeline", description=description, allow_abbrev=False)
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, does: str, *, pictures: str | int | None = None, seeds: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, does: str, pictures: str | int | None = None, seeds: bool = True) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
         one.add_argument("model", help='folder of a saved pipeline, or a name on the Hub, "user/model"')
         if pictures is not None:
-            one.add_argument("images", type=Path, nargs=pictures, metavar="IMAGE", help="image files, of the model's size")
+            one.add_argument("images", type=Path, nargs=pictures, metavar="IMAGE", help="file, of the model's size")
         one.add_argument("--output", "-o", type=Path, default=Path(f"{name}.png"), help="file to write (%(default)s)")
         one.add_argument("--num_inference_steps", type=int, default=None, help="steps of a walk home; 50 by default")
         one.add_argument("--revision", help="of a model on the Hub: a tag, branch or commit")
@@ -41,15 +42,15 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     command("generate", "new pictures, one for each seed")
-    one = command("invert", "out into the noise and home again: what becomes of the pictures", pictures="+", seeds=False)
+    one = command("invert", "out into the noise and home: what becomes of the pictures", pictures="+", seeds=False)
     one.add_argument("--refinements", type=int, default=0, help="of each step out (%(default)s)")
     one.add_argument("--latents", type=Path, help="write their places in the noise too, a .npy file (B, C, H, W)")
     one = command("fuse", "the pictures between two pictures", pictures=2)
-    one.add_argument("--weight", type=float, nargs="+", default=[0.5], help="0 is the first, 1 the second (%(default)s)")
+    one.add_argument("--weight", type=float, nargs="+", default=[0.5], help="0: the first, 1: the second (%(default)s)")
     one.add_argument("--strip", type=int, metavar="N", help="N pictures, with weights from 0 to 1, instead of --weight")
     one.add_argument("--balance", action="store_true", help="weights are shares of the distance to the two")
     one.add_argument("--path", choices=("latent", "noise"), default="latent", help="(%(default)s)")
-    one.add_argument("--timestep", type=int, help='for --path noise: the step from which it walks home')
+    one.add_argument("--timestep", type=int, help="for --path noise: the step from which it walks home")
     one = command("inpaint", "paint what a mask hides", pictures=1)
     one.add_argument("mask", type=Path, help="image file, white where to paint")
     one.add_argument("--jump_length", type=int, default=5, help="steps that a jump goes back out (%(default)s)")

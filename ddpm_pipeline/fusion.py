@@ -1,11 +1,12 @@
 """WHAT LIES BETWEEN: out from a picture into the noise, and home again to it, to one between two, or to one repaired.
 
-The walk home without noise (DDIM, Song et al. 2021) leads from every place x_T to one picture. It can be gone backwards:
+The walk home without noise (DDIM, Song et al. 2021) leads from every place x_T to one picture. It also goes
+backwards:
 
-    home  x_prev = coef_x_0 x_0_pred + coef_x_t x_t                DDIM, Eq. 12, with sigma 0
-    out   x_t = r x_prev + k eps(x_t, t)                           the same equation, solved for x_t
+    home  x_prev = coef_x_0 x_0_pred + coef_x_t x_t    DDIM, Eq. 12, with sigma 0
+    out   x_t = r x_prev + k eps(x_t, t)               the same equation, solved for x_t
 
-So every picture has a place in the noise, and between two places there is a way. On the way lie places that walk home to
+So every picture has a place in the noise, and between two places there is a way. On it lie places that walk home to
 pictures between the two: not the grey mean of a full and a half moon, but the three-quarter moon.
 
 `PictureMethods` are methods of the pipeline; what they compute stands above it, one short function for each idea.
@@ -177,8 +178,8 @@ def balanced(
 ) -> tuple[Tensor, Tensor]:
     """Places on ways whose pictures have the wanted shares, by bisection of all at once.
 
-    The walk home without noise is continuous, and a way begins at share 0 and ends at 1: so each share between is somewhere on
-    it. Near it the way may be steep.
+    The walk home without noise is continuous, and a way begins at share 0 and ends at 1: so each share between is
+    somewhere on it. Near it the way may be steep.
 
     Args:
         draw: (which of them, (M,) indices; their places on the way, (M,)) to pictures (M, C, H, W).
@@ -221,7 +222,7 @@ def repaint_levels(steps: int, jump_length: int, resamples: int) -> list[int]:
     At every `jump_length`-th level it jumps up again by so many levels, until it has come down there `resamples` times:
     what was painted gets to fit what was there (Lugmayr et al. 2022, arXiv 2201.09865, section 4.2 and appendix).
     """
-    left = {level: resamples - 1 for level in range(0, steps - jump_length, jump_length)}
+    left = dict.fromkeys(range(0, steps - jump_length, jump_length), resamples - 1)
     levels, level = [steps], steps
     while level > 0:
         level -= 1
@@ -487,7 +488,8 @@ class PictureMethods:
             image: B pictures.
             mask: white where to paint; a PIL image, or an array or tensor of any shape that can be broadcast.
             num_inference_steps: of a walk home without jumps; 50, or all of a shorter walk, by default.
-            jump_length: steps that a jump goes back out. The paper has 10 of 250.
+            jump_length: steps that a jump goes back out; in a walk that is no longer there are none. The paper has 10
+                of 250.
             resamples: how often each part of the walk is gone; 1 makes no jumps. The paper has 10.
             generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
         Raises:
@@ -497,7 +499,7 @@ class PictureMethods:
         known, labels = self._pictures(image, "image", class_labels)
         hidden = to_mask(mask, tuple(known.shape)).to(known.device)
         steps = self._steps(num_inference_steps, None)
-        jump_length = _check_int("jump_length", jump_length, 1, len(steps))
+        jump_length = _check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         levels = repaint_levels(len(steps), jump_length, _check_int("resamples", resamples, 1, 1000))
         generators = [torch.Generator().manual_seed(seed) for seed in self._seeds(generator, seeds, len(known))]
 
@@ -548,7 +550,8 @@ class PictureMethods:
         size = self.unet.config.sample_size
         wanted = (size, size) if isinstance(size, int) else size
         if wanted is not None and tuple(x_0.shape[2:]) != tuple(wanted):
-            raise ValueError(f"{name} is {x_0.shape[2]} x {x_0.shape[3]} pixels: this network draws {wanted[0]} x {wanted[1]}")
+            there, here = (" x ".join(map(str, sides)) for sides in (x_0.shape[2:], wanted))
+            raise ValueError(f"{name} is {there} pixels: this network draws {here} (height x width)")
         self._height_width(x_0.shape[2], x_0.shape[3], None)
         dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
         return x_0.to(self._execution_device, dtype)
@@ -582,7 +585,8 @@ class PictureMethods:
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * number
         if len(generators) != number:
             raise ValueError(f"generator is a list of {len(generators)}, but there are {number} pictures")
-        return [int(torch.randint(2**32, (), generator=each, device=each.device if each else "cpu")) for each in generators]
+        devices = ["cpu" if each is None else each.device for each in generators]
+        return [int(torch.randint(2**32, (), generator=g, device=device)) for g, device in zip(generators, devices)]
 
     def _output(self: Any, x_t: Tensor, t: int, labels: Tensor | None) -> Tensor:
         """What the network says, in the dtype of x_t."""
@@ -629,7 +633,7 @@ class _Predictor:
 
 def _weight_rows(weight: Any, number: int, several: bool) -> Tensor:
     """(K, N) float64: what share each of N pictures has in each of K results."""
-    allowed = f"{number} numbers of at least 0 with sum 1, or a list of such lists" if several else "numbers from 0 to 1"
+    allowed = f"{number} numbers of at least 0 with sum 1, or lists of them" if several else "numbers from 0 to 1"
     try:
         given = torch.as_tensor(np.array(weight, dtype=np.float64))
     except (TypeError, ValueError):

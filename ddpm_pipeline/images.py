@@ -58,7 +58,8 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
         images = np.array(_in_mode(images, channels))
     if isinstance(images, np.ndarray):
         pixels = torch.from_numpy(images.copy())
-        pixels = pixels[None, None] if pixels.ndim == 2 else (pixels[None] if pixels.ndim == 3 else pixels).movedim(-1, 1)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = (pixels[None] if pixels.ndim == 3 else pixels).movedim(-1, 1)
     elif isinstance(images, Tensor):
         pixels = images.detach().cpu()
         pixels = pixels[None] if pixels.ndim == 3 else pixels
@@ -121,5 +122,3 @@ def _in_mode(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert(mode)
-
-

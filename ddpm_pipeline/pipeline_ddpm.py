@@ -24,7 +24,6 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in this module
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from .fusion import PictureMethods
@@ -150,7 +149,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
 
         The first x_t is noise; the last x_0_pred is the picture, since the last step adds no noise. Arguments are those
         of a call. With `image`, B pictures, it first walks out from them into the noise, by random steps (Eq. 2, DDPM)
-        over the same t, rising, with x_0_pred the pictures themselves; then home from where that ends, to other pictures.
+        over the same t, rising, with x_0_pred the pictures themselves; then home from there, to other pictures.
         A scheduler that does not say what it takes for the picture (DPM-Solver++, UniPC) gives None for it.
         Walk to the end before the next call: both use the one scheduler.
         """
@@ -169,7 +168,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
     def _out_and_home(self, x_0: Tensor, run: _Run) -> Iterator[WalkStep]:
         x_t, alpha_bar = x_0, 1.0
         for t in reversed(self.scheduler.timesteps.tolist()):
-            kept = self.scheduler.alphas_cumprod[t].item() / alpha_bar  # Eq. (2), DDPM: alpha_t, of a step of this length
+            kept = self.scheduler.alphas_cumprod[t].item() / alpha_bar  # alpha of a step of this length, Eq. (2), DDPM
             noise = randn_tensor(
                 x_0.shape, generator=run.step_options.get("generator"), device=x_0.device, dtype=x_0.dtype
             )
@@ -203,9 +202,10 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
 
     def _walked(self, x_t: Tensor, labels: Tensor | None, step_options: dict[str, Any]) -> Tensor:
         """Where the walk home from x_t ends, on the steps that the scheduler is set to."""
-        for _, x_t in self._home(_Run(x_t, labels, step_options)):  # noqa: B007
+        arrived = x_t
+        for _, arrived in self._home(_Run(x_t, labels, step_options)):  # noqa: B007
             pass
-        return x_t
+        return arrived
 
     def _denoise(self, model_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output, with guidance if asked: Ho and Salimans 2022, Eq. 6."""

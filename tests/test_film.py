@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
-from training.denoiser import make_denoiser
 from ddpm_pipeline.film import grid, to_uint8, walk_picture
+from training.denoiser import make_denoiser
 
 MARGIN = 2
 

@@ -208,9 +208,7 @@ def test_the_pipeline_has_the_averaged_weights_and_loads_and_samples(whole):
 def test_the_sample_picture_is_drawn_with_the_averaged_weights(whole):
     def drawn():
         seeds = [SAMPLE_SEED, SAMPLE_SEED + 1, SAMPLE_SEED + 2]
-        return np.asarray(film.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(
-            int
-        )
+        return np.asarray(film.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(int)
 
     saved = np.asarray(Image.open(whole / "samples" / "step-000006.png")).astype(int)
     pipe = DDPMPipeline.from_pretrained(whole / "pipeline")

@@ -252,8 +252,7 @@ def main(config: Config, stop: Stop) -> int:
         samples = save_samples(step)
         if log is None:
             return samples
-        from ddpm_pipeline import DDPMPipeline
-        from ddpm_pipeline import film
+        from ddpm_pipeline import DDPMPipeline, film
 
         drawn = {"samples.png": film.grid(samples)} if samples is not None else {}
         with ema.applied():
