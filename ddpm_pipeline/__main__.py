@@ -16,7 +16,6 @@ from PIL import Image, UnidentifiedImageError
 if TYPE_CHECKING:
     import torch
 
-    from . import DDPMPipeline
 
 ANIMATED = (".gif", ".webp")
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(pipe: DDPMPipeline, given: argparse.Namespace, pictures: list[Image.Image]) -> None:
+def run(pipe: Any, given: argparse.Namespace, pictures: list[Image.Image]) -> None:
     """Do what the command says, and write it."""
     from . import film
 
@@ -129,11 +128,11 @@ def run(pipe: DDPMPipeline, given: argparse.Namespace, pictures: list[Image.Imag
     film.grid(drawn, columns=columns).save(given.output)
 
 
-def steps_of(pipe: DDPMPipeline) -> int:
+def steps_of(pipe: Any) -> int:
     return min(50, pipe.scheduler.config.num_train_timesteps)
 
 
-def loaded(given: argparse.Namespace) -> DDPMPipeline:
+def loaded(given: argparse.Namespace) -> Any:
     import torch
 
     from . import DDPMPipeline

@@ -22,7 +22,7 @@ def check_output_type(output_type: str | None, channels: int) -> None:
         raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
 
 
-def to_output(x_0: Tensor, output_type: str) -> Any:
+def to_output(x_0: Tensor, output_type: str | None) -> Any:
     """Pictures (B, C, H, W) in [-1, 1] as output_type says."""
     if not x_0.isfinite().all():
         warnings.warn("some pixels are not finite numbers: are the network's weights whole?", stacklevel=3)

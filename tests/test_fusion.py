@@ -21,7 +21,8 @@ class GaussianNetwork(UNet2DModel):
 
     def __init__(self, scheduler, prediction_type="epsilon", size=8, channels=1, dtype=torch.float64, classes=None):
         super().__init__(
-            sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=2, add_attention=False,
+            sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=2,
+            add_attention=False,
             block_out_channels=(4,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
             num_class_embeds=classes,
         )  # fmt: skip
@@ -48,7 +49,8 @@ def gaussian_pipe(prediction_type="epsilon", spacing="trailing", steps=1000, **o
 def small_pipe(channels=1, **options):
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=2, add_attention=False,
+        sample_size=8, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=2,
+            add_attention=False,
         block_out_channels=(4, 4), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **options,
     )  # fmt: skip
     return quiet(DDPMPipeline(unet.eval(), DDPMScheduler(num_train_timesteps=20, timestep_spacing="trailing")))
@@ -375,8 +377,8 @@ def test_variation_goes_from_the_picture_to_any():
 def test_a_walk_out_has_the_law_of_eq_4_and_goes_home_from_there():
     pipe = gaussian_pipe(size=32)
     x_0 = torch.full((2, 1, 32, 32), 0.7, dtype=torch.float64)
-    steps = list(pipe.walk(image=x_0, seeds=[1, 2], num_inference_steps=50, eta=0.0))
-    out, back = steps[:50], steps[50:]
+    steps = list(pipe.walk(image=x_0, seeds=[1, 2], num_inference_steps=200, eta=0.0))
+    out, back = steps[:200], steps[200:]
     assert [step.t for step in out] == [step.t for step in back][::-1]
     for step in out:
         a = pipe.scheduler.alphas_cumprod[step.t].item()

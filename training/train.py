@@ -375,7 +375,11 @@ def main(config: Config, stop: Stop) -> int:
     samples = save_model(step)
     if log is not None:
         if config.dataset_name == "moons" and samples is not None:
-            say(measure_moons(log, step, samples))
+            from training import moons_report
+
+            say(moons_report.measure_samples(log, step, samples))
+            with ema.applied():
+                say(moons_report.fuse_moons(unet.eval(), scheduler, output_dir, config.ddpm_num_inference_steps))
         log.close()
         say(
             f"\nThe model is in {output_dir / 'pipeline'}, its pictures in {output_dir / 'samples'}. To load it:\n"
@@ -426,19 +430,6 @@ def save_pipeline(pipe: Any, folder: Path, facts: dict[str, Any], drawn: dict[st
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def measure_moons(log: Log, step: int, samples: Tensor) -> str:
-    """How near the samples are to true moons, and whether they are of all phases."""
-    from ddpm_pipeline.moons import phase_of
-
-    match = phase_of(samples.float().clamp(-1, 1).cpu())
-    distance, eighths = match.distance.mean().item(), len((match.phase / (2 * math.pi) * 8).long().unique())
-    log.metrics(step, moon_distance=distance, moon_eighths=eighths)
-    return (
-        f"{len(samples)} sampled moons: mean squared distance to the nearest true moon {distance:.4f}, "
-        f"phases in {eighths} of 8 eighths of the circle"
-    )
 
 
 def versions() -> dict[str, str]:
