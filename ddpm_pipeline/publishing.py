@@ -83,12 +83,16 @@ def publish(
     """
     hub = Hub(seconds)
     repo_id = check_access(hub, repo_id, private=private)
+    seen = look(hub, repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, say=say)
+        title = f"{Path(run).resolve().name}, step {_read(Path(run) / 'pipeline' / 'training.json')['step']}"
+        title += f" ({digest(folder)[:12]})"  # by which a commit is known again
+        if revision_tag is not None:
+            check_tag(seen, revision_tag, title)
         say("It loads in three ways: " + told(check_loading(folder)))
-        message = f"{Path(run).resolve().name}, step {_read(Path(run) / 'pipeline' / 'training.json')['step']}"
-        commit = push(hub, folder, repo_id, tag=tag, message=message, tag_is_new=revision_tag is not None)
+        commit = push(hub, folder, seen, tag=tag, title=title)
     say(
         f"Published: {hub.api.endpoint}/{repo_id}, commit {commit[:8]}, tag {tag}. To load it:\n"
         f"    from diffusers import DiffusionPipeline\n"
@@ -166,12 +170,11 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def digest(folder: Path, *, without: str = "") -> str:
+def digest(folder: Path) -> str:
     """sha256 of the names and contents of a staged folder's files, hexadecimal."""
     total = hashlib.sha256()
     for name in files_of(folder):
-        if name != without:
-            total.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+        total.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
     return total.hexdigest()
 
 
@@ -646,36 +649,57 @@ def check_access(hub: Hub, repo_id: str, *, private: bool = False) -> str:
     return repo_id
 
 
-def push(hub: Hub, folder: Path, repo_id: str, *, tag: str, message: str, tag_is_new: bool) -> str:
-    """Push a staged folder as one commit, with a tag.
+@dataclass(frozen=True)
+class Seen:
+    """What a repository holds before it is pushed to."""
+
+    repo_id: str
+    commit: str  # hash of the newest
+    title: str  # of the newest
+    files: list[str]
+    tags: dict[str, str]  # name: hash of its commit
+
+
+def look(hub: Hub, repo_id: str) -> Seen:
+    """Look at a repository.
+
+    Raises:
+        HubError: it holds something that is no published model; or see Hub.
+    """
+    newest = hub.ask("the newest commit", hub.api.list_repo_commits, repo_id)[0]
+    files = hub.ask("its files", hub.api.list_repo_files, repo_id, revision=newest.commit_id)
+    if not {"model_index.json", "pipeline.py"} <= set(files) and (foreign := sorted(set(files) - HUBS_OWN)):
+        raise HubError(f"{repo_id} holds other things ({', '.join(foreign[:5])}): give another hub_model_id")
+    refs = hub.ask("its tags", hub.api.list_repo_refs, repo_id)
+    return Seen(repo_id, newest.commit_id, newest.title, files, {ref.name: ref.target_commit for ref in refs.tags})
+
+
+def check_tag(seen: Seen, tag: str, title: str) -> None:
+    """Raise HubError if a tag is on another commit than the one that this push makes, or has made before."""
+    there = seen.tags.get(tag)
+    if there is not None and not (seen.title == title and there == seen.commit):
+        raise HubError(f"{seen.repo_id} has a tag {tag} already, on commit {there[:8]}: give another revision_tag")
+
+
+def push(hub: Hub, folder: Path, seen: Seen, *, tag: str, title: str) -> str:
+    """Push a staged folder as one commit on top of the one that was seen, with a tag.
 
     Files on the list that an earlier publication left, and this one has not, go in the same commit. Done twice, the
     second changes nothing.
 
-    Args:
-        tag_is_new: raise an error if the tag is on another commit already.
     Returns:
         The hash of the commit.
     Raises:
-        HubError: see Hub; or the repository holds something else; or the tag is taken.
+        HubError: see Hub.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    title = f"{message} ({digest(folder)[:12]})"
-    newest = hub.ask("the newest commit", hub.api.list_repo_commits, repo_id)[0]
-    there = hub.ask("its files", hub.api.list_repo_files, repo_id, revision=newest.commit_id)
-    if not {"model_index.json", "pipeline.py"} <= set(there) and (foreign := sorted(set(there) - HUBS_OWN)):
-        raise HubError(f"{repo_id} holds other things ({', '.join(foreign[:5])}): give another hub_model_id")
-    tags = {ref.name: ref.target_commit for ref in hub.ask("its tags", hub.api.list_repo_refs, repo_id).tags}
-    same = newest.title == title
-    if tag_is_new and tag in tags and not (same and tags[tag] == newest.commit_id):
-        raise HubError(f"{repo_id} has a tag {tag} already, on commit {tags[tag][:8]}: give another revision_tag")
-    commit = newest.commit_id
-    if not same:
+    commit = seen.commit
+    if seen.title != title:
         operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in files_of(folder)]
-        gone = [name for name in there if name in PUBLISHED and not (folder / name).exists()]
+        gone = [name for name in seen.files if name in PUBLISHED and not (folder / name).exists()]
         operations += [CommitOperationDelete(name) for name in gone]
-        commit = hub.commit(repo_id, newest.commit_id, title, operations)
-    if tag not in tags:
-        hub.ask("the tag", hub.api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
+        commit = hub.commit(seen.repo_id, seen.commit, title, operations)
+    if tag not in seen.tags:
+        hub.ask("the tag", hub.api.create_tag, seen.repo_id, tag=tag, revision=commit, exist_ok=True)
     return commit

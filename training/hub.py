@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,49 +49,58 @@ class Pushes:
     """Publishing of a run, in a process beside it while it trains, and once more at its end."""
 
     def __init__(self, config: Config) -> None:
-        self.command = [str(SCRIPT), config.output_dir, "--hub_model_id", str(config.hub_model_id)]
+        self.run = Path(config.output_dir).expanduser()
+        self.options = ["--hub_model_id", str(config.hub_model_id)]
         if config.hub_private_repo:
-            self.command.append("--hub_private_repo")
+            self.options.append("--hub_private_repo")
         if config.license:
-            self.command += ["--license", config.license]
+            self.options += ["--license", config.license]
         self._running: subprocess.Popen[str] | None = None
+        self._copy: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Publish what is in pipeline/ now, unless the time before it still runs."""
+        """Publish what is in pipeline/ now, unless the time before it is not over yet."""
         if self._running is not None and self._running.poll() is None:
             print("The model of the last time is still on its way to the Hub: this one is not published")
             return
-        self._told()
+        self._finish()
+        # A copy, since training may write the next one before the process has so much as begun.
+        self._copy = tempfile.TemporaryDirectory()
+        copy = Path(self._copy.name, self.run.resolve().name)
+        shutil.copytree(self.run / "pipeline", copy / "pipeline")
         quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
         self._running = subprocess.Popen(
-            [sys.executable, *self.command], env=quiet, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, str(SCRIPT), str(copy), *self.options],
+            env=quiet,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
     def end(self) -> None:
-        """Leave off, without waiting."""
-        if self._running is not None and self._running.poll() is None:
+        """Leave off, without waiting for the Hub."""
+        if self._running is not None:
             self._running.terminate()
-            self._running.communicate()
-            self._running = None
-        self._told()
+        self._finish()
 
     def last(self) -> int:
         """Publish the finished model: 0, or EXIT_CODE."""
-        if self._running is not None:
-            self._running.wait()
-        self._told()
-        script = os.path.relpath(SCRIPT)
-        print(f"Publishing: {shlex.join(['python', script, *self.command[1:]])}", flush=True)
-        return EXIT_CODE if subprocess.run([sys.executable, script, *self.command[1:]]).returncode else 0
+        self._finish()
+        command = [os.path.relpath(SCRIPT), str(self.run), *self.options]
+        print(f"Publishing: {shlex.join(['python', *command])}", flush=True)
+        return EXIT_CODE if subprocess.run([sys.executable, *command]).returncode else 0
 
-    def _told(self) -> None:
-        """Say it if the last one failed."""
+    def _finish(self) -> None:
+        """Wait for the process, and say it if it failed."""
         if self._running is not None:
             _, errors = self._running.communicate()
             if self._running.returncode:
-                first = (errors.strip().splitlines() or ["no message"])[0]
-                print(f"WARNING: the model was not published ({first}). Training goes on", file=sys.stderr)
+                first = (errors.strip().splitlines() or [f"it ended with {self._running.returncode}"])[0]
+                print(f"WARNING: the model was not published ({first}). The run goes on", file=sys.stderr)
             self._running = None
+        if self._copy is not None:
+            self._copy.cleanup()
+            self._copy = None
 
 
 def begin_from(name: str, unet: Any, scheduler: DDPMScheduler, say: Callable[[str], object]) -> None:

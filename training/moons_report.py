@@ -63,6 +63,6 @@ def fuse_moons(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, num_in
     middle = {name: [found[name][what][STRIP // 2] for what in ("lit", "distance")] for name in rows}
     lit, distance = middle["balanced"]
     return (
-        f"half and full moon fused: lit {lit:.2f} (0.75 is between), distance to the nearest true moon {distance:.4f}; of "
+        f"half and full moon fused: lit {lit:.2f} (0.75 is between), distance to the nearest moon {distance:.4f}; of "
         f"the mean of their pixels {middle['mean of the pixels'][1]:.4f}"
     )
