@@ -327,11 +327,14 @@ def test_the_remote_code_is_one_file_with_one_pipeline(folder):
     text = (folder / "plain" / "pipeline.py").read_text()
     assert get_relative_imports(folder / "plain" / "pipeline.py") == []
     assert re.findall(r"^\s*(?:from|import)\s+\.", text, re.MULTILINE) == []
-    assert re.findall(r"^class (\w+)\(\w*Pipeline\w*\)", text, re.MULTILINE) == ["DDPMPipeline"]
+    assert re.findall(r"^class (\w+)\([\w, ]*Pipeline\w*\)", text, re.MULTILINE) == ["DDPMPipeline"]
     assert re.findall(r"^class (\w+)\(\w*Scheduler\w*\)", text, re.MULTILINE) == ["DDPMScheduler"]
     assert "ddpm_pipeline" not in re.sub(r"pipeline_ddpm|ddpm\.pipeline", "", text).replace("scheduling_ddpm", "")
     here = Path(pipeline_ddpm.__file__)
-    for module in (here, here.with_name("scheduling_ddpm.py")):  # all but the one import
+    for module in (
+        here,
+        *map(here.with_name, ("scheduling_ddpm.py", "images.py", "fusion.py")),
+    ):  # all but the one import
         lines = [line for line in module.read_text().splitlines() if not line.startswith("from .")]
         assert "\n".join(lines) in text
 
