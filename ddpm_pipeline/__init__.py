@@ -9,6 +9,9 @@ a half moon give the three-quarter moon.
 The chapters, one file each:
     scheduling_ddpm.py   the walk: tables, one step out, one step home
     pipeline_ddpm.py     the way home, for users
+    fusion.py            what lies between: invert, fuse, inpaint, vary
+    images.py            pictures in and out, of any kind
+    film.py              grids, a walk as a film strip or an animation
     loading.py           before loading: a whole model and nothing else
     objective.py         learning: draw t and eps, give x_t and the target; the loss
     chance.py            random numbers that are functions of where they are used
