@@ -12,6 +12,7 @@ The chapters, one file each:
     loading.py           before loading: a whole model and nothing else
     objective.py         learning: draw t and eps, give x_t and the target; the loss
     chance.py            random numbers that are functions of where they are used
+    publishing.py        to the Hub: a clean folder, its card, one commit
     moons.py             the built-in data set: moons with a phase that can be read back
 """
 

@@ -8,9 +8,11 @@ want ours as remote code.
 """
 
 import contextlib
+import hashlib
 import inspect
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -399,12 +401,15 @@ DOWNLOAD_OPTIONS = (
 )  # fmt: skip
 
 
+# As remote code all of this is one file. It is read now: another model's may take its place while this process runs.
+_WHOLE = Path(__file__).read_text(encoding="utf-8") if DDPMScheduler.__module__ == __name__ else None
+
+
 def _source() -> str:
     """The text of `pipeline.py`: the files of its parts and this one without relative imports, or, there, itself."""
-    here = Path(inspect.getfile(DDPMPipeline))
-    if DDPMScheduler.__module__ == DDPMPipeline.__module__:
-        return here.read_text(encoding="utf-8")
-    files = [Path(inspect.getfile(part)) for part in (DDPMScheduler, check_folder)] + [here]
+    if _WHOLE is not None:
+        return _WHOLE
+    files = [Path(inspect.getfile(part)) for part in (DDPMScheduler, check_folder, DDPMPipeline)]
     lines = [line for file in files for line in [*file.read_text(encoding="utf-8").splitlines(), "", ""]]
     return "\n".join(line for line in lines if not line.startswith("from .")).rstrip("\n") + "\n"
 
@@ -444,3 +449,20 @@ def _to_output(x_0: Tensor, output_type: str) -> Any:
         return array
     pixels = (np.nan_to_num(array) * 255).round().astype(np.uint8)
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def _move_apart(text: str) -> None:
+    """Give this version of the remote code a module of its own.
+
+    diffusers runs the `pipeline.py` of every model in one module of one name, the next over the one before, whose
+    classes would then find the helpers of the other version.
+    """
+    apart = f"{__name__}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    for thing in list(globals().values()):
+        if inspect.isclass(thing) and thing.__module__ == __name__:
+            thing.__module__ = apart
+    sys.modules[apart] = sys.modules.pop(__name__)
+
+
+if _WHOLE is not None and __name__ in sys.modules:
+    _move_apart(_WHOLE)

@@ -228,7 +228,8 @@ def test_with_the_package_it_is_ours(name, with_package):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_without_the_package_it_is_ours_as_remote_code(name, without_package):
     for way in (f"{name} remote", f"{name} again"):
-        assert without_package.classes(way) == REMOTE
+        names = {part: re.sub(r"_[0-9a-f]{16}\.", ".", name) for part, name in without_package.classes(way).items()}
+        assert names == REMOTE  # in a module of this version's own: tests/hub has two versions in one process
         assert without_package.report[way]["said"] == []
     num_steps = SCHEDULERS[name]["num_train_timesteps"]
     assert without_package.report[f"{name} remote"]["walk"] == list(range(num_steps))[::-1]

@@ -66,6 +66,12 @@ class Config:
         checkpointing_steps: steps between two checkpoints; one is also written at the end.
         checkpoints_total_limit: so many of the newest checkpoints are kept.
         resume_from_checkpoint: "latest", or a checkpoint folder of this run.
+        init_from: a model to begin from, a folder or a name on the Hub: its weights, and nothing else of it.
+        push_to_hub: publish the model at the end, as training/publish.py does.
+        push_to_hub_steps: publish it every so many steps as well; 0: only at the end.
+        hub_model_id: "user/name" on the Hub; made if it is missing.
+        hub_private_repo: make it private.
+        license: of the published weights, by the Hub's name for it, such as mit or cc-by-4.0.
     """
 
     output_dir: str = "runs/model"
@@ -113,6 +119,12 @@ class Config:
     checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None
+    init_from: str | None = None
+    push_to_hub: bool = False
+    push_to_hub_steps: int = 0
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    license: str | None = None
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
@@ -126,7 +138,7 @@ class Config:
                 1,
             ),
             ("ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit", 1),
-            ("dataloader_num_workers lr_warmup_steps save_images_steps", 0),
+            ("dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps", 0),
         ):
             for name in names.split():
                 if getattr(self, name) < least:
@@ -145,6 +157,15 @@ class Config:
             raise ValueError(f"cpu_threads is {self.cpu_threads}: give an integer of at least 1")
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script: no new run for that
             raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError(
+                f"push_to_hub is true, and hub_model_id is {self.hub_model_id!r}: give it a name, user/name"
+            )
+        if not self.push_to_hub and (self.hub_model_id or self.push_to_hub_steps):
+            raise ValueError(
+                f"hub_model_id is {self.hub_model_id!r} and push_to_hub_steps is {self.push_to_hub_steps}, but "
+                "push_to_hub is false: give --push_to_hub too"
+            )
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError(
                 f"ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: give at most ddpm_num_steps, "

@@ -9,6 +9,7 @@ bit for bit.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import platform
@@ -23,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from training import checkpoint, mishaps  # noqa: E402
+from training import checkpoint, hub, mishaps  # noqa: E402
 from training.config import Config, parse  # noqa: E402
 from training.log import Log  # noqa: E402
 from training.stopping import EXIT_CODE, Stop  # noqa: E402
@@ -33,7 +34,7 @@ SAMPLE_SEED = 1_000_000  # sample picture i is drawn from seed SAMPLE_SEED + i, 
 
 
 def main(config: Config, stop: Stop) -> int:
-    """Train, and return the exit code: 0, or 143 after a signal."""
+    """Train, and return the exit code: 0; 143 after a signal; 3 if the model is whole, but the Hub failed."""
     # ---- Accelerator: processes, device, precision -------------------------------------------------------------------
     from accelerate import Accelerator
 
@@ -57,6 +58,8 @@ def main(config: Config, stop: Stop) -> int:
     locked = checkpoint.lock(output_dir) if main_process else None
     if main_process:
         checkpoint.clear(output_dir)
+        if config.push_to_hub:
+            hub.check(config)
     accelerator.wait_for_everyone()
 
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
@@ -102,6 +105,9 @@ def main(config: Config, stop: Stop) -> int:
     torch.manual_seed(chance.key(config.seed, NEW_WEIGHTS))
     unet = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels).to(device)
     computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    if config.init_from and not config.resume_from_checkpoint:
+        with accelerator.main_process_first():  # which downloads it for all
+            hub.begin_from(config.init_from, unet, scheduler, say)
     choose_attention(unet, device.type, computes_in)
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     parameters = list(unet.parameters())
@@ -119,7 +125,7 @@ def main(config: Config, stop: Stop) -> int:
         model = torch.compile(model)
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
-    done = 0
+    done, seconds_before = 0, 0.0
     if config.resume_from_checkpoint:
         mishaps.check_same_run(path, manifest, config, global_batch, data)
         weights, average, optimizer_state = checkpoint.load(path)
@@ -128,7 +134,7 @@ def main(config: Config, stop: Stop) -> int:
         optimizer.load_state_dict(optimizer_state)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(manifest["scaler"])
-        done = manifest["step"]
+        done, seconds_before = manifest["step"], manifest.get("seconds", 0.0)
         say(f"resumed from {path}, after step {done}")
     elif main_process and any(output_dir.glob("checkpoint-*")):
         say(f"{output_dir} has checkpoints of an earlier run, which this run begins to replace; "
@@ -159,6 +165,10 @@ def main(config: Config, stop: Stop) -> int:
 
     saved = done  # the step of the newest checkpoint
 
+    def facts_now() -> dict[str, Any]:
+        """What is known of the run, with the seconds that it has trained."""
+        return facts | {"seconds": round(seconds_before + time.monotonic() - started, 1)}
+
     def save_checkpoint(step: int) -> None:
         nonlocal saved
         if main_process:
@@ -168,7 +178,8 @@ def main(config: Config, stop: Stop) -> int:
                 model=unet.state_dict(),
                 ema=ema.state_dict(),
                 optimizer=optimizer.state_dict(),
-                facts=facts | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None},
+                facts=facts_now()
+                | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None},
                 total_limit=config.checkpoints_total_limit,
             )
         accelerator.wait_for_everyone()
@@ -235,6 +246,32 @@ def main(config: Config, stop: Stop) -> int:
             log.picture(step, pictures.grid(samples))
         return samples
 
+    def save_model(step: int) -> Tensor | None:
+        """Write pipeline/: the averaged weights, how they were trained, samples of them and the walk."""
+        trained = {"step": step, **facts_now()}
+        samples = save_samples(step)
+        if log is None:
+            return samples
+        from ddpm_pipeline import DDPMPipeline
+        from training import pictures
+
+        drawn = {"samples.png": pictures.grid(samples)} if samples is not None else {}
+        with ema.applied():
+            pipe = DDPMPipeline(unet.eval(), scheduler)
+            pipe.set_progress_bar_config(disable=True)
+            x_0 = batches.images(0, torch.zeros(1, dtype=torch.int64))
+            steps = config.ddpm_num_inference_steps
+            try:
+                drawn["walk.png"] = pictures.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
+                log.save(drawn["walk.png"], "walk.png")
+            except (RuntimeError, MemoryError) as error:
+                if not mishaps.is_out_of_memory(error):
+                    raise
+                say("WARNING: no picture of the walk, for there is not enough memory. The model is not touched by it.")
+            save_pipeline(pipe, output_dir / "pipeline", trained, drawn)
+        unet.train()
+        return samples
+
     # ---- Loop --------------------------------------------------------------------------------------------------------
     from tqdm import tqdm
 
@@ -244,6 +281,7 @@ def main(config: Config, stop: Stop) -> int:
     started = logged_at = time.monotonic()
     step, counted, skipped = done, 0, 0
     stopping = out_of_time = False
+    pushes = hub.Pushes(config) if main_process and config.push_to_hub else None
     stop.in_loop = True
     while step < config.max_train_steps and not out_of_time and not stopping:
         learning_rate = config.learning_rate_at(step + 1)
@@ -311,9 +349,12 @@ def main(config: Config, stop: Stop) -> int:
         if step % config.checkpointing_steps == 0:
             save_checkpoint(step)
         ended = stopping or out_of_time or step == config.max_train_steps
-        if config.save_images_steps and step % config.save_images_steps == 0 and not ended:
+        push = bool(config.push_to_hub_steps) and step % config.push_to_hub_steps == 0
+        if not ended and (push or (config.save_images_steps and step % config.save_images_steps == 0)):
             paused = time.monotonic()
-            save_samples(step)
+            save_model(step) if push else save_samples(step)
+            if push and pushes is not None and not stop.asked():
+                pushes.start()
             pause = time.monotonic() - paused
             started, logged_at = started + pause, logged_at + pause  # drawing is not training
             (stopping,) = on_any(stop.asked())
@@ -323,6 +364,8 @@ def main(config: Config, stop: Stop) -> int:
     progress.close()
     if stopping:
         say(f"asked to end: checkpoint after step {step} written; go on with --resume_from_checkpoint latest")
+        if pushes is not None:
+            pushes.end()
         if log is not None:
             log.close()
         return EXIT_CODE
@@ -330,19 +373,8 @@ def main(config: Config, stop: Stop) -> int:
     say(f"trained {step - done} steps in {minutes:.1f} minutes" + (f", {skipped} left out" if skipped else ""))
 
     # ---- Save: the pipeline, its samples, the walk -------------------------------------------------------------------
-    samples = save_samples(step)
+    samples = save_model(step)
     if log is not None:
-        from ddpm_pipeline import DDPMPipeline
-        from training import pictures
-
-        with ema.applied():
-            pipe = DDPMPipeline(unet.eval(), scheduler)
-            pipe.set_progress_bar_config(disable=True)
-            save_pipeline(pipe, output_dir / "pipeline")
-            x_0 = batches.images(0, torch.zeros(1, dtype=torch.int64))
-            steps = config.ddpm_num_inference_steps
-            walk = pictures.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
-        log.save(walk, "walk.png")
         if config.dataset_name == "moons" and samples is not None:
             say(measure_moons(log, step, samples))
         log.close()
@@ -353,7 +385,8 @@ def main(config: Config, stop: Stop) -> int:
         )
     if locked is not None:
         locked.close()
-    return 0
+    mishaps.part()  # the other processes need not wait for the Hub
+    return pushes.last() if pushes is not None else 0
 
 
 def precision(config: Config) -> str:
@@ -381,12 +414,15 @@ def cpu_cores() -> int:
     return min(allowed, psutil.cpu_count(logical=False) or 1)
 
 
-def save_pipeline(pipe: Any, folder: Path) -> None:
-    """Write the pipeline beside its place and put it there when it is whole."""
+def save_pipeline(pipe: Any, folder: Path, facts: dict[str, Any], drawn: dict[str, Any]) -> None:
+    """Write the pipeline, how it was trained and what it drew beside its place; put it there when it is whole."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     pipe.save_pretrained(str(temporary))
+    (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for name, picture in drawn.items():
+        picture.save(temporary / name)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -425,5 +461,8 @@ if __name__ == "__main__":
     except (FloatingPointError, mishaps.OutOfMemoryError, checkpoint.NoRoomError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
+    except hub.HubError as error:
+        print(f"train.py: {error}. Nothing was trained. Without --push_to_hub one can publish later", file=sys.stderr)
+        code = 3
     mishaps.part()
     sys.exit(code)
