@@ -66,11 +66,15 @@ def inside(imported: str, *modules: str) -> bool:
 
 
 def test_the_remote_code_files_import_little():
-    walk, loading = "ddpm_pipeline.scheduling_ddpm", "ddpm_pipeline.loading"
+    walk, loading, images, fusion = (
+        f"ddpm_pipeline.{name}" for name in ("scheduling_ddpm", "loading", "images", "fusion")
+    )
     for name, more in (
         ("scheduling_ddpm", ()),
         ("loading", ("safetensors", walk)),
-        ("pipeline_ddpm", (walk, loading)),
+        ("images", (walk,)),
+        ("fusion", (walk, images)),
+        ("pipeline_ddpm", (walk, loading, images, fusion)),
     ):
         allowed = (*sys.stdlib_module_names, "numpy", "torch", "PIL", "diffusers", *more)
         found = imports(f"ddpm_pipeline/{name}.py")
@@ -113,7 +117,7 @@ def test_the_remote_code_files_can_be_joined_into_one():
     """
     names: dict[str, str] = {}
     before: set[str] = set()
-    for name in ("scheduling_ddpm", "loading", "pipeline_ddpm"):
+    for name in ("scheduling_ddpm", "loading", "images", "fusion", "pipeline_ddpm"):
         text = (ROOT / "ddpm_pipeline" / f"{name}.py").read_text(encoding="utf-8")
         assert not re.search(r"^\s*from\s+__future__\s", text, re.M), name
         tree = ast.parse(text)
