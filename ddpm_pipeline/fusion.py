@@ -265,12 +265,14 @@ class PictureMethods:
         walks home (with a scheduler that has clip_sample off it is the exact counterpart).
 
         Args:
-            images: B pictures.
+            images: B pictures: PIL images, arrays (uint8, or floats in [-1, 1], channels last), tensors (the same,
+                channels first), or a list of them.
             num_inference_steps: of the walk home that shall lead to them; 50, or all of a shorter walk, by default.
             timesteps: or the steps themselves, falling.
             class_labels: for a network with classes, one for all or one for each.
             refinements: a step out is the solution of an equation; so often at most is its guess improved (fixed-point
-                iteration, Pan et al. 2023, arXiv 2309.04907), at the price of a network call each.
+                iteration, Pan et al. 2023, arXiv 2309.04907), at the price of a network call each. With few steps take
+                3 or more: one alone may make the error larger.
             tolerance: enough, for the largest change of a pixel by a refinement.
             measure_error: walk home again, for `inversion_error`.
         Returns:
@@ -486,11 +488,13 @@ class PictureMethods:
 
         Args:
             image: B pictures.
-            mask: white where to paint; a PIL image, or an array or tensor of any shape that can be broadcast.
+            mask: white, above the middle of its range, where to paint; a PIL image, or an array or tensor, bool, uint8
+                or float in [0, 1], of any shape that can be broadcast.
             num_inference_steps: of a walk home without jumps; 50, or all of a shorter walk, by default.
             jump_length: steps that a jump goes back out; in a walk that is no longer there are none. The paper has 10
                 of 250.
-            resamples: how often each part of the walk is gone; 1 makes no jumps. The paper has 10.
+            resamples: how often each part of the walk is gone, which takes so many times as long; 1 makes no jumps. If
+                what is painted does not fit, take more, or more steps. The paper has 10.
             generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
         Raises:
             ValueError: an argument, or two together, cannot be.
@@ -580,7 +584,10 @@ class PictureMethods:
                 raise ValueError(f"generator and seeds={seeds} are both given: give one of the two")
             given = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
             if len(given) != number:
-                raise ValueError(f"seeds has {len(given)} entries, but there are {number} pictures: give one for each")
+                raise ValueError(
+                    f"seeds has {len(given)} entries, but there are {number} pictures: give one for each "
+                    "(for several of one picture, give it several times)"
+                )
             return [_check_int("seeds", seed, 0, 2**32 - 1) for seed in given]
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * number
         if len(generators) != number:

@@ -42,6 +42,7 @@ HUBS_OWN = {".gitattributes", CARD, "LICENSE"}  # what the Hub, or its page for 
 # settings that say where the run was and not what it was
 LOCAL_SETTINGS = ("output_dir", "cache_dir", "cpu_threads", "dataloader_num_workers", "resume_from_checkpoint",
                   "push_to_hub", "push_to_hub_steps", "hub_model_id", "hub_private_repo", "license")  # fmt: skip
+TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,98}(?<!\.)(?<!\.lock)", re.ASCII)  # git takes more, and less is safe
 TOLERANCE = 1e-5  # between the ways to load, of pictures in [0, 1]
 WAITS = (1, 2, 4, 8)  # seconds before what failed is tried again
 MAY_PASS = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
@@ -82,7 +83,7 @@ def publish(
         ValueError, OSError: the run is not complete, or a name is none.
     """
     hub = Hub(seconds)
-    repo_id = check_access(hub, repo_id, private=private)
+    repo_id = check_access(hub, repo_id, private=private, license=license)
     seen = look(hub, repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -93,8 +94,9 @@ def publish(
             check_tag(seen, revision_tag, title)
         say("It loads in three ways: " + told(check_loading(folder)))
         commit = push(hub, folder, seen, tag=tag, title=title)
+    news = "Published" if commit != seen.commit else "Nothing has changed since it was published"
     say(
-        f"Published: {hub.api.endpoint}/{repo_id}, commit {commit[:8]}, tag {tag}. To load it:\n"
+        f"{news}: {hub.api.endpoint}/{repo_id}, commit {commit[:8]}, tag {tag}. To load it:\n"
         f"    from diffusers import DiffusionPipeline\n"
         f'    pipe = DiffusionPipeline.from_pretrained("{repo_id}", revision="{tag}")'
     )
@@ -129,6 +131,8 @@ def stage(
         ValueError: the run is not complete, or a file would tell something of this machine.
         OSError: a file cannot be read or written.
     """
+    if revision_tag is not None and not (TAG.fullmatch(revision_tag) and ".." not in revision_tag):
+        raise ValueError(f"revision_tag is {revision_tag!r}: give letters, digits, '.', '_' and '-', such as v1")
     run = Path(run)
     pipeline = run / "pipeline"
     if not pipeline.is_dir():
@@ -286,7 +290,7 @@ def write_card(
         "revision": revision,
         "data_name": data,
         "image_size": _size(unet),
-        "pictures": _pictures(folder, walk["num_train_timesteps"]),
+        "pictures": _pictures(folder, training),
         "built_in_warning": "\n>\n".join(wrong + limit for limit in built_in_limits(folder)),
         "sampling_steps": config["ddpm_num_inference_steps"],
         "data_description": _data_description(training),
@@ -303,7 +307,9 @@ def write_card(
         "images_seen": f"{training['step'] * training['global_batch']:,}",
         "learning_rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
         "ema_max_decay": config["ema_max_decay"],
-        "train_hours": f"{training['seconds'] / 3600:.2f}",
+        "train_time": f"{training['seconds'] / 60:.0f} minutes"
+        if training["seconds"] < 7200
+        else f"{training['seconds'] / 3600:.1f} hours",
         "hardware": f"{training['num_processes']} x {training['device']}, "
         + {"no": "float32"}.get(training["mixed_precision"], training["mixed_precision"]),
         "measurements": _measurements(rows, report),
@@ -311,6 +317,7 @@ def write_card(
         "commit": training["commit"] or "unknown",
         "versions": ", ".join(f"{library} {number}" for library, number in training["versions"].items()),
         "train_command": _train_command(training),
+        "same_again": _same_again(training),
     }
     template = (ROOT / "model_card.md").read_text(encoding="utf-8")
     text = Template(re.sub(r"<!--.*?-->\n*", "", template, flags=re.DOTALL)).substitute(fields)
@@ -349,21 +356,23 @@ def parameters_in(file: Path) -> int:
 def _size(unet: Mapping[str, Any]) -> str:
     size = unet["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    return f"{unet['in_channels']} x {height} x {width} (channels, height, width)"
+    channels = unet["in_channels"]
+    return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _pictures(folder: Path, num_steps: int) -> str:
-    parts = []
+def _pictures(folder: Path, training: Mapping[str, Any]) -> str:
+    parts, config = [], training["config"]
     if (folder / "samples.png").is_file():
         parts.append(
             "![A grid of samples](samples.png)\n\n"
-            "The samples have seeds that count up; none was left out and none chosen."
+            f"Their seeds count up from {training['sample_seed']:,}, with {config['ddpm_num_inference_steps']} steps "
+            "each; none was left out and none chosen."
         )
     if (folder / "walk.png").is_file():
         parts.append(
             "## The walk\n\n![The walk out of a picture, and home to a new one](walk.png)\n\n"
-            f"Upper row: a walk from a training picture into noise, which takes {num_steps:,} small random steps. The "
-            "network has learned the way home. Middle row: a walk home from noise. Lower row: the picture that the "
+            f"Upper row: a walk from a training picture into noise, in {config['ddpm_num_steps']:,} random steps. "
+            "The network has learned the way home. Middle row: a walk home from noise. Lower row: the picture that the "
             "network expects at its end, at each of these places."
         )
     return "\n\n".join(parts)
@@ -424,6 +433,20 @@ def _train_command(training: Mapping[str, Any]) -> str:
     elif config["dataset_name"] != "moons" and not is_hub_name(config["dataset_name"]):
         data = f" --dataset_name path/to/{config['dataset_name']}"
     return f"{launch} training/train.py --config config.yaml{data}"
+
+
+def _same_again(training: Mapping[str, Any]) -> str:
+    config = training["config"]
+    if training["step"] < config["max_train_steps"]:
+        why = f" at its limit of {config['max_train_minutes']:g} minutes" if config["max_train_minutes"] else ""
+        return (
+            f"This run ended after {training['step']:,} of {config['max_train_steps']:,} steps{why}; another one ends "
+            "at another step, and gives another model."
+        )
+    return (
+        "The same settings on the same hardware and the same number of processes give the same model; other hardware "
+        "rounds in another way and gives another model, as good as this one."
+    )
 
 
 # ---- Does it load? ---------------------------------------------------------------------------------------------------
@@ -574,8 +597,6 @@ class Hub:
                     ) from error
                 if _status(error) == 412:
                     raise self._failed("the commit", error) from error
-            except ValueError as error:
-                raise HubError(f"the Hub refuses the card: {error}") from error
         raise AssertionError("the last wait is None")
 
     def _in_time(self, what: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
@@ -622,23 +643,32 @@ def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def check_access(hub: Hub, repo_id: str, *, private: bool = False) -> str:
+def check_access(hub: Hub, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
     """Make the repository if it is missing, private from its first moment if wanted; make sure it may be written to.
 
     Returns:
         Its whole name, "user/name".
     Raises:
         HubError: no token, or none that may write there; the Hub cannot be reached; or it is public and shall not be.
-        ValueError: that is no name for a repository.
+        ValueError: that is no name for a repository, or for a licence.
     """
+    from huggingface_hub import ModelCard
     from huggingface_hub.errors import LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
     try:
-        hub.ask("who you are", hub.api.whoami)
+        user = hub.ask("who you are", hub.api.whoami)
     except LocalTokenNotFoundError:
         raise HubError("there is no token: log in with `hf auth login`, or set HF_TOKEN") from None
+    owner = repo_id.split("/")[0] if "/" in repo_id else user["name"]
+    if owner not in [user["name"], *(org["name"] for org in user.get("orgs", []))]:
+        raise HubError(f"{repo_id} is not yours to write: the token is of {user['name']}")
+    if license is not None:
+        try:
+            hub.ask("the licence", ModelCard(f"---\nlicense: {license}\n---\n").validate)
+        except ValueError as error:
+            raise ValueError(f"license is {license!r}, which the Hub does not know: {str(error)[:200]} ...") from None
     # False would make a new one public where an organisation wants private ones: None leaves it to its settings.
     made = hub.ask("making the repository", hub.api.create_repo, repo_id, private=private or None, exist_ok=True)
     repo_id = made.repo_id

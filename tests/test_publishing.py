@@ -43,7 +43,7 @@ def make_run(folder, *, unet=None, walk=(), **config):
     training = {
         "step": 900, "global_batch": 32, "num_processes": 2, "device": "cpu", "mixed_precision": "no",
         "num_images": 4096, "source": "4096 moons", "versions": {"python": "3.11", "torch": "2.13.0"},
-        "commit": "0123abc", "config": settings.as_dict(), "seconds": 1800.0,
+        "commit": "0123abc", "sample_seed": 7, "config": settings.as_dict(), "seconds": 1800.0,
     }  # fmt: skip
     (folder / "pipeline" / "training.json").write_text(json.dumps(training))
     return folder
@@ -93,6 +93,12 @@ def test_the_tag_is_made_of_what_the_files_hold(run, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     assert staged(run, tmp_path / "three")[1] != tag
     assert staged(run, tmp_path / "four", revision_tag="v1")[1] == "v1"
+
+
+@pytest.mark.parametrize("tag", ["", "bad tag", "a..b", "v1.", "v1.lock", "-v", "a" * 100, "v/1", "\u00e4"])
+def test_tags_that_git_might_refuse(run, tmp_path, tag):
+    with pytest.raises(ValueError, match="revision_tag is"):
+        staged(run, tmp_path / "out", revision_tag=tag)
 
 
 def test_half_precision(run, tmp_path):
@@ -212,16 +218,17 @@ def test_settings_and_cost(run, tmp_path):
     card, front = card_of(run, tmp_path / "out")
     for row in (
         "| images | 4,096 |",
-        "| size | 3 x 8 x 8 (channels, height, width) |",
+        "| size | 8 x 8 pixels, 3 channels |",
         "| steps of the walk | 20 |",
         "| noise schedule | linear |",
         "| optimizer steps | 900 of 1,000, with 32 images each |",
         "| images seen | 28,800 |",
-        "| time | 0.50 hours |",
+        "| time | 30 minutes |",
         "| hardware | 2 x cpu, float32 |",
         f"| parameters of the network | {sum(p.numel() for p in network().parameters()):,} |",
     ):
         assert row in card, row
+    assert "after 900 of 1,000 steps; another one ends" in card and "give the same model" not in card
     assert "torchrun --nproc-per-node 2 training/train.py --config config.yaml\n" in card
     assert front["license"] == "apache-2.0"  # the moons are ours to give
     assert "$" not in card

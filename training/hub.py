@@ -39,7 +39,10 @@ def check(config: Config) -> None:
 
     try:
         publishing.check_access(
-            publishing.Hub(SECONDS_TO_CHECK), str(config.hub_model_id), private=config.hub_private_repo
+            publishing.Hub(SECONDS_TO_CHECK),
+            str(config.hub_model_id),
+            private=config.hub_private_repo,
+            license=config.license,
         )
     except publishing.HubError as error:
         raise HubError(str(error)) from error

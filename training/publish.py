@@ -68,8 +68,8 @@ def show(run: str, repo_id: str, options: dict[str, object]) -> None:
         sizes = [(folder / name).stat().st_size for name in names]
         print("\n".join(f"{size:>13,}  {name}" for size, name in zip(sizes, names)))
         print(f"{sum(sizes):>13,}  bytes in {len(names)} files, for {repo_id} with the tag {tag}\n")
+        print("It loads in three ways: " + publishing.told(publishing.check_loading(folder)) + "\n")
         print((folder / publishing.CARD).read_text(encoding="utf-8"))
-        print("It loads in three ways: " + publishing.told(publishing.check_loading(folder)))
 
 
 def later() -> str:

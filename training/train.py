@@ -152,6 +152,7 @@ def main(config: Config, stop: Stop) -> int:
         "mixed_precision": accelerator.mixed_precision,
         "num_images": len(data),
         "source": data.source,
+        "sample_seed": SAMPLE_SEED,
         "versions": versions(),
         "commit": checkpoint.commit(),
         "config": config.as_dict(),

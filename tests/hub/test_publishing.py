@@ -157,8 +157,9 @@ def test_publishing_again_changes_nothing(published, tmp_path):
     repo = hub.repo("alice/pictures")
     before, tags = list(repo.commits), dict(repo.tags)
     again = ("--hub_model_id", "alice/pictures", "--license", "cc0-1.0")
-    code, _out, err = command(hub, tmp_path, "publish.py", run, *again)
+    code, out, err = command(hub, tmp_path, "publish.py", run, *again)
     assert code == 0 and repo.commits == before and repo.tags == tags, err
+    assert "Nothing has changed since it was published" in out
 
 
 def test_a_tag_and_half_precision(published, tmp_path):
@@ -398,7 +399,7 @@ def test_repositories_that_are_not_ours_to_fill(hub, tmp_path, folder):
     assert "tokenizer.json" in found["alice/full"]["error"] and len(hub.repo("alice/full").commits) == 2
     assert found["alice/card"]["error"] is None
     for name in ("bob/x", "bob/secret"):
-        assert "403" in found[name]["error"] or "404" in found[name]["error"], found[name]
+        assert "is not yours" in found[name]["error"], found[name]
         assert len(hub.repo(name).commits) == 1
 
 
@@ -428,7 +429,7 @@ def test_somebody_else_pushes_meanwhile(hub, tmp_path, folder):
     [
         (None, "alice/x", "there is no token"),
         ("tok-r", "alice/x", "403"),
-        ("tok-b", "alice/x", "403"),
+        ("tok-b", "alice/x", "alice/x is not yours to write: the token is of bob"),
         ("wrong", "alice/x", "401"),
     ],
 )
@@ -488,6 +489,8 @@ def test_a_signal_while_it_is_sent(hub, work, tmp_path):
         (("nowhere", "--hub_model_id", "alice/x"), "nowhere"),
         (("{run}", "--hub_model_id", "alice/x/y"), "alice/x/y"),
         (("{run}",), "--hub_model_id"),
+        (("{run}", "--hub_model_id", "alice/x", "--license", "mine"), "license is 'mine', which the Hub does not know"),
+        (("{run}", "--hub_model_id", "alice/x", "--revision_tag", "bad tag"), "revision_tag is 'bad tag'"),
         (("{run}", "--hub_model_id", "alice/x", "--hub_timeout", "0"), "hub_timeout is 0"),
         (("{run}", "--hub_model_id", "alice/x", "--no_such"), "--no_such"),
     ],
