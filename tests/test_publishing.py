@@ -1,4 +1,4 @@
-"""What is staged for the Hub and what the card says of it. The Hub itself: tests/hub/test_publishing.py."""
+"""What is staged for the Hub and what the card says of it. The Hub itself: tests/hub/test_to_and_fro.py."""
 
 import hashlib
 import json
