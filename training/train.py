@@ -426,7 +426,11 @@ def save_pipeline(pipe: Any, folder: Path, facts: dict[str, Any], drawn: dict[st
     pipe.save_pretrained(str(temporary))
     (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name, picture in drawn.items():
-        picture.save(temporary / name)
+        try:
+            picture.save(temporary / name)
+        except OSError as error:  # the model is worth more than its pictures
+            (temporary / name).unlink(missing_ok=True)
+            print(f"WARNING: {folder / name} cannot be written: {error.strerror or error}", file=sys.stderr)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
