@@ -197,7 +197,7 @@ def of_data(pipe: Any, data: str, output: Path, number: int = 8) -> dict[str, An
     middle = made.images[2::5]
 
     def nearest(x: Tensor) -> float:
-        return min_distance(x, every).mean().item()
+        return distance_to(x, every).mean().item()
 
     return {
         "data": folder.name,
@@ -205,7 +205,7 @@ def of_data(pipe: Any, data: str, output: Path, number: int = 8) -> dict[str, An
         "distance to the nearest picture": {
             "fused": round(nearest(middle), 4),
             "mean of the pixels": round(nearest((a + b) / 2), 4),
-            "true pictures (to another)": round(second_nearest(a, every).mean().item(), 4),
+            "true pictures (to another)": round(distance_to(a, every, rank=2).mean().item(), 4),
         },
         "shares of the middle": [round(share, 3) for share in (made.shares or [])[2::5]],
         "error of the ends": round(squared_pixel_distance(made.images[::5], a).mean().item(), 4),
@@ -213,12 +213,9 @@ def of_data(pipe: Any, data: str, output: Path, number: int = 8) -> dict[str, An
     }
 
 
-def min_distance(x: Tensor, every: Tensor) -> Tensor:
-    return torch.cdist(x.flatten(1), every.flatten(1)).square().min(1).values / x[0].numel()
-
-
-def second_nearest(x: Tensor, every: Tensor) -> Tensor:
-    return torch.cdist(x.flatten(1), every.flatten(1)).square().kthvalue(2, dim=1).values / x[0].numel()
+def distance_to(x: Tensor, every: Tensor, rank: int = 1) -> Tensor:
+    """Mean squared difference to the nearest picture of all, or to the second: (B,)."""
+    return torch.cdist(x.flatten(1), every.flatten(1)).square().kthvalue(rank, dim=1).values / x[0].numel()
 
 
 def named(output: Path, what: str) -> Path:

@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .images import check_output_type, to_mask, to_output, to_tensor
-from .scheduling_ddpm import DDPMScheduler, _check_int
+from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
 
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) to (x_0_pred, eps_pred), nothing clipped
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures in [-1, 1] to (B,), each at least 0
@@ -85,8 +85,8 @@ def walk_out(
             following = r * x_prev + k * eps_pred
             change = (following - guess).abs().flatten(1).amax(1)
             better = (change < smallest) & (smallest > tolerance)  # who is done stays: it must not depend on the others
-            best = torch.where(_wide_flag(better, x_0), following, best)
-            eps = torch.where(_wide_flag(better, x_0), eps_pred, eps)
+            best = torch.where(better.view(-1, 1, 1, 1), following, best)
+            eps = torch.where(better.view(-1, 1, 1, 1), eps_pred, eps)
             smallest = torch.where(better, change, smallest)
             if not (smallest > tolerance).any():
                 break
@@ -112,10 +112,6 @@ def _outward_coefficients(scheduler: DDPMScheduler, t: int, prev_t: int) -> tupl
     alpha_bar_t, alpha_bar_prev = (number.item() for number in alpha_bars)
     r = math.sqrt(alpha_bar_t / alpha_bar_prev)
     return r, math.sqrt(1 - alpha_bar_t) - r * math.sqrt(1 - alpha_bar_prev)
-
-
-def _wide_flag(flag: Tensor, images: Tensor) -> Tensor:
-    return flag.view(-1, *[1] * (images.ndim - 1))
 
 
 # ---- The way between places ------------------------------------------------------------------------------------------
@@ -458,7 +454,7 @@ class PictureMethods:
         each = self._seeds(generator, seeds, len(x_0))
         t = round(strength * self.scheduler.num_steps) - 1
         if strength == 1:
-            x_0 = self._noised_and_home(None, steps, each, labels, eta)
+            x_0 = self._noised_and_home(x_0, steps, each, labels, eta, noise_alone=True)
         elif t >= 0:
             x_0 = self._noised_and_home(x_0, self._steps_from(t, len(steps)), each, labels, eta)
         self.maybe_free_model_hooks()
@@ -505,21 +501,19 @@ class PictureMethods:
         steps = self._steps(num_inference_steps, None)
         jump_length = _check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         levels = repaint_levels(len(steps), jump_length, _check_int("resamples", resamples, 1, 1000))
-        generators = [torch.Generator().manual_seed(seed) for seed in self._seeds(generator, seeds, len(known))]
+        options = _step_options(self._seeds(generator, seeds, len(known)), eta)
 
         def noise() -> Tensor:
-            return randn_tensor(known.shape, generator=generators, device=known.device, dtype=known.dtype)
+            return randn_tensor(known.shape, options["generator"], device=known.device, dtype=known.dtype)
 
         # steps[-level] is where level has its noise; level 0 is the picture.
         alpha_bar = [1.0, *(self.scheduler.alphas_cumprod[t].item() for t in reversed(steps))]
-        self.scheduler.set_timesteps(timesteps=steps)
         x, level = noise(), levels[0]
         with self.progress_bar(total=len(levels) - 1) as bar:
             for following in levels[1:]:
                 if following < level:
                     t = steps[-level]
                     output = self._output(x, t, labels)
-                    options = {"generator": generators} | ({} if eta is None else {"eta": eta})
                     x = self.scheduler.step(output, t, x, **options).prev_sample
                     a = alpha_bar[following]
                     x = torch.where(hidden, x, known if following == 0 else a**0.5 * known + (1 - a) ** 0.5 * noise())
@@ -557,8 +551,7 @@ class PictureMethods:
             there, here = (" x ".join(map(str, sides)) for sides in (x_0.shape[2:], wanted))
             raise ValueError(f"{name} is {there} pixels: this network draws {here} (height x width)")
         self._height_width(x_0.shape[2], x_0.shape[3], None)
-        dtype = torch.float64 if self.unet.dtype == torch.float64 else torch.float32
-        return x_0.to(self._execution_device, dtype)
+        return x_0.to(self._execution_device, _wide(self.unet.dtype))
 
     def _steps(self: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         """Set the scheduler's steps, 50 by default, and give them."""
@@ -597,26 +590,30 @@ class PictureMethods:
 
     def _output(self: Any, x_t: Tensor, t: int, labels: Tensor | None) -> Tensor:
         """What the network says, in the dtype of x_t."""
-        if labels is not None and len(labels) != len(x_t):
-            labels = labels.expand(len(x_t))
         return self._denoise(x_t.to(self.unet.dtype), torch.tensor(t, device=x_t.device), labels).to(x_t.dtype)
 
     def _noised_and_home(
-        self: Any, x_0: Tensor | None, steps: list[int], seeds: list[int], labels: Tensor | None, eta: float | None
+        self: Any,
+        x_0: Tensor,
+        steps: list[int],
+        seeds: list[int],
+        labels: Tensor | None,
+        eta: float | None,
+        noise_alone: bool = False,
     ) -> Tensor:
         """Noise at steps[0] on x_0, or noise alone, and the walk home from there: Algorithm 2, DDPM."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        size = self.unet.config.sample_size
-        shape = (len(seeds), self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-        shape = shape if x_0 is None else tuple(x_0.shape)
-        device, dtype = self._execution_device, torch.float64 if self.unet.dtype == torch.float64 else torch.float32
-        noise = randn_tensor(shape, generator=generators, device=device, dtype=dtype)
-        x_t = noise if x_0 is None else self.scheduler.add_noise(x_0, noise, torch.tensor([steps[0]], device=device))
+        options = _step_options(seeds, eta)
+        x_t = randn_tensor(x_0.shape, options["generator"], device=x_0.device, dtype=x_0.dtype)
+        if not noise_alone:
+            x_t = self.scheduler.add_noise(x_0, x_t, torch.tensor([steps[0]], device=x_0.device))
         self.scheduler.set_timesteps(timesteps=steps)
-        options = {"generator": generators} | ({} if eta is None else {"eta": eta})
-        if labels is not None and len(labels) != len(x_t):
-            labels = labels.expand(len(x_t))
         return self._walked(x_t, labels, options)
+
+
+def _step_options(seeds: list[int], eta: float | None) -> dict[str, Any]:
+    """What the scheduler's step is given: a generator for each picture, and eta unless it is left to default."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return {"generator": generators} | ({} if eta is None else {"eta": eta})
 
 
 class _Predictor:

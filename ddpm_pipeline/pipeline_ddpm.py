@@ -212,6 +212,8 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
     def _denoise(self, model_input: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The network's output, with guidance if asked: Ho and Salimans 2022, Eq. 6."""
         scale = self._guidance_scale
+        if labels is not None and len(labels) != len(model_input):  # one for all
+            labels = labels.expand(len(model_input), *labels.shape[1:])
         if labels is None or scale == 1:
             return self.unet(model_input, t, class_labels=labels, return_dict=False)[0]
         null = torch.full_like(labels, self.unet.config.num_class_embeds - 1)

@@ -119,7 +119,7 @@ def stage(
     """Build the folder that is published.
 
     Args:
-        run: folder of a run, with pipeline/ and config.yaml, and report.json if it was measured.
+        run: folder of a run, with pipeline/, and report.json if it was measured.
         folder: empty or missing; it gets files whose names are in PUBLISHED.
         repo_id: "user/name", for the card.
         revision_tag: the tag of the commit; by default it is made of what the files hold.

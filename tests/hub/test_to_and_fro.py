@@ -31,7 +31,6 @@ MODEL = {
     "unet/diffusion_pytorch_model.safetensors",
 }
 ALL = MODEL | {"README.md", "LICENSE", "config.yaml", "samples.png", "walk.png"}
-NO_TOKEN = {"HF_TOKEN": ""}
 
 
 def start(hub, home, script, *arguments, token="tok-a", **variables):
@@ -450,7 +449,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, work, tmp_path)
 
 def test_training_outlives_the_hub(hub, work, tmp_path):
     """The Hub breaks down after the check: the run ends whole, with 3 and the command for later, which then works."""
-    hub.fault("GET", "/refs", status=403)
+    fault = hub.fault("GET", "/refs", status=403)
     options = run_options(work, "later", push_to_hub=True, push_to_hub_steps=4, hub_model_id="alice/later")
     code, _out, err = command(hub, tmp_path, "train.py", *options)
     assert code == 3, err
@@ -458,7 +457,7 @@ def test_training_outlives_the_hub(hub, work, tmp_path):
     assert "The run is as it was. To publish it later:" in err
     assert publishing.check_folder(work / "later" / "pipeline") is None
     printed = re.search(r"^ {4}python (.*)$", err, re.MULTILINE)[1]
-    hub._faults.clear()
+    hub.end_fault(fault)
     environment = hub.environment(tmp_path, "tok-a")
     again = f"{sys.executable} {printed}"
     result = subprocess.run(again, shell=True, capture_output=True, text=True, env=environment)
