@@ -254,7 +254,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         if source == target:
             return prediction
         alpha_bar_t, _ = self.alpha_bars(t)
-        a, b = (self._broadcast(table, x_t) for table in self._x_0_coefficients(alpha_bar_t, source))
+        a, b = (self._broadcast(table, x_t) for table in self.x_0_coefficients(alpha_bar_t, source))
         x_0 = a * x_t + b * prediction
         if target == "sample":
             return x_0.to(prediction.dtype)
@@ -265,7 +265,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     # ---- One step home: p --------------------------------------------------------------------------------------------
 
     def p_mean_variance(
-        self, model_output: Tensor, t: Tensor, x_t: Tensor, prev_t: Tensor | None = None
+        self,
+        model_output: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+        prev_t: Tensor | None = None,
+        least_variance: float = TINY_VARIANCE,
     ) -> ReverseMeanVariance:
         """Eq. (11), DDPM: mean and variance of p(x_prev | x_t) for the network's output, each sample at its own t.
 
@@ -274,9 +279,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             t: (B,) int64 in [0, T), any t per sample, whatever schedule is set.
             x_t: noisy images, (B, C, H, W).
             prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
+            least_variance: stands for beta_tilde where that is 0, in the step that ends at the clean image, as its
+                logarithm is wanted.
         Returns:
-            mean, variance, log_variance, x_0_pred, in the dtype of x_t. Where beta_tilde is 0 (the step that ends at
-            the clean image), the variance of "fixed_small" is 1e-20, as its logarithm is wanted.
+            mean, variance, log_variance, x_0_pred, in the dtype of x_t.
         Raises:
             ValueError: shapes or channels do not fit, or some t or prev_t is out of range.
         """
@@ -285,9 +291,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         a, b, coef_x_0, coef_x_t, centre, slope = (
             self._broadcast(table, x_t)
             for table in (
-                *self._x_0_coefficients(alpha_bars[0], self.prediction_type),
+                *self.x_0_coefficients(alpha_bars[0], self.prediction_type),
                 *self._posterior(*alpha_bars)[:2],
-                *self.log_variance(*alpha_bars),
+                *self.log_variance(*alpha_bars, least_variance=least_variance),
             )
         )
         x_0_pred = self._bounded(a * x_t + b * output)
@@ -415,12 +421,20 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return alpha_bar_prev.sqrt() - coef_x_t * alpha_bar_t.sqrt(), coef_x_t, variance
 
     def log_variance(
-        self, alpha_bar_t: Tensor, alpha_bar_prev: Tensor, variance_type: str | None = None
+        self,
+        alpha_bar_t: Tensor,
+        alpha_bar_prev: Tensor,
+        variance_type: str | None = None,
+        least_variance: float = TINY_VARIANCE,
     ) -> tuple[Tensor, Tensor]:
-        """(centre, slope): the log of p's variance is centre + slope v, where v is what the network says."""
+        """(centre, slope): the log of p's variance is centre + slope v, where v is what the network says.
+
+        least_variance stands for beta_tilde where that is 0.
+        """
         variance_type = variance_type or self.variance_type
         beta = 1 - alpha_bar_t / alpha_bar_prev
-        log_beta_tilde = self._posterior(alpha_bar_t, alpha_bar_prev)[2].clamp(min=TINY_VARIANCE).log()
+        beta_tilde = self._posterior(alpha_bar_t, alpha_bar_prev)[2]
+        log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, least_variance).clamp(min=TINY_VARIANCE).log()
         zero = torch.zeros_like(beta)
         if variance_type.startswith("fixed_small"):
             return log_beta_tilde, zero
@@ -431,7 +445,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return (beta.log() + log_beta_tilde) / 2, (beta.log() - log_beta_tilde) / 2
 
     @staticmethod
-    def _x_0_coefficients(alpha_bar_t: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    def x_0_coefficients(alpha_bar_t: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
         """(a, b): x_0_pred = a x_t + b output. Eq. (15), DDPM, for epsilon; Salimans and Ho 2022 for v."""
         signal, noise_std = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
         if prediction_type == "epsilon":
@@ -503,7 +517,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             std = eta * (centre / 2).exp()
             std[-1] = 0.0  # the last step of any schedule ends at the clean image and adds no noise
             columns = (
-                *self._x_0_coefficients(alpha_bar_t, self.prediction_type),
+                *self.x_0_coefficients(alpha_bar_t, self.prediction_type),
                 *self._posterior(alpha_bar_t, alpha_bar_prev, eta)[:2],
                 std,
                 slope / 2,
