@@ -105,7 +105,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
         h_x(x) = E k(x, x') - E k(x, y),    h_y(y) = E k(y, y') - E k(x, y)
 
     so that its variance is 4 var(h_x) / N + 4 var(h_y) / M. Here h is estimated by means over the rows at hand. For
-    one law h is 0, only the error of these means is left, and the standard error comes out sqrt(2) too large.
+    one law h is 0, only the error of these means is left, and the standard error is too large, by about sqrt(2).
 
     Args:
         features: (N, D), float32 or float64; computed in float64.
@@ -581,7 +581,7 @@ def _classifier(
         if path is not None:
             _save(path, tensors)
     key = _digest(tensors)  # of what was learned, which another machine may round in another way
-    accuracy = tensors.pop("accuracy").item()
+    accuracy, scale = tensors.pop("accuracy").item(), tensors.pop("scale").item()
     with torch.random.fork_rng(devices=[]):
         network = _Network(channels, classes)
     network.load_state_dict(tensors)
@@ -590,7 +590,7 @@ def _classifier(
     def compute(x: Tensor) -> Tensor:
         if x.shape[1] != channels:
             raise ValueError(f"images have {x.shape[1]} channels: the classifier was trained on {channels}")
-        return network.extract(x)
+        return network.extract(x) / scale  # so that x . y / D in the kernel's (x . y / D + 1)^3 is about 1
 
     return Extractor(f"classifier ({task}, {key[:8]})", key, compute, device=device, accuracy=accuracy)
 
@@ -617,7 +617,10 @@ def _turns(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _train(
     images: np.ndarray, answers: np.ndarray | None, classes: int, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """Weights of a _Network, and its accuracy on every 20th image, which it is not trained on."""
+    """Weights of a _Network; its accuracy on every 20th image, which it is not trained on; the scale of its features.
+
+    The scale is the root of their mean square on these images.
+    """
     held_out = np.arange(0, len(images), 20)
     training = np.setdiff1d(np.arange(len(images)), held_out)
     steps = max(200, min(1500, 3 * len(training) // 128))
@@ -647,16 +650,19 @@ def _train(
         schedule.step()
 
     network.eval()
-    right, asked = 0, 0
+    right, asked, squares = 0, 0, []
     with torch.no_grad():
         for turn in range(1 if answers is not None else len(turns)):
             for start in range(0, len(held_out), 256):
                 chosen = held_out[start : start + 256]
                 x, answer = lesson(chosen, torch.full((len(chosen),), turn))
-                right += int((network.head(network.extract(x)).argmax(dim=1) == answer).sum())
+                features = network.extract(x)
+                squares.append(features.square().flatten())
+                right += int((network.head(features).argmax(dim=1) == answer).sum())
                 asked += len(chosen)
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    return {**weights, "accuracy": torch.tensor(right / asked, dtype=torch.float64)}
+    scale = torch.cat(squares).double().mean().sqrt().cpu()
+    return {**weights, "accuracy": torch.tensor(right / asked, dtype=torch.float64), "scale": scale}
 
 
 # ---- Files and hashes ------------------------------------------------------------------------------------------------

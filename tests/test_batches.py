@@ -38,6 +38,15 @@ def test_every_pass_is_a_permutation_of_its_own(number, batch_size):
         assert len({tuple(order) for order in orders}) == passes
 
 
+def test_only_the_rows_that_are_given_are_seen():
+    rows = np.array([1, 4, 5, 9, 11])
+    batches = Batches(numbered(12), rows=rows, batch_size=5, seed=0, random_flip=False, device=CPU)
+    for step in range(3):
+        assert sorted(batches.indices(step, torch.arange(5))) == rows.tolist()
+    values = (batches.images(0, torch.arange(5))[:, 0, 0, 0] + 1) * 127.5
+    assert values.round().long().tolist() == batches.indices(0, torch.arange(5)).tolist()
+
+
 def test_order_is_random():
     """In shuffled passes of 200 pictures the place of a picture says nothing about its number, nor the next pass."""
     batches = make(numbered(200), 200)

@@ -34,11 +34,16 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def load(tmp_path, folder):
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def load(cache, folder):
     def load(**options):
         if "dataset_name" not in options:
             options.setdefault("train_data_dir", folder)
-        return load_images(cache_dir=tmp_path / "cache", **options)
+        return load_images(cache_dir=cache, **options)
 
     return load
 
@@ -461,7 +466,7 @@ def test_empty_and_missing_folders(folder, load, tmp_path):
         ({"background": "whitish"}, "background is 'whitish'"),
         ({"background": "#ffffff80"}, "without transparency"),
         ({"background": 3}, "background is 3"),
-        ({"split": "test"}, "only the split"),
+        ({"split": "test"}, "only the splits \\['train'\\]"),
         ({"split": None}, "split is None"),
         ({"dataset_name": "moons", "dataset_config_name": "full"}, "dataset_config_name is 'full'"),
     ],
@@ -558,7 +563,7 @@ def test_workers_change_nothing(folder, tmp_path):
 
 
 def test_moons(load, monkeypatch):
-    monkeypatch.setattr(data, "NUM_MOONS", 300)
+    monkeypatch.setattr(data, "NUM_MOONS", {"train": 300, "test": 20})
     images = load(dataset_name="moons")
     np.testing.assert_array_equal(images.images, MoonDataset(300, 32, seed=0).images().numpy())
     assert images.source == "300 moons, drawn with seed 0, 32 x 32"
@@ -579,6 +584,77 @@ def cell(pixels):
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "png")
     return {"bytes": stream.getvalue(), "path": "a.png"}
+
+
+def test_labels_of_a_table_and_of_folders(folder, load):
+    rows = [cell(noise(5, 6, 3, seed=i)) for i in range(5)]
+    rows[1] = {"bytes": b"nonsense", "path": "b.png"}
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=rows, label=[7, 1, 3, 7, 3])
+    images = load(dataset_name=str(folder), on_bad_image="skip")
+    assert images.labels().tolist() == [1, 0, 1, 0]  # 7, 3, 7, 3: the unreadable one has none
+
+    for name in ("cats/tabby/a.png", "dogs/b.png", "cats/c.png"):
+        (folder / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(8, 8, 3)).save(folder / "pets" / name)
+    images = load(train_data_dir=folder / "pets")
+    named = [(images.name(i), label) for i, label in enumerate(images.labels().tolist())]
+    assert named == [("cats/c.png", 0), ("cats/tabby/a.png", 0), ("dogs/b.png", 1)]
+    assert load(train_data_dir=folder / "pets" / "dogs").labels() is None
+    assert load(dataset_name="moons", resolution=8).labels() is None
+
+
+def test_a_split_is_held_out_if_there_is_one(folder, cache):
+    first, second = ([cell(noise(5, 6, 3, seed=10 * i + j)) for j in range(4)] for i in range(2))
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=first)
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=second[:3])
+    options = {"dataset_name": str(folder), "cache_dir": cache}
+    for _ in range(2):  # from the files, from the cache
+        parts = data.load_parts(**options)
+        assert parts.rows.tolist() == [0, 1, 2, 3] and parts.held_out.shape == (3, 3, 5, 6)
+        assert parts.source.endswith("split test")
+        np.testing.assert_array_equal(parts.held_out, data.load_images(split="test", **options).images)
+        np.testing.assert_array_equal(parts.training, data.load_images(**options).images)
+    assert data.load_parts("none", **options).held_out.shape == (0, 3, 5, 6)
+    assert len(data.load_parts("test", **options).held_out) == 3
+    for split in ("validation", "train"):
+        with pytest.raises(ValueError, match=f"validation_split is '{split}': the data set has \\['test'\\]"):
+            data.load_parts(split, **options)
+
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", photo=second)
+    assert len(data.load_parts(**options).held_out) == 4  # the test split is for the end
+
+
+def test_a_split_of_another_size_is_made_to_fit(folder, cache):
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(16, 16, 3))])
+    assert data.load_parts(dataset_name=str(folder), cache_dir=cache).held_out.shape == (1, 3, 8, 8)
+
+
+def test_a_split_of_other_channels_is_refused(folder, cache):
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(8, 8))])
+    with pytest.raises(ValueError, match=r"split 'test' has pictures \(1, 8, 8\)"):
+        data.load_parts(dataset_name=str(folder), cache_dir=cache)
+
+
+def test_without_a_split_every_20th_picture_is_held_out(folder, cache):
+    for i in range(45):
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i:02}.png")
+    parts = data.load_parts(train_data_dir=folder, cache_dir=cache)
+    assert parts.held_out[:, 0, 0, 0].tolist() == [19, 39]
+    assert parts.rows.tolist() == [i for i in range(45) if i not in (19, 39)]
+    assert parts.training[:, 0, 0, 0].tolist() == parts.rows.tolist()
+    assert parts.source.startswith("every 20th picture of 45 images")
+    assert len(data.load_parts("none", train_data_dir=folder, cache_dir=cache).rows) == 45
+    with pytest.raises(ValueError, match="the data set has no split but its own"):
+        data.load_parts("test", train_data_dir=folder, cache_dir=cache)
+
+
+def test_moons_hold_out_moons_of_another_seed(cache, monkeypatch):
+    monkeypatch.setattr(data, "NUM_MOONS", {"train": 30, "test": 20})
+    parts = data.load_parts(dataset_name="moons", cache_dir=cache)
+    np.testing.assert_array_equal(parts.held_out, MoonDataset(20, 32, seed=1).images().numpy())
+    assert len(parts.rows) == 30
 
 
 def test_parquet_without_feature_types_and_with_bad_rows(folder, load):

@@ -17,7 +17,8 @@ class Batches:
     """Batches of pictures. Step s has the pictures s B, ..., (s + 1) B - 1 of an endless row of shuffled passes.
 
     Args:
-        images: (N, C, H, W) uint8 or uint16, in memory or memory-mapped.
+        images: (M, C, H, W) uint8 or uint16, in memory or memory-mapped.
+        rows: which of them, (N,) int64; all by default.
         batch_size: B, of the global batch.
         seed: of order and flips.
         random_flip: mirror half of the pictures, left to right.
@@ -25,9 +26,17 @@ class Batches:
     """
 
     def __init__(
-        self, images: np.ndarray, *, batch_size: int, seed: int, random_flip: bool, device: torch.device
+        self,
+        images: np.ndarray,
+        *,
+        rows: np.ndarray | None = None,
+        batch_size: int,
+        seed: int,
+        random_flip: bool,
+        device: torch.device,
     ) -> None:
         self._images = images
+        self._rows = np.arange(len(images)) if rows is None else rows
         self._batch_size, self._seed, self._random_flip, self._device = batch_size, seed, random_flip, device
         self._pass, self._order = -1, np.empty(0, dtype=np.int64)
         self._on_device: Tensor | None = None
@@ -37,7 +46,7 @@ class Batches:
     def indices(self, step: int, place: Tensor) -> np.ndarray:
         """Which pictures are at these places, (b,) int64 in [0, B), on the CPU, of the batch of this step, 0, 1, ..."""
         position = step * self._batch_size + place.numpy()
-        passes, within = np.divmod(position, len(self._images))
+        passes, within = np.divmod(position, len(self._rows))
         return np.array([self._shuffled(number)[i] for number, i in zip(passes.tolist(), within.tolist())])
 
     def images(self, step: int, place: Tensor) -> Tensor:
@@ -56,7 +65,8 @@ class Batches:
     def _shuffled(self, number: int) -> np.ndarray:
         """The order of the pictures in pass 0, 1, ...: sorted by a random number for each."""
         if number != self._pass:
-            index = torch.arange(len(self._images))
-            self._order = chance.bits(chance.key(self._seed, ORDER, number), index).argsort(stable=True).numpy()
+            index = torch.arange(len(self._rows))
+            shuffled = chance.bits(chance.key(self._seed, ORDER, number), index).argsort(stable=True).numpy()
+            self._order = self._rows[shuffled]
             self._pass = number
         return self._order

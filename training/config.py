@@ -60,6 +60,15 @@ class Config:
         deterministic: only operations that give the same bits each time, as on a CPU they do anyway; slower on a GPU.
         seed: of the first weights and of every random number.
         logging_steps: steps between two lines of metrics.
+        validation_steps: steps between two validation losses, of pictures that are held out (training/validation.py);
+            one is also measured at the end. 0: never.
+        num_validation_images: held-out pictures that are used for it.
+        validation_split: split of the data set that is held out; by default validation, valid, val or test if it has
+            one, else every 20th picture of what is learned from, at most 1000. "none": nothing is held out.
+        validation_samples: so many pictures are drawn each time, for their kernel distance to the held-out ones;
+            0: none.
+        extractor: of the features that this distance is taken between: pixels, classifier (trained on these pictures
+            first), or a file, see ddpm_pipeline/fidelity.py.
         save_images_steps: steps between two sample pictures; 0: only at the end.
         num_sample_images: pictures in a sample picture.
         ddpm_num_inference_steps: steps of the walk home for sample pictures.
@@ -113,6 +122,11 @@ class Config:
     deterministic: bool = False
     seed: int = 0
     logging_steps: int = 50
+    validation_steps: int = 1000
+    num_validation_images: int = 256
+    validation_split: str | None = None
+    validation_samples: int = 0
+    extractor: str = "classifier"
     save_images_steps: int = 1000
     num_sample_images: int = 64
     ddpm_num_inference_steps: int = 50
@@ -138,7 +152,8 @@ class Config:
                 1,
             ),
             ("ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit", 1),
-            ("dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps", 0),
+            ("num_validation_images", 2),
+            ("dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps", 0),
         ):
             for name in names.split():
                 if getattr(self, name) < least:
@@ -157,6 +172,12 @@ class Config:
             raise ValueError(f"cpu_threads is {self.cpu_threads}: give an integer of at least 1")
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script: no new run for that
             raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
+        if self.validation_samples and not self.validation_samples >= 2:
+            raise ValueError(f"validation_samples is {self.validation_samples}: give at least 2, or 0 for none")
+        if self.validation_samples and not self.validation_steps:
+            raise ValueError(
+                f"validation_samples is {self.validation_samples}, but validation_steps is 0: give validation_steps too"
+            )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError(
                 f"push_to_hub is true, and hub_model_id is {self.hub_model_id!r}: give it a name, user/name"

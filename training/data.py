@@ -5,8 +5,8 @@ what all must share (size, channels, 8 or 16 bits), a second pass decodes. Then 
 hash of everything it depends on, and the next run maps it into memory and starts at once.
 
     <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
-    <cache_dir>/<key>/names.txt    their names, one line of JSON for each
-    <cache_dir>/<key>/meta.json    what it was made from, which pictures were left out and why
+    <cache_dir>/<key>/names.txt    for each a line of JSON: its name, and its label if the data set has labels
+    <cache_dir>/<key>/meta.json    what it was made from, which pictures were left out and why, the data set's splits
 
 What a picture means: its first frame, turned upright as its EXIF says, composited on a background where it is
 transparent. All gray pictures give 1 channel, any colour gives 3. If one picture is 16-bit gray, all become 16-bit:
@@ -37,8 +37,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-FORMAT = 2  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
-NUM_MOONS = 8192
+FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
+NUM_MOONS = {"train": 8192, "test": 1024}
 # Pillow goes by content, not by name, and some of its formats start other programs (EPS): so only these.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
@@ -60,11 +60,26 @@ class ImageSet:
     source: str  # what it was made from, in words for the log and the card
     skipped: tuple[str, ...]  # "name: reason" of the unreadable files that were left out on request
     names_file: Path  # one line of JSON for each picture
+    splits: tuple[str, ...] = ()  # of the data set, this one among them; none if it is a folder of images
 
     def name(self, i: int) -> str:
         """What picture i is called: its path in the folder, or its row."""
         with open(self.names_file, encoding="ascii") as lines:
-            return str(json.loads(next(islice(lines, i, None))))
+            return str(json.loads(next(islice(lines, i, None)))[0])
+
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64 from 0 on: the data set's labels, or in which folder a picture is; None if all are in one class.
+
+        Of folders within folders the outermost counts.
+        """
+        with open(self.names_file, encoding="ascii") as lines:
+            named = [json.loads(line) for line in lines]
+        words = [label[0] if label else name.rpartition("/")[0].split("/")[0] for name, *label in named]
+        classes = sorted(set(words), key=str)
+        if len(classes) < 2:
+            return None
+        number = {word: i for i, word in enumerate(classes)}
+        return np.array([number[word] for word in words])
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -90,11 +105,17 @@ class ImageSet:
 Payload = bytes | Path | None  # an encoded picture, or where it is
 
 
+class _Opened(NamedTuple):
+    number: int
+    rows: Callable[[], Iterable[tuple[str, Payload]]]  # (name, payload) of each picture
+    labels: list[Any] | None = None
+    splits: tuple[str, ...] = ()
+
+
 class _Source(NamedTuple):
     identity: list[Any]  # goes into the cache key: equal identity, equal pictures
     words: str
-    open: Callable[[Path], tuple[int, Callable[[], Iterable[tuple[str, Payload]]]]]
-    # open(scratch folder) gives how many pictures there are and a function that lists them: (name, payload)
+    open: Callable[[Path], _Opened]  # takes a folder for what is needed now only
 
 
 class _Target(NamedTuple):
@@ -152,10 +173,11 @@ def load_images(
         raise ValueError(f"num_workers is {num_workers!r}: give an int of at least 0")
     if not isinstance(split, str):
         raise ValueError(f'split is {split!r}: give a name such as "train"')
-    if (dataset_name is None or dataset_name == "moons") and (dataset_config_name, split) != (None, "train"):
+    own_splits = {None: ["train"], "moons": list(NUM_MOONS)}.get(dataset_name, [split])
+    if (dataset_name is None or dataset_name == "moons") and (dataset_config_name or split not in own_splits):
         raise ValueError(
             f"dataset_config_name is {dataset_config_name!r}, split is {split!r}: folders of images and moons have "
-            'no configs, and only the split "train"'
+            f"no configs, and here only the splits {own_splits}"
         )
     size = None if resolution is None else _height_width(resolution)
     colour = _colour(background)
@@ -165,8 +187,8 @@ def load_images(
     make: Callable[[Path], dict[str, Any]]  # writes images.npy into a folder and returns what goes into meta.json
     if dataset_name == "moons":
         size = size or (32, 32)
-        identity = ["moons", NUM_MOONS]
-        make = partial(_draw_moons, size=size)
+        identity = ["moons", split, NUM_MOONS]
+        make = partial(_draw_moons, size=size, split=split)
     else:
         if train_data_dir is not None:
             source = _image_folder(Path(train_data_dir).expanduser(), cache_dir)
@@ -206,9 +228,67 @@ def load_images(
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
         images = np.load(folder / "images.npy", mmap_mode="r")
-        return ImageSet(images, meta["source"], tuple(meta["skipped"]), folder / "names.txt")
+        return ImageSet(images, meta["source"], tuple(meta["skipped"]), folder / "names.txt", tuple(meta["splits"]))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it") from error
+
+
+# ---- Held out --------------------------------------------------------------------------------------------------------
+
+HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first that a data set has, unless told
+HELD_OUT_EVERY, HELD_OUT_MOST = 20, 1000  # of a data set without one every 20th picture, but no more than 1000
+
+
+class Parts(NamedTuple):
+    """What is learned from, and what is held out to see how well."""
+
+    data: ImageSet  # what was read first, of which `rows` are learned from
+    rows: np.ndarray  # (N,) int64, rising
+    held_out: np.ndarray  # (M, C, H, W), of the type of data.images; M may be 0
+    source: str  # of the held-out pictures, in words
+
+    @property
+    def training(self) -> np.ndarray:
+        """(N, C, H, W): a view of the data if nothing of it is held out, else a copy."""
+        return self.data.images if len(self.rows) == len(self.data) else self.data.images[self.rows]
+
+    def labels(self) -> np.ndarray | None:
+        """Of `training`: see ImageSet.labels."""
+        labels = self.data.labels()
+        return None if labels is None else labels[self.rows]
+
+
+def load_parts(split: str | None = None, **options: Any) -> Parts:
+    """The pictures of `load_images(**options)`, and others that are held out from learning.
+
+    Args:
+        split: of the data set, to hold out: by default a split for that if it has one, else every 20th picture, 1000 at
+            most; "none": nothing.
+    Raises:
+        ValueError: the data set has no such split, or its pictures are of another kind.
+    """
+    data = load_images(**options)
+    rows = np.arange(len(data))
+    if split == "none":
+        return Parts(data, rows, data.images[:0], "nothing is held out")
+    if split is None:
+        split = next((name for name in HELD_OUT_SPLITS if name in data.splits), None)
+    elif split not in data.splits or split == "train":
+        allowed = [name for name in data.splits if name != "train"] or "no split but its own"
+        raise ValueError(f"validation_split is {split!r}: the data set has {allowed}; or give none")
+    if split is None:
+        every = max(HELD_OUT_EVERY, -(-len(data) // HELD_OUT_MOST))
+        chosen = np.arange(every - 1, len(data), every)
+        words = f"every {every}th picture of {data.source}, not learned from"
+        return Parts(data, np.setdiff1d(rows, chosen), np.array(data.images[chosen]), words)
+    # of the size of those that are learned from, whatever is commonest among these
+    others = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
+    if others.images.shape[1:] != data.images.shape[1:] or others.images.dtype != data.images.dtype:
+        raise ValueError(
+            f"split {split!r} has pictures {others.images.shape[1:]} of {others.images.dtype}, the training split "
+            f"{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or none"
+        )
+    return Parts(data, rows, others.images, others.source)
 
 
 # ---- Sources ---------------------------------------------------------------------------------------------------------
@@ -245,7 +325,8 @@ def _image_folder(root: Path, cache_dir: Path) -> _Source:
     files.sort()
     words = f"folder {real_root.name}" + (f" ({others} other files ignored)" if others else "")
     names = [name for name, _, _ in files]
-    return _Source(["folder", files], words, lambda scratch: (len(names), lambda: ((n, root / n) for n in names)))
+    opened = _Opened(len(names), lambda: ((name, root / name) for name in names))
+    return _Source(["folder", files], words, lambda scratch: opened)
 
 
 def _dataset(name: str, config: str | None, split: str) -> _Source:
@@ -258,7 +339,7 @@ def _dataset(name: str, config: str | None, split: str) -> _Source:
             raise ValueError(f"dataset_name is {name!r}: no .parquet in it; for image files give train_data_dir")
         identity = [(p.relative_to(local).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
-    def open_table(scratch: Path) -> tuple[int, Callable[[], Iterable[tuple[str, Payload]]]]:
+    def open_table(scratch: Path) -> _Opened:
         import datasets  # takes seconds, and a filled cache needs none of it
 
         try:
@@ -278,6 +359,9 @@ def _dataset(name: str, config: str | None, split: str) -> _Source:
             raise ValueError(
                 f"dataset_name is {name!r}: image columns are {columns} among {list(features)}; one is needed"
             )
+        classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel) or name == "label"]
+        labels = list(table[classes[0]]) if len(classes) == 1 else None
+        splits = tuple(str(split) for split in table.info.splits or ())
         table = table.select_columns(columns)
         if isinstance(features[columns[0]], datasets.Image):
             table = table.cast_column(columns[0], datasets.Image(decode=False))  # one decoder for both routes: ours
@@ -289,25 +373,27 @@ def _dataset(name: str, config: str | None, split: str) -> _Source:
                 file = Path(path) if path else None
                 yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
 
-        return len(table), rows
+        return _Opened(len(table), rows, labels, splits)
 
     words = f"data set {local.resolve().name if local.is_dir() else name}" + (f", config {config}" if config else "")
     return _Source(["dataset", identity, config, split], f"{words}, split {split}", open_table)
 
 
-def _draw_moons(folder: Path, size: tuple[int, int]) -> dict[str, Any]:
+def _draw_moons(folder: Path, size: tuple[int, int], split: str) -> dict[str, Any]:
     from ddpm_pipeline.moons import MoonDataset
 
-    moons = MoonDataset(NUM_MOONS, size=size, seed=0)
+    number, seed = NUM_MOONS[split], list(NUM_MOONS).index(split)
+    moons = MoonDataset(number, size=size, seed=seed)
     at_once = max(1, 2**23 // (size[0] * size[1]))
 
     def images() -> Iterator[np.ndarray]:
-        for start in range(0, NUM_MOONS, at_once):
-            yield from moons.images(range(start, min(start + at_once, NUM_MOONS))).numpy()
+        for start in range(0, number, at_once):
+            yield from moons.images(range(start, min(start + at_once, number))).numpy()
 
-    _write(folder, tqdm(images(), "drawing moons", NUM_MOONS), (1, *size), "uint8")
-    (folder / "names.txt").write_text("".join(f'"moon {i}"\n' for i in range(NUM_MOONS)), encoding="ascii")
-    return {"source": f"{NUM_MOONS} moons, drawn with seed 0, {size[0]} x {size[1]}", "skipped": []}
+    _write(folder, tqdm(images(), "drawing moons", number), (1, *size), "uint8")
+    (folder / "names.txt").write_text("".join(f'["moon {i}"]\n' for i in range(number)), encoding="ascii")
+    words = f"{number} moons, drawn with seed {seed}, {size[0]} x {size[1]}"
+    return {"source": words, "skipped": [], "splits": list(NUM_MOONS)}
 
 
 # ---- The two passes --------------------------------------------------------------------------------------------------
@@ -324,7 +410,7 @@ def _decode_all(
     num_workers: int,
 ) -> dict[str, Any]:
     """Holds few pictures in memory, however many there are."""
-    count, rows = source.open(folder.parent / "scratch")
+    count, rows, labels, splits = source.open(folder.parent / "scratch")
     bad: dict[int, str] = {}
     with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
         # Headers: what do all have in common?
@@ -355,7 +441,7 @@ def _decode_all(
         with open(folder / "names.txt", "w", encoding="ascii") as names:
             items = ((i, name, payload) for i, (name, payload) in enumerate(rows()) if i not in bad)
             attempts = _attempts(partial(_decode, target=target), items, pool, count - len(bad), "decoding")
-            number = _write(folder, _good(attempts, bad, names), (channels, height, width), target.dtype)
+            number = _write(folder, _good(attempts, bad, names, labels), (channels, height, width), target.dtype)
 
     listed = [line for _, line in sorted(bad.items())]
     if listed and (on_bad_image == "stop" or not number):
@@ -371,15 +457,17 @@ def _decode_all(
         (len(listed), "unreadable and left out"),
     ]
     words = [f"{number} images of {source.words}", *(f"{n} {what}" for n, what in notes if n)]
-    return {"source": "; ".join(words), "skipped": listed}
+    return {"source": "; ".join(words), "skipped": listed, "splits": list(splits)}
 
 
-def _good(attempts: Iterable[tuple[int, str, Any, str]], bad: dict[int, str], names: Any) -> Iterator[np.ndarray]:
+def _good(
+    attempts: Iterable[tuple[int, str, Any, str]], bad: dict[int, str], names: Any, labels: list[Any] | None
+) -> Iterator[np.ndarray]:
     for i, name, image, reason in attempts:
         if image is None:
             bad[i] = f"{name}: {reason}"
         else:
-            names.write(json.dumps(name) + "\n")
+            names.write(json.dumps([name] if labels is None else [name, labels[i]]) + "\n")
             yield image
 
 

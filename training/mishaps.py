@@ -51,14 +51,16 @@ def launched_alone() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
 
 
-def check_same_run(path: Path, manifest: dict[str, Any], config: Config, global_batch: int, data: Any) -> None:
+def check_same_run(
+    path: Path, manifest: dict[str, Any], config: Config, global_batch: int, num_images: int, source: str
+) -> None:
     """Raise CheckpointError if a checkpoint has another network, walk, seed, global batch or other pictures."""
     then = manifest["config"]
     names = ("denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")
     compared = [(name, then[name], getattr(config, name)) for name in names]
     compared.append(("a global batch of", manifest["global_batch"], global_batch))
-    compared.append(("the number of pictures", manifest["num_images"], len(data)))
-    compared.append(("the pictures", manifest["source"], data.source))
+    compared.append(("the number of pictures", manifest["num_images"], num_images))
+    compared.append(("the pictures", manifest["source"], source))
     for what, before, now in compared:
         if before != now:
             raise CheckpointError(

@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from training import checkpoint, hub, mishaps  # noqa: E402
+from training import checkpoint, hub, machine, mishaps  # noqa: E402
 from training.config import Config, parse  # noqa: E402
 from training.log import Log  # noqa: E402
 from training.stopping import EXIT_CODE, Stop  # noqa: E402
@@ -36,20 +35,13 @@ SAMPLE_SEED = 1_000_000  # sample picture i is drawn from seed SAMPLE_SEED + i, 
 def main(config: Config, stop: Stop) -> int:
     """Train, and return the exit code: 0; 143 after a signal; 3 if the model is whole, but the Hub failed."""
     # ---- Accelerator: processes, device, precision -------------------------------------------------------------------
-    from accelerate import Accelerator
-
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    # Without being told so, accelerate makes of several processes on CPUs as many runs that know nothing of each other.
-    only_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=precision(config), cpu=only_cpus)
+    accelerator = machine.start(config.mixed_precision, config.cpu_threads)
     mishaps.check_processes(accelerator.num_processes)
     device, main_process = accelerator.device, accelerator.is_main_process
-    if device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(config.cpu_threads or max(1, cpu_cores() // here))
     per_process, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     global_batch = per_process * accelerator.num_processes * accumulation
     output_dir = Path(config.output_dir).expanduser()
@@ -64,7 +56,7 @@ def main(config: Config, stop: Stop) -> int:
 
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
     from training.batches import Batches
-    from training.data import load_images
+    from training.data import load_parts
     from training.denoiser import check_size, choose_attention, make_denoiser
 
     if config.height_width is not None:  # before all is decoded for nothing
@@ -72,8 +64,10 @@ def main(config: Config, stop: Stop) -> int:
         check_size(config.denoiser, *((size, size) if isinstance(size, int) else size))
     if config.resume_from_checkpoint:
         path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
+    cache_dir = Path(config.cache_dir).expanduser()
     with accelerator.main_process_first():
-        data = load_images(
+        parts = load_parts(
+            config.validation_split if config.validation_steps else "none",
             dataset_name=config.dataset_name,
             dataset_config_name=config.dataset_config_name,
             train_data_dir=config.train_data_dir,
@@ -82,13 +76,24 @@ def main(config: Config, stop: Stop) -> int:
             background=config.background,
             on_bad_image=config.on_bad_image,
             min_side=config.min_side,
-            cache_dir=Path(config.cache_dir).expanduser(),
+            cache_dir=cache_dir,
             num_workers=config.dataloader_num_workers,
         )
+    data = parts.data
     batches = Batches(
-        data.images, batch_size=global_batch, seed=config.seed, random_flip=config.random_flip, device=device
+        data.images,
+        rows=parts.rows,
+        batch_size=global_batch,
+        seed=config.seed,
+        random_flip=config.random_flip,
+        device=device,
     )
-    say(f"{len(data)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from {data.source}")
+    say(
+        f"{len(parts.rows)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from "
+        f"{data.source}"
+    )
+    if len(parts.held_out):
+        say(f"held out: {len(parts.held_out)} images, {parts.source}")
 
     # ---- Walk, network, average, optimizer ---------------------------------------------------------------------------
     from ddpm_pipeline import chance, objective
@@ -104,7 +109,7 @@ def main(config: Config, stop: Stop) -> int:
     )
     torch.manual_seed(chance.key(config.seed, NEW_WEIGHTS))
     unet = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels).to(device)
-    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    computes_in = machine.dtype(accelerator)
     if config.init_from and not config.resume_from_checkpoint:
         with accelerator.main_process_first():  # which downloads it for all
             hub.begin_from(config.init_from, unet, scheduler, say)
@@ -127,7 +132,7 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Resume ------------------------------------------------------------------------------------------------------
     done, seconds_before = 0, 0.0
     if config.resume_from_checkpoint:
-        mishaps.check_same_run(path, manifest, config, global_batch, data)
+        mishaps.check_same_run(path, manifest, config, global_batch, len(parts.rows), data.source)
         weights, average, optimizer_state = checkpoint.load(path)
         ema.load_state_dict(average)  # first, since it names what is of another network
         unet.load_state_dict(weights)
@@ -148,12 +153,13 @@ def main(config: Config, stop: Stop) -> int:
     facts = {
         "global_batch": global_batch,
         "num_processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "device": machine.name(device),
         "mixed_precision": accelerator.mixed_precision,
-        "num_images": len(data),
+        "num_images": len(parts.rows),
         "source": data.source,
+        "held_out": parts.source,
         "sample_seed": SAMPLE_SEED,
-        "versions": versions(),
+        "versions": machine.versions(),
         "commit": checkpoint.commit(),
         "config": config.as_dict(),
     }
@@ -193,14 +199,13 @@ def main(config: Config, stop: Stop) -> int:
         total: Tensor = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=device), "sum")
         return (total > 0).tolist()
 
-    def draw_samples(step: int) -> Tensor | None:
+    def draw_samples(step: int, number: int) -> Tensor | None:
         """Sample pictures by all processes, image i from a seed of its own, with the averaged weights.
 
         None if the run shall end, or if the memory is not enough.
         """
         from ddpm_pipeline import DDPMPipeline
 
-        number = config.num_sample_images
         mine = list(range(accelerator.process_index, number, accelerator.num_processes))
         share = -(-number // accelerator.num_processes)
         mine += [0] * (share - len(mine))  # all processes draw as many
@@ -231,8 +236,8 @@ def main(config: Config, stop: Stop) -> int:
         unet.train()
         stopping, without = on_any(stop.asked(), no_memory is not None)
         if without:
-            say(f"WARNING: no samples of step {step}, for there is not enough memory: lower num_sample_images, "
-                f"which is {number}. Training is not touched by it.")  # fmt: skip
+            say(f"WARNING: no samples of step {step}, for there is not enough memory for {number}: lower "
+                "num_sample_images, or validation_samples. Training is not touched by it.")  # fmt: skip
         if stopping or without:
             return None
         gathered = accelerator.gather(torch.cat(images))
@@ -242,10 +247,32 @@ def main(config: Config, stop: Stop) -> int:
     def save_samples(step: int) -> Tensor | None:
         from ddpm_pipeline import film
 
-        samples = draw_samples(step)
+        samples = draw_samples(step, config.num_sample_images)
         if log is not None and samples is not None:
             log.picture(step, film.grid(samples))
         return samples
+
+    def validate(step: int) -> str:
+        """Measure the held-out pictures with the averaged weights and log it; in words, for the progress bar."""
+        if not validation.number:
+            return ""
+        unet.eval()
+        with ema.applied(), torch.autocast(device.type, computes_in, enabled=computes_in != torch.float32):
+            found = validation.measure(
+                lambda x_t, t: unet(x_t, t, return_dict=False)[0],
+                total=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
+            )
+        unet.train()
+        samples = draw_samples(step, config.validation_samples) if config.validation_samples else None
+        if log is None:
+            return ""
+        if samples is not None and extractor is not None:
+            found |= kernel_distance(samples, parts.held_out, extractor, cache_dir / "features")
+        log.metrics(step, images=step * global_batch, **found)
+        words = f"held out: loss {found['validation_loss']:.4f}, {found['bits_per_dim']:.2f} bits"
+        if "kernel_distance" in found:
+            words += f", distance {found['kernel_distance']:.4f}"
+        return words
 
     def save_model(step: int) -> Tensor | None:
         """Write pipeline/: the averaged weights, how they were trained, samples of them and the walk."""
@@ -271,6 +298,29 @@ def main(config: Config, stop: Stop) -> int:
             save_pipeline(pipe, output_dir / "pipeline", trained, drawn)
         unet.train()
         return samples
+
+    # ---- Validation --------------------------------------------------------------------------------------------------
+    from training.validation import Validation, kernel_distance
+
+    validation = Validation(
+        parts.held_out,
+        config.num_validation_images,
+        scheduler,
+        device=device,
+        batch_size=per_process,
+        share=(accelerator.process_index, accelerator.num_processes),
+    )
+    extractor = None
+    if config.validation_samples and main_process and validation.number:
+        from ddpm_pipeline import fidelity
+
+        extractor = fidelity.make_extractor(
+            config.extractor,
+            images=parts.training,
+            labels=parts.labels(),
+            cache_dir=cache_dir / "features",
+            device=device,
+        )
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     from tqdm import tqdm
@@ -349,6 +399,12 @@ def main(config: Config, stop: Stop) -> int:
         if step % config.checkpointing_steps == 0:
             save_checkpoint(step)
         ended = stopping or out_of_time or step == config.max_train_steps
+        if config.validation_steps and not stopping and (ended or step % config.validation_steps == 0):
+            paused = time.monotonic()
+            held_out = validate(step)
+            progress.set_description(f"training ({held_out})" if held_out else "training")
+            pause = time.monotonic() - paused
+            started, logged_at = started + pause, logged_at + pause  # measuring is not training
         push = bool(config.push_to_hub_steps) and step % config.push_to_hub_steps == 0
         if not ended and (push or (config.save_images_steps and step % config.save_images_steps == 0)):
             paused = time.monotonic()
@@ -393,31 +449,6 @@ def main(config: Config, stop: Stop) -> int:
     return pushes.last() if pushes is not None else 0
 
 
-def precision(config: Config) -> str:
-    """mixed_precision with "auto" decided: bf16 where the hardware multiplies it, else float32."""
-    asked: str = config.mixed_precision
-    if asked == "auto":
-        launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
-        if launched_with != "no":
-            asked = launched_with
-        elif torch.cuda.is_available():
-            asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-        else:
-            asked = "bf16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "no"
-    if asked == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision is fp16, which is very slow without a GPU: give bf16, or no")
-    return asked
-
-
-def cpu_cores() -> int:
-    """Physical cores that this process may use."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
-    return min(allowed, psutil.cpu_count(logical=False) or 1)
-
-
 def save_pipeline(pipe: Any, folder: Path, facts: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Write the pipeline, how it was trained and what it drew beside its place; put it there when it is whole."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
@@ -435,14 +466,6 @@ def save_pipeline(pipe: Any, folder: Path, facts: dict[str, Any], drawn: dict[st
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "diffusers", "accelerate", "safetensors", "numpy")
-    }
 
 
 if __name__ == "__main__":
