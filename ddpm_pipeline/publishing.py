@@ -185,8 +185,8 @@ def digest(folder: Path) -> str:
 def shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run without what is of its machine: folders of data keep their last name."""
     kept = {name: value for name, value in config.items() if name not in LOCAL_SETTINGS}
-    for name in ("dataset_name", "train_data_dir", "init_from"):
-        if kept.get(name) and (name == "train_data_dir" or not is_hub_name(kept[name])):
+    for name in ("dataset_name", "train_data_dir", "init_from", "extractor"):
+        if kept.get(name) and (name in ("train_data_dir", "extractor") or not is_hub_name(kept[name])):
             kept[name] = Path(kept[name]).expanduser().resolve().name
     return kept
 
@@ -259,7 +259,8 @@ def write_card(
     name = repo_id.split("/")[-1]
     data = config["dataset_name"] or config["train_data_dir"]
     on_hub = [data] if config["dataset_name"] and is_hub_name(data) else []
-    rows = [row for row in (report or {}).get("measurements", []) if row["weights"] == "EMA"]
+    # Of the averaged weights, and of several samplers the first that was asked for: the rest is in the file.
+    rows = [row for row in (report or {}).get("measurements", []) if row["weights"] == "EMA" and row.get("main", True)]
     front = ModelCardData(
         license=license,
         library_name="diffusers",

@@ -270,12 +270,14 @@ def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
 
 
 def command(given: argparse.Namespace) -> str:
-    """This command without what is of this machine: folders keep their last name."""
+    """This command without what is of this machine: of folders outside of this one only the last name."""
     shown = ["accelerate", "launch", "training/evaluate.py"]
     for word in sys.argv[1:]:
         flag, equals, value = word.rpartition("=")
         folder = Path(value).expanduser()
-        shown.append(flag + equals + (folder.resolve().name if folder.is_absolute() or folder.exists() else value))
+        if folder.is_absolute() or ".." in folder.parts:
+            value = f"runs/{folder.name}" if value == given.model else folder.name
+        shown.append(flag + equals + value)
     return shlex.join(shown)
 
 

@@ -148,7 +148,13 @@ def plot_bound(folder: Path, curves: Sequence[Row]) -> list[str]:
     for curve in curves:
         label = f"{curve['weights']}, {curve['variance_type']}"
         axes.plot([0, *curve["t"]], [curve["decoder"], *curve["step"]], marker=".", label=label)
-    axes.set(yscale="log", xscale="symlog", xlabel="t", ylabel="bits per dimension of one step; at 0 the decoder's")
+    axes.set(
+        yscale="log",
+        xscale="symlog",
+        xlim=(0, None),
+        xlabel="t",
+        ylabel="bits per dimension of one step; at 0 the decoder's",
+    )
     made = [_saved(figure, axes, folder / "bound.png")]
     figure, axes = _figure()
     for curve in curves:
