@@ -154,26 +154,34 @@ def pairs(pipe: Any, output: Path) -> list[dict[str, Any]]:
 
 
 def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
-    """The half of a moon is hidden in which its terminator is not: the other half says the phase."""
+    """Half of a moon hidden. Of the lower half the upper one says the phase; of a left or right half the other one may
+    say little: it is the one with the terminator, but that may lie at the edge of the mask, or of the moon.
+    """
     phases = torch.rand(32, generator=torch.Generator().manual_seed(2)) * 2 * math.pi
     x_0 = render(phases)
-    mask = torch.zeros(32, 1, 32, 32, dtype=torch.bool)
+    lower = torch.zeros(32, 1, 32, 32, dtype=torch.bool)
+    lower[..., 16:, :] = True
+    beside = torch.zeros_like(lower)
     for i, phase in enumerate(phases.tolist()):
         # Waxing moons are lit on the right: their terminator is right of the middle before the half moon.
         right = math.cos(phase) > 0 if phase < math.pi else math.cos(phase) < 0
-        mask[i, ..., :16] = right
-        mask[i, ..., 16:] = not right
-    made = pipe.inpaint(x_0, mask, seeds=range(32), output_type="latent").images
-    off = (phase_of(made).phase - phases.double()) / (2 * math.pi)
-    off = ((off + 0.5) % 1 - 0.5).abs()
-    shown = torch.where(mask, torch.zeros(()), x_0)
-    film.grid(torch.stack([x_0, shown, made], dim=1).flatten(0, 1), columns=12).save(named(output, "inpainted"))
-    return {
-        "known pixels equal": torch.equal(torch.where(mask, x_0, made), x_0),
-        "phase within 0.05 of a turn": f"{int((off <= 0.05).sum())} of 32",
-        "median of the error in turns": round(off.median().item(), 4),
-        "distance": read(made)["distance"],
-    }
+        beside[i, ..., :16] = right
+        beside[i, ..., 16:] = not right
+    found = {}
+    for name, mask in (("lower half", lower), ("the half without the terminator", beside)):
+        made = pipe.inpaint(x_0, mask, seeds=range(32), output_type="latent").images
+        off = (phase_of(made).phase - phases.double()) / (2 * math.pi)
+        off = ((off + 0.5) % 1 - 0.5).abs()
+        shown = torch.where(mask, torch.zeros(()), x_0)
+        sheet = torch.stack([x_0, shown, made], dim=1).flatten(0, 1)
+        film.grid(sheet, columns=12).save(named(output, f"inpainted-{name.split()[-1]}"))
+        found[f"{name} hidden"] = {
+            "known pixels equal": torch.equal(torch.where(mask, x_0, made), x_0),
+            "phase within 0.05 of a turn": f"{int((off <= 0.05).sum())} of 32",
+            "median of the error in turns": round(off.median().item(), 4),
+            "distance": read(made)["distance"],
+        }
+    return found
 
 
 # ---- Any data --------------------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
         raise ValueError(
             f"{name} goes from {pixels.min():g} to {pixels.max():g}: give floats in [-1, 1] (of 0..255 x / 127.5 - 1)"
         )
+    if 0 <= pixels.min() < pixels.max():  # as a pipeline gives them for output_type "np" and "pt"
+        warnings.warn(
+            f"{name} goes from {pixels.min():g} to {pixels.max():g} and is taken for [-1, 1]: if it is in [0, 1], give "
+            "2 * x - 1",
+            stacklevel=2,
+        )
     return pixels
 
 

@@ -516,3 +516,11 @@ def test_output_types_and_tuples():
             pipe.inpaint(x_0, torch.ones(8, 8), 3, output_type=output_type, return_dict=False),
         ):
             assert isinstance(made, tuple) and isinstance(made[0], kind) and len(made[0]) == 2
+
+
+def test_floats_that_look_like_zero_to_one_are_warned_of():
+    bright = np.linspace(0, 1, 64).reshape(8, 8)
+    with pytest.warns(UserWarning, match=r"image goes from 0 to 1 and is taken for \[-1, 1\].*give 2 \* x - 1"):
+        to_tensor(bright, "image", 1)
+    for quiet_one in (2 * bright - 1, np.ones((8, 8)), (255 * bright).astype(np.uint8)):
+        to_tensor(quiet_one, "image", 1)  # a warning of ours would be an error here

@@ -92,6 +92,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("num_inference_steps", "eta", "metrics", "weights"):
         if len(set(getattr(given, name))) < len(getattr(given, name)):
             raise ValueError(f"--{name} names something twice")
+    if 0 < given.num_reference < 16:
+        raise ValueError(f"--num_reference is {given.num_reference}: give at least 16, or 0 for all")
     if given.dataset_name and given.train_data_dir:
         raise ValueError("--dataset_name and --train_data_dir are both given: give one of them")
     if given.seed + given.num_samples > 2**32 - 64:
@@ -121,25 +123,32 @@ def evaluate(given: argparse.Namespace) -> None:
     say, main_process = processes.print, processes.is_main_process
     with processes.main_process_first():  # which downloads for all
         models = load_models(given.model, given.weights, given.revision)
+    of_samples = [name for name in given.metrics if name in measures.OF_SAMPLES]
+    of_held_out = [name for name in given.metrics if name in ("bound", "flow")]
     num_steps = models[0].pipe.scheduler.config.num_train_timesteps
-    if wrong := [steps for steps in given.num_inference_steps if steps > num_steps]:
+    if of_samples and (wrong := [steps for steps in given.num_inference_steps if steps > num_steps]):
         raise ValueError(f"--num_inference_steps has {wrong[0]}: the walk of this model has {num_steps} steps")
+    if of_held_out:
+        measures.variance_types(models[0])  # before all is sampled
     output_dir = given.output_dir or Path(given.model)
     if given.output_dir is None and not (output_dir / "pipeline").is_dir():
         raise ValueError(f"{given.model} is not the folder of a run: give --output_dir for the report")
     folder = output_dir / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
+    if main_process:
+        (folder / "nearest.png").unlink(missing_ok=True)  # it may be of other weights
     cache_dir = given.cache_dir.expanduser() / "features"
     with processes.main_process_first():
         parts = load_pictures(given, models[0])
     warnings: list[str] = []
-    real = measures.real_pictures(parts, given.num_reference, given.num_samples, warnings)
+    about_floor = warnings if of_samples else []
+    real = measures.real_pictures(parts, given.num_reference, given.num_samples, about_floor)
     say(f"reference: {real.reference_words} of {parts.data.source}; floor: {len(real.floor)} {real.floor_words}")
-    of_samples = [name for name in given.metrics if name in measures.OF_SAMPLES]
-    of_held_out = [name for name in given.metrics if name in ("bound", "flow")]
-    if not len(real.held_out):
-        warnings.append("nothing is held out, so there is no floor, no bound, and no test for copies")
+    if len(real.held_out) < 2:
+        warnings.append("fewer than 2 pictures are held out, so there is no bound and no test for copies")
         of_held_out = []
+    elif not models[0].trained:
+        warnings.append("nothing is known of how this model was trained, so it may have seen what is held out here")
     if "frechet" in of_samples and given.num_samples < 2048:
         warnings.append(f"Frechet distances of {given.num_samples} samples are too large, by about 1 / n: give 2048")
     extractors = []
@@ -253,6 +262,10 @@ def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
     settings = {field.name: field.default for field in dataclasses.fields(Config)} | model.trained.get("config", {})
     if given.dataset_name or given.train_data_dir:
         settings |= {"dataset_name": given.dataset_name, "train_data_dir": given.train_data_dir}
+        if given.dataset_name in (None, "moons"):  # which have no configs, and no splits to choose from
+            settings["dataset_config_name"] = None
+            if settings["validation_split"] != "none":
+                settings["validation_split"] = None
     elif not (settings["dataset_name"] or settings["train_data_dir"]):
         raise ValueError("this model does not say what it was trained on: give --dataset_name or --train_data_dir")
     names = "dataset_name dataset_config_name train_data_dir center_crop background on_bad_image min_side"
@@ -273,7 +286,7 @@ def command(given: argparse.Namespace) -> str:
     """This command without what is of this machine: of folders outside of this one only the last name."""
     shown = ["accelerate", "launch", "training/evaluate.py"]
     for word in sys.argv[1:]:
-        flag, equals, value = word.rpartition("=")
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
         folder = Path(value).expanduser()
         if folder.is_absolute() or ".." in folder.parts:
             value = f"runs/{folder.name}" if value == given.model else folder.name

@@ -26,6 +26,7 @@ from training.samples import Model, to_images
 METRICS = ("frechet", "kernel", "precision", "density", "memorisation", "shift", "bound", "flow")
 OF_FEATURES = METRICS[:5]
 OF_SAMPLES = METRICS[:6]
+FEWEST = 6  # pictures in a floor: density and coverage look at the five nearest neighbours of one
 
 Row = dict[str, Any]
 
@@ -46,7 +47,8 @@ class Real(NamedTuple):
 def real_pictures(parts: Parts, num_reference: int, number: int, warnings: list[str]) -> Real:
     """The reference, num_reference of the training pictures (0: all), and `number` others for the floor.
 
-    These are held out from training, or, if too few are, training pictures that are not in the reference.
+    These are held out from training, or, if too few are, training pictures that are not in the reference. If these are
+    too few as well, the floor is of all that are held out, or of none.
     """
     rows, held_out = parts.rows, parts.held_out
     chosen = rows if not num_reference or num_reference >= len(rows) else rows[evenly(len(rows), num_reference)]
@@ -55,7 +57,10 @@ def real_pictures(parts: Parts, num_reference: int, number: int, warnings: list[
         floor, words = held_out[evenly(len(held_out), number)], "held-out pictures"
     else:
         floor, words = parts.data.images[left[evenly(len(left), number)]], "training pictures beside the reference"
-    if len(floor) < number:
+    if len(floor) < FEWEST:
+        floor = floor[:0]
+        warnings.append(f"there is no floor: {len(held_out)} pictures are held out, and it takes {FEWEST}")
+    elif len(floor) < number:
         warnings.append(
             f"the floor is of {len(floor)} pictures, as no more are held out: a Frechet distance of fewer pictures is "
             f"larger, so it does not compare with those of {number} samples"
@@ -83,7 +88,7 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
         return
     features = fidelity.features_of(extractor, pixels)
     reference = fidelity.features_of(extractor, real.reference, cache_dir=cache_dir)
-    floor = fidelity.features_of(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) > 1 else None
+    floor = fidelity.features_of(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) else None
 
     def row(measure: str, name: str, found: fidelity.Estimate, floor: float | None) -> Row:
         return _row(measure, name, found, floor, len(pixels)) | {"extractor": extractor.name}
@@ -120,7 +125,7 @@ def _entry(statistic: Any, which: int, features: Tensor, reference: Tensor) -> f
 def shifts(pixels: np.ndarray, real: Real) -> Iterator[Row]:
     """Rows of how much brighter each channel is, and how much wider its values spread."""
     of_samples = fidelity.channel_shift(pixels, real.reference)
-    of_real = fidelity.channel_shift(real.floor, real.reference) if len(real.floor) > 1 else None
+    of_real = fidelity.channel_shift(real.floor, real.reference) if len(real.floor) else None
     for channel, shift in enumerate(of_samples):
         which = f", channel {channel}" if len(of_samples) > 1 else ""
         best = None if of_real is None else of_real[channel]
@@ -158,6 +163,8 @@ class HeldOut:
         mine = torch.arange(len(chosen))[self._processes.process_index :: self._processes.num_processes]
         quiet = not self._processes.is_main_process
         for index in tqdm(mine.split(self._batch_size), title, disable=quiet, leave=False):
+            if not len(index):  # more processes than pictures
+                continue
             yield index, np.asarray(self._images[chosen[index.numpy()]])
 
     def _gathered(self, parts: list[Any]) -> list[Any]:

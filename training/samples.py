@@ -59,7 +59,10 @@ def load_models(name: str, weights: list[str], revision: str | None = None) -> l
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else _digest(pipe.unet.state_dict())
     models = [Model(pipe, "EMA", digest, trained)]
     if "raw" in weights and is_run and trained:
-        path, manifest = checkpoint.find(run, "latest")
+        try:
+            path, manifest = checkpoint.find(run, "latest")
+        except checkpoint.CheckpointError as error:
+            raise ValueError(f"there are no raw weights: {error}: give --weights ema") from None
         if manifest["step"] != trained["step"]:
             raise ValueError(
                 f"{path} is of step {manifest['step']}, pipeline/ of step {trained['step']}: give --weights ema"
@@ -87,7 +90,10 @@ class Shards:
 
     def __init__(self, folder: Path, model: Model, setting: Setting, seed: int, precision: str) -> None:
         steps, eta = setting
-        name = f"{model.weights.lower()}-{model.sha256[:12]}-steps{steps}-eta{eta:g}-seed{seed}-{precision}"
+        walk = model.pipe.scheduler
+        settings = {name: value for name, value in walk.config.items() if not name.startswith("_")}
+        digest = hashlib.sha256(json.dumps([type(walk).__name__, settings], sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{model.weights.lower()}-{model.sha256[:12]}-steps{steps}-eta{eta:g}-seed{seed}-{precision}-{digest}"
         self.folder, self.seed = folder / "samples" / name, seed
 
     def missing(self, number: int) -> list[int]:

@@ -10,6 +10,7 @@ steps of each picture: see ddpm_pipeline/likelihood.py.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class Validation:
         bits = torch.zeros(2, dtype=torch.float64)  # sum and sum of squares
         edges = torch.tensor(EDGES, dtype=torch.float64)
         for index in self._index.split(self._batch_size):
+            if not len(index):  # more processes than pictures
+                continue
             x_0 = to_images(self.pixels[index.numpy()], self._device)
             for k in range(STEPS_OF_EACH):
                 t = self._t[index, k]
@@ -93,14 +96,17 @@ class Validation:
         summed = total(torch.cat([band_sums.flatten(), bits]).float().to(self._device)).double().cpu()
         losses, counts = summed[: band_sums.numel()].view(2, -1)
         mean = (summed[-2] / self.number).item()
-        variance = max(0.0, (summed[-1] / self.number).item() - mean**2) / max(1, self.number - 1)
+        variance = max(0.0, (summed[-1] / self.number).item() - mean**2)
         found = {"validation_loss": (losses.sum() / counts.sum()).item()}
         found |= {
             f"validation_loss/{name}": (loss / count).item()
             for name, loss, count in zip(bands(), losses, counts)
             if count
         }
-        return found | {"bits_per_dim": mean, "bits_per_dim_standard_error": math.sqrt(variance)}
+        found |= {"bits_per_dim": mean}
+        if self.number > 1:
+            found |= {"bits_per_dim_standard_error": math.sqrt(variance / (self.number - 1))}
+        return found
 
 
 def bands() -> list[str]:
@@ -111,11 +117,17 @@ def bands() -> list[str]:
 
 
 def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Any, cache_dir: Path) -> dict[str, float]:
-    """The kernel distance (KID's estimator) of samples in [-1, 1] to held-out pictures, with its standard error."""
+    """The kernel distance (KID's estimator) of samples in [-1, 1] to held-out pictures, with its standard error.
+
+    Nothing, and a warning, if there is none: of a single held-out picture, or of samples that are all alike.
+    """
     from ddpm_pipeline import fidelity
 
     drawn = to_pixels(samples, held_out.dtype)
-    found = fidelity.kernel_distance(
-        fidelity.features_of(extractor, drawn), fidelity.features_of(extractor, held_out, cache_dir=cache_dir)
-    )
+    features = fidelity.features_of(extractor, drawn)
+    try:
+        found = fidelity.kernel_distance(features, fidelity.features_of(extractor, held_out, cache_dir=cache_dir))
+    except ValueError as error:
+        print(f"WARNING: no kernel distance: {error}. Training is not touched by it.", file=sys.stderr)
+        return {}
     return {"kernel_distance": found.value, "kernel_distance_standard_error": found.standard_error or math.nan}
