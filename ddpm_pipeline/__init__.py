@@ -14,6 +14,8 @@ The chapters, one file each:
     film.py              grids, a walk as a film strip or an animation
     loading.py           before loading: a whole model and nothing else
     objective.py         learning: draw t and eps, give x_t and the target; the loss
+    likelihood.py        how much it knows: bits per dimension, a bound term by term, and a second opinion
+    fidelity.py          how good: distances between sets of images, precision and recall, copies
     chance.py            random numbers that are functions of where they are used
     publishing.py        to the Hub: a clean folder, its card, one commit
     moons.py             the built-in data set: moons with a phase that can be read back
