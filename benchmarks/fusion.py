@@ -168,13 +168,16 @@ def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
         beside[i, ..., :16] = right
         beside[i, ..., 16:] = not right
     found = {}
-    for name, mask in (("lower half", lower), ("the half without the terminator", beside)):
+    for name, file, mask in (
+        ("lower half", "inpainted", lower),
+        ("the half without the terminator", "inpainted-beside", beside),
+    ):
         made = pipe.inpaint(x_0, mask, seeds=range(32), output_type="latent").images
         off = (phase_of(made).phase - phases.double()) / (2 * math.pi)
         off = ((off + 0.5) % 1 - 0.5).abs()
         shown = torch.where(mask, torch.zeros(()), x_0)
         sheet = torch.stack([x_0, shown, made], dim=1).flatten(0, 1)
-        film.grid(sheet, columns=12).save(named(output, f"inpainted-{name.split()[-1]}"))
+        film.grid(sheet, columns=12).save(named(output, file))
         found[f"{name} hidden"] = {
             "known pixels equal": torch.equal(torch.where(mask, x_0, made), x_0),
             "phase within 0.05 of a turn": f"{int((off <= 0.05).sum())} of 32",

@@ -168,6 +168,21 @@ def test_noise_differs_from_step_to_step_and_from_picture_to_picture():
     assert (correlation - torch.eye(9)).abs().max() < 0.5
 
 
+def test_each_step_of_a_picture_has_noise_of_its_own():
+    walk = scheduler(num_train_timesteps=30)
+    seen = []
+
+    def network(x_t, t):
+        seen.append((x_t / (1 - walk.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)).flatten())
+        return x_t
+
+    bound(network, walk, torch.zeros(1, 1, 8, 8).double(), strata=6)
+    drawn = torch.stack(seen)
+    assert drawn.shape == (7, 64)
+    assert (torch.corrcoef(drawn) - torch.eye(7)).abs().max() < 0.6
+    assert drawn.std().item() == pytest.approx(1, abs=0.15)
+
+
 def test_clipping_as_configured_makes_the_bound_of_a_bad_network_better():
     x_0 = torch.full((2, 1, 2, 2), 1.0)
     free, clipped = scheduler(), scheduler(clip_sample=True)

