@@ -248,6 +248,16 @@ def test_the_distances_are_those_of_the_samples_that_were_kept(first, run, seen,
         row = row_of(first, name, weights=weights, num_inference_steps=steps, eta=eta)
         assert row["value"] == pytest.approx(value, rel=1e-6), name
         assert row["floor"] == pytest.approx(floor, rel=1e-6), name
+    for name, error in {
+        "frechet_distance": fidelity.jackknife(fidelity.frechet_distance, of_drawn, of_reference).standard_error,
+        "kernel_distance": fidelity.kernel_distance(of_drawn, of_reference).standard_error,
+        "recall": fidelity.jackknife(
+            lambda x, y: fidelity.precision_recall(x, y)[1], of_drawn, of_equal
+        ).standard_error,
+        "mean_shift": fidelity.channel_shift(drawn, reference)[0].mean.standard_error,
+    }.items():
+        row = row_of(first, name, weights=weights, num_inference_steps=steps, eta=eta)
+        assert row["standard_error"] == pytest.approx(error, rel=1e-6), name
     assert truth["precision"][1] > 0.8 and truth["coverage"][1] > 0.8  # real pictures are like real pictures
     assert first["reference"]["sha256"] == hashlib.sha256(reference.tobytes()).hexdigest()
 
@@ -424,8 +434,9 @@ def test_another_precision_is_kept_apart(first, run, work):
 
 
 def test_the_bound_alone_draws_no_sample_and_can_take_all_steps(run, work, unseen):
-    """And asks for no number of steps: 50, which is more than this walk has, stays unused."""
-    found = measure(work, run, "bound", metrics="bound", weights="ema", strata=0, num_inference_steps=None)
+    """What is said of samples alone stays unused: 50 steps, more than this walk has; more samples than a floor has."""
+    unused = {"num_inference_steps": None, "num_samples": 2048, "num_reference": 0}
+    found = measure(work, run, "bound", metrics="bound", weights="ema", strata=0, **unused)
     assert not (work / "bound" / "evaluation" / "samples").exists()
     names = [row["name"] for row in found["measurements"]]
     assert names == [f"bits per dimension, bound, {kind}, all steps" for kind in ("fixed_small", "fixed_large")]
@@ -713,6 +724,16 @@ def test_a_floor_of_six_is_enough_for_every_measure(tmp_path):
     assert len(rows) == 9 and all(row["floor"] is not None for row in rows)
 
 
+def test_copies_of_training_pictures_are_found_and_copies_of_held_out_ones_are_not_taken_for_them(tmp_path):
+    generator = np.random.default_rng(0)
+    learned, held_out = (generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8) for _ in range(2))
+    real = measures.real_pictures(Parts(SimpleNamespace(images=learned), np.arange(20), held_out, ""), 0, 20, [])
+    extractor = fidelity.make_extractor("pixels", images=learned)
+    for drawn, value in ((learned, 1), (held_out, 0.5)):
+        (row,) = measures.compare(drawn, real, extractor, ["memorisation"], tmp_path)
+        assert row["value"] == pytest.approx(value) and row["floor"] == 0.5
+
+
 def test_what_is_held_out_of_the_data_is_not_in_the_reference():
     parts = Parts(SimpleNamespace(images=numbered(0, 40)), np.setdiff1d(np.arange(40), [19, 39]), numbered(100, 2), "")
     assert set(values(measures.real_pictures(parts, 0, 10, []).reference)) == set(range(40)) - {19, 39}
@@ -853,11 +874,11 @@ def test_the_nearest_picture_shows_samples_above_what_they_are_nearest_to(tmp_pa
     ("model", "more", "shown"),
     [
         ("runs/moons", [], "runs/moons"),
-        ("/home/alice/runs/moons", [], "runs/moons"),
-        ("/home/alice/lr=0.1/moons", [], "runs/moons"),
+        ("/data/alice/runs/moons", [], "runs/moons"),
+        ("/data/alice/lr=0.1/moons", [], "runs/moons"),
         ("../moons", ["--seed=3"], "runs/moons --seed=3"),
-        ("runs/moons", ["--cache_dir", "/home/alice/cache"], "runs/moons --cache_dir cache"),
-        ("runs/moons", ["--cache_dir=/home/a=b/cache"], "runs/moons --cache_dir=cache"),
+        ("runs/moons", ["--cache_dir", "/data/alice/cache"], "runs/moons --cache_dir cache"),
+        ("runs/moons", ["--cache_dir=/data/a=b/cache"], "runs/moons --cache_dir=cache"),
         ("runs/moons", ["--extractor=~/inception.pt"], "runs/moons --extractor=inception.pt"),
         ("runs/moons", ["--metrics", "frechet,bound"], "runs/moons --metrics frechet,bound"),
     ],
