@@ -270,7 +270,7 @@ def load_parts(split: str | None = None, **options: Any) -> Parts:
     data = load_images(**options)
     rows = np.arange(len(data))
     if split == "none":
-        return Parts(data, rows, data.images[:0], "nothing is held out")
+        return Parts(data, rows, data.images[:0], "nothing")
     if split is None:
         split = next((name for name in HELD_OUT_SPLITS if name in data.splits), None)
     elif split not in data.splits or split == "train":
@@ -279,7 +279,11 @@ def load_parts(split: str | None = None, **options: Any) -> Parts:
     if split is None:
         every = max(HELD_OUT_EVERY, -(-len(data) // HELD_OUT_MOST))
         chosen = np.arange(every - 1, len(data), every)
-        words = f"every {every}th picture of {data.source}, not learned from"
+        words = (
+            f"every {every}th picture of {data.source}, not learned from"
+            if len(chosen)
+            else "nothing: too few pictures"
+        )
         return Parts(data, np.setdiff1d(rows, chosen), np.array(data.images[chosen]), words)
     # of the size of those that are learned from, whatever is commonest among these
     others = load_images(**options | {"split": split, "resolution": (data.height, data.width)})

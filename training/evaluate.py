@@ -4,7 +4,8 @@ It samples, with all processes, sample i from a seed of its own; compares the sa
 the bits per dimension of held-out pictures; and writes report.json, the only source of numbers in a published card,
 with report.md and plots beside it. Every distance stands beside its floor, that of as many real pictures.
 
-Samples are kept in evaluation/: one that was made is not made again, by whatever command.
+Samples are kept in evaluation/: one that was made is not made again, by whatever command. The report is written anew by
+each: ask for all that shall be in it.
 
 Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read.
 """
@@ -173,16 +174,14 @@ def evaluate(given: argparse.Namespace) -> None:
             if not main_process:
                 continue
             pixels = shards.load(given.num_samples)
-            found = [
-                row
-                for extractor in extractors
-                for row in measures.compare(pixels, real, extractor, of_samples, cache_dir)
-            ]
-            if "shift" in of_samples:
-                try:
+            found: list[dict[str, Any]] = []
+            try:
+                for extractor in extractors:
+                    found += measures.compare(pixels, real, extractor, of_samples, cache_dir)
+                if "shift" in of_samples:
                     found += measures.shifts(pixels, real)
-                except ValueError as error:  # a channel that is one value everywhere, as alpha may be
-                    warnings.append(f"no shift of the channels: {error}")
+            except ValueError as error:  # samples that are all alike, or a channel that is, as alpha may be
+                warnings.append(f"not measured, {model.weights}, {setting.num_inference_steps} steps: {error}")
             walk = model.pipe.scheduler
             about = {
                 "sampler": f"{type(walk).__name__}, eta {setting.eta:g}, {walk.config.timestep_spacing}",
@@ -214,7 +213,7 @@ def evaluate(given: argparse.Namespace) -> None:
             say(
                 f"{row['weights']}, {row['name']}: {row['value']:.3f} +- {row['standard_error']:.3f}, {row['n']} images"
             )
-        measured += found
+        measured += [row | {"main": model is models[0]} for row in found]
 
     # ---- The report --------------------------------------------------------------------------------------------------
     if main_process:

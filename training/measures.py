@@ -221,7 +221,7 @@ class HeldOut:
         each = likelihood.bits_per_dim(nats, self.shape)
         found = fidelity.Estimate(each.mean().item(), each.std().item() / len(each) ** 0.5)
         about = {"sampler": None, "num_inference_steps": None, "eta": None, "reference": "held-out pictures",
-                 "weights": model.weights, "main": model.weights == "EMA", "seed": self._seed,
+                 "weights": model.weights, "seed": self._seed,
                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         return _row(measure, name, found, None, len(each)) | about
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def check_processes(started: int) -> None:
     if asked not in (None, str(started)):
         raise ValueError(
             f"the launcher was asked for {asked} processes, and {started} started: give "
-            "torchrun --nproc-per-node N training/train.py"
+            f"torchrun --nproc-per-node N training/{Path(sys.argv[0]).name}"
         )
 
 

@@ -133,9 +133,8 @@ def plot_quality(folder: Path, rows: Sequence[Row]) -> list[str]:
             )
         if of_it[0]["floor"] is not None:
             axes.axhline(of_it[0]["floor"], color="gray", linestyle="--", label="real pictures")
-        axes.set(
-            xscale="log", xlabel="steps of the walk home", ylabel=f"{of_it[0]['name']}, {extractor}", ylim=(0, None)
-        )
+        axes.set(xscale="log", xlabel="steps of the walk home", ylabel=f"{of_it[0]['name']}, {extractor}")
+        axes.set_ylim(bottom=min(0.0, *(row["value"] - (row["standard_error"] or 0) for row in of_it)))
         made.append(_saved(figure, axes, folder / f"{measure}.png"))
     return made
 
