@@ -111,9 +111,9 @@ class Validation:
 
 def bands() -> list[str]:
     """What the bands of log SNR are called, from noise to picture."""
-    low, high = [f"{edge:g}" for edge in EDGES], [f"{edge:g}" for edge in EDGES]
-    between = [f"log_snr_{a}_to_{b}" for a, b in zip(low, high[1:])]
-    return [f"log_snr_below_{low[0]}", *between, f"log_snr_above_{high[-1]}"]
+    edges = [f"{edge:g}" for edge in EDGES]
+    between = [f"log_snr_{low}_to_{high}" for low, high in zip(edges, edges[1:])]
+    return [f"log_snr_below_{edges[0]}", *between, f"log_snr_above_{edges[-1]}"]
 
 
 def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Any, cache_dir: Path) -> dict[str, float]:
