@@ -365,7 +365,10 @@ class Extractor:
         if images.ndim != 4 or images.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: give (B, C, H, W) uint8 or uint16")
         white = 255 if images.dtype == torch.uint8 else 65535
-        return self._compute((images.float() / white).to(self._device)).float().cpu()
+        features = self._compute((images.float() / white).to(self._device)).float().cpu()
+        if features.ndim != 2 or len(features) != len(images):
+            raise ValueError(f"{self.name} makes of {len(images)} images {tuple(features.shape)}: (B, D) is needed")
+        return features
 
 
 def features_of(
@@ -500,7 +503,7 @@ def _resnet(path: Path, device: torch.device | str) -> Extractor:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
     except Exception as error:  # of many types: not a file of torch's, other names, other shapes
-        raise ValueError(f"{path} does not hold the ResNet-56 for CIFAR-10: {error}") from error
+        raise ValueError(f"{path} does not hold the ResNet-56 for CIFAR-10 ({type(error).__name__})") from None
     network.to(device)
     # of ImageNet's pixels, which this network was trained with on CIFAR-10
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
@@ -531,7 +534,7 @@ def _torchscript(path: Path, device: torch.device | str) -> Extractor:
             features = inception(torch.zeros(1, 3, 32, 32, device=device))
         if features.shape == (1, 2048):
             return Extractor("inception", key, inception, device=device, is_inception=True)
-    return Extractor(path.name, key, lambda x: network(2 * x - 1).flatten(1), device=device)
+    return Extractor(path.name, key, lambda x: network(2 * x - 1), device=device)
 
 
 def _rgb(x: Tensor) -> Tensor:
@@ -749,5 +752,7 @@ def _checked_k(k: int) -> int:
 def _check_images(name: str, images: np.ndarray, least: int) -> None:
     if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"{name} is {getattr(images, 'dtype', type(images))}: give an array of uint8 or uint16")
+    if images.ndim == 4 and images.shape[3] <= 4 and images.shape[1] > 16:
+        raise ValueError(f"{name} has shape {images.shape}, as if channels came last: give (N, C, H, W)")
     if images.ndim != 4 or 0 in images.shape[1:] or len(images) < least:
         raise ValueError(f"{name} has shape {images.shape}: give (N, C, H, W), N at least {least}")

@@ -14,7 +14,7 @@ All is in nats for a whole picture, float64, until `bits_per_dim`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import chance
 from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance
 
-Network = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, C, H, W), t (B,)) to the output
+Network = Callable[[Tensor, Tensor], Any]  # (x_t (B, C, H, W), t (B,)) to the output, as a UNet2DModel is called
 
 NOISE, STEP, DEQUANTISE, PROBE = 7, 8, 9, 10  # the purposes of random numbers here; training has those below
 
@@ -305,7 +305,7 @@ def discrete_nats(nats: Tensor, shape: Sequence[int], levels: int) -> Tensor:
 
 
 def _eps(network: Network, scheduler: DDPMScheduler, x: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    output = network(x, t.to(x.dtype).expand(len(x)))[:, : x.shape[1]]  # what follows is a learned variance
+    output = _said(network(x, t.to(x.dtype).expand(len(x))))[:, : x.shape[1]]  # what follows is a learned variance
     if scheduler.prediction_type == "epsilon":
         return output
     a, b = (value.to(x.dtype) for value in scheduler.x_0_coefficients(alpha_bar, scheduler.prediction_type))
@@ -352,7 +352,13 @@ def _asked(network: Network, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, e
     """x_t and what the network says there."""
     t = t.to(x_0.device)
     x_t = scheduler.add_noise(x_0, eps, t)
-    return x_t, network(x_t, t)
+    return x_t, _said(network(x_t, t))
+
+
+def _said(output: Any) -> Tensor:
+    """The tensor itself, or that in what a network of diffusers returns."""
+    said: Tensor = getattr(output, "sample", output)
+    return said
 
 
 def _p(

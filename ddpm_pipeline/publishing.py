@@ -273,7 +273,7 @@ def write_card(
             EvalResult(
                 task_type="unconditional-image-generation",
                 task_name="Unconditional image generation",
-                dataset_name=row["reference"] or data,
+                dataset_name=data,
                 dataset_type=data,
                 metric_type=row["measure"],
                 metric_name=_measure(row),
@@ -410,6 +410,9 @@ def _measurements(rows: list[Mapping[str, Any]], report: Mapping[str, Any] | Non
     lines += ["", "Distances between sets of images compare only when the extractor, the reference and the number of "
               "images are the same. Only a distance made with the Inception network is an FID.", "",
               f"They are from `report.json` in this repository, written by `{report['command']}`."]  # type: ignore[index]  # fmt: skip
+    if real := (report or {}).get("floor"):
+        lines += ["", f"Real against real: {real['n']} {real['words']}, measured as if they were samples."]
+    lines += [f"\n> {warning}." for warning in (report or {}).get("warnings", [])]
     return "\n".join(lines)
 
 

@@ -43,7 +43,7 @@ TRAINED = SHORT_RUN | {
     "validation_steps": 6,
     "num_validation_images": 2,
 }
-NUMBER, REFERENCE, BOUND, STRATA = 80, 200, 10, 4
+NUMBER, REFERENCE, BOUND, STRATA = 80, 200, 10, 8
 # 80 samples are two shards.
 OPTIONS = {
     "num_samples": NUMBER,
@@ -487,18 +487,22 @@ def test_a_run_that_held_nothing_out(work, pictures, monkeypatch):
     assert {row["measure"] for row in found["measurements"]} == {
         "frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "mean_shift", "std_ratio",
     }  # fmt: skip
-    assert all(row["floor"] is None for row in found["measurements"])
-    assert found["held_out"]["n"] == 0 and found["curves"] == []
-    assert found["warnings"][0].startswith("there is no floor: 0 pictures are held out")
-    assert found["warnings"][1].startswith("fewer than 2 pictures are held out, so there is no bound")
+    assert all(row["floor"] is not None for row in found["measurements"])
+    assert found["floor"] == {"words": "training pictures", "n": 16}
+    assert found["held_out"] == {"words": "nothing", "n": 0} and found["curves"] == []
+    assert any(
+        words.startswith("fewer than 2 pictures are held out, so there is no bound") for words in found["warnings"]
+    )
 
 
-def test_few_held_out_pictures_are_no_floor_but_have_a_bound(work, run, pictures):
-    """Two have too few neighbours for density and coverage."""
+def test_other_pictures_than_those_of_the_training_are_called_so(work, run, pictures):
     found = measure(work, run, "few", train_data_dir=pictures, num_samples=16, weights="ema", num_reference=0)
-    assert found["warnings"][0].startswith("there is no floor: 2 pictures are held out")
+    (warning,) = [words for words in found["warnings"] if "was trained on other pictures" in words]
+    assert "8192 of 8192 moons" in warning and "may have seen what is held out" in warning
+    assert found["reference"]["words"] == "all 38 pictures of 40 images of folder pictures"
+    assert "training" not in found["floor"]["words"]
     assert found["held_out"] == {"words": found["held_out"]["words"], "n": 2}
-    assert row_of(found, "coverage")["floor"] is None and row_of(found, "memorisation")["floor"] == 0.5
+    assert row_of(found, "coverage")["floor"] is not None and row_of(found, "memorisation")["floor"] == 0.5
     assert [row["n"] for row in found["measurements"] if row["measure"] == "bits_per_dim"] == [2, 2]
     assert found["data"] == "40 images of folder pictures"
 
@@ -613,6 +617,7 @@ def test_what_is_held_out_is_what_was_while_training(work, pictures, trained, he
         ("num_bound_images", 1, "--num_bound_images is 1"),
         ("num_flow_images", 1, "--num_flow_images is 1"),
         ("strata", -1, "--strata is -1"),
+        ("strata", 7, "--strata is 7: the error of fewer than 8"),
         ("batch_size", 0, "--batch_size is 0"),
         ("seed", -1, "--seed is -1"),
         ("seed", 2**32, f"--seed is {2**32}"),
@@ -692,32 +697,39 @@ def test_else_of_training_pictures_beside_the_reference():
     warnings = []
     real = measures.real_pictures(parts_of(40, 9), 20, 10, warnings)
     assert values(real.reference) == list(range(0, 40, 2))
-    assert values(real.floor) == list(range(1, 40, 4)) and "beside the reference" in real.floor_words
-    assert not warnings
+    assert values(real.floor) == list(range(1, 40, 4)) and real.floor_words == "training pictures"
+    assert real.apart.all() and not warnings
 
 
+@pytest.mark.parametrize("held_out", [0, 9])
 @pytest.mark.parametrize("number_of_reference", [0, 35, 99])
-def test_else_of_all_that_are_held_out_with_a_warning(number_of_reference):
+def test_else_of_training_pictures_which_the_reference_of_the_floor_is_without(number_of_reference, held_out):
     warnings = []
-    real = measures.real_pictures(parts_of(40, 9), number_of_reference, 10, warnings)
-    if number_of_reference != 35:
-        assert values(real.reference) == list(range(40)) and real.reference_words == "all 40 training pictures"
-    assert values(real.floor) == list(range(100, 109))
-    assert len(warnings) == 1 and "the floor is of 9 pictures" in warnings[0]
+    real = measures.real_pictures(parts_of(40, held_out), number_of_reference, 10, warnings)
+    assert values(real.floor) == list(range(0, 40, 4))
+    compared = values(real.reference[real.apart])
+    assert set(compared) == set(values(real.reference)) - set(values(real.floor))
+    assert len(real.held_out) == held_out and not warnings
 
 
-@pytest.mark.parametrize("held_out", [0, 1, 5])
-def test_else_there_is_none_and_a_warning(held_out):
+def test_a_floor_of_fewer_than_the_samples_is_at_most_half_and_warned_of():
     warnings = []
-    real = measures.real_pictures(parts_of(40, held_out), 0, 10, warnings)
-    assert len(real.floor) == 0 and len(real.held_out) == held_out
-    assert warnings == [f"there is no floor: {held_out} pictures are held out, and it takes 6"]
+    real = measures.real_pictures(parts_of(40, 9), 0, 30, warnings)
+    assert len(real.floor) == 20 and real.apart.sum() == 20
+    assert len(warnings) == 1 and "the floor is of 20 pictures" in warnings[0]
+
+
+def test_of_too_few_pictures_there_is_no_floor_and_a_warning():
+    warnings = []
+    real = measures.real_pictures(parts_of(10, 3), 0, 16, warnings)
+    assert len(real.floor) == 0
+    assert warnings == ["there is no floor: 10 pictures are too few to take 6 out"]
 
 
 def test_a_floor_of_six_is_enough_for_every_measure(tmp_path):
     generator = np.random.default_rng(0)
-    drawn, learned, held_out = (generator.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (16, 20, 6))
-    parts = Parts(SimpleNamespace(images=learned), np.arange(20), held_out, "")
+    drawn, learned, held_out = (generator.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (16, 12, 6))
+    parts = Parts(SimpleNamespace(images=learned), np.arange(12), held_out, "")
     real = measures.real_pictures(parts, 0, 16, [])
     extractor = fidelity.make_extractor("pixels", images=learned)
     rows = [*measures.compare(drawn, real, extractor, measures.METRICS, tmp_path), *measures.shifts(drawn, real)]
@@ -887,3 +899,23 @@ def test_the_command_without_folders_of_this_machine(monkeypatch, model, more, s
     monkeypatch.setattr(sys, "argv", ["training/evaluate.py", model, *more])
     given = evaluate.parser().parse_args([model, *more])
     assert evaluate.command(given) == f"accelerate launch training/evaluate.py {shown}"
+
+
+def test_ctrl_c_leaves_no_traceback_and_what_was_made(run, monkeypatch, capsys):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    assert evaluate.main([str(run)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_samples_is_made_again(tmp_path):
+    shards = Shards(tmp_path, Model(None, "EMA", "0" * 64, "1" * 64, {}), Setting(5, 1.0), 0, "float32")
+    whole = np.zeros((64, 1, 2, 2), np.uint8)
+    shards.save(0, whole)
+    shards.save(1, whole)
+    assert shards.missing(128) == []
+    file = next(shards.folder.glob("00001.npy"))
+    file.write_bytes(file.read_bytes()[:90])
+    assert shards.missing(128) == [1]

@@ -579,7 +579,7 @@ class InceptionV3(nn.Module):
 
 class Half(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x / 2
+        return (x / 2).flatten(1)
 
 
 def script(module, path):
@@ -610,6 +610,15 @@ def test_torchscript(tmp_path):
     images = pictures(2, 5, 3, 4)
     np.testing.assert_allclose(features_of(other, images), (images.reshape(2, -1) / 127.5 - 1) / 2, atol=1e-6)
     same_in_8_and_16_bits(other, images)
+
+    class Images(nn.Module):  # no features
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match=r"images.pt makes of 2 images \(2, 5, 3, 4\): \(B, D\) is needed"):
+        features_of(make_extractor(script(Images(), tmp_path / "images.pt")), images)
+    with pytest.raises(ValueError, match="as if channels came last"):
+        features_of(other, np.zeros((2, 20, 20, 3), np.uint8))
 
     class Inception(nn.Module):  # by name only
         def forward(self, x: torch.Tensor) -> torch.Tensor:

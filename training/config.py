@@ -174,9 +174,10 @@ class Config:
             raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
         if self.validation_samples and not self.validation_samples >= 2:
             raise ValueError(f"validation_samples is {self.validation_samples}: give at least 2, or 0 for none")
-        if self.validation_samples and not self.validation_steps:
+        if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
             raise ValueError(
-                f"validation_samples is {self.validation_samples}, but validation_steps is 0: give validation_steps too"
+                f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
+                f"validation_split {self.validation_split!r}: leave it out, or give these"
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError(

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         curve = of_run(given.run)
         beside = json.loads(given.beside.read_text(encoding="utf-8")) if given.beside else None
+        if beside is not None and "points" not in beside:
+            raise ValueError(f"{given.beside} is no curve: give a file that --output has written")
     except (OSError, ValueError) as error:
         print(f"curve.py: {error}", file=sys.stderr)
         return 2
@@ -67,7 +69,10 @@ def of_run(run: Path) -> Curve:
         if "validation_loss" in values:
             points.append(values)
     if not points:
-        raise ValueError(f"{run / 'metrics.jsonl'} has no validation_loss: train with --validation_steps")
+        raise ValueError(
+            f"{run / 'metrics.jsonl'} has no validation_loss: there is one every --validation_steps, in this run "
+            f"{config['validation_steps']}"
+        )
     kept = {name: config[name] for name in ABOUT}
     for name in ("dataset_name", "train_data_dir"):
         kept[name] = Path(kept[name]).name if kept[name] else None  # not where it lies on this machine
@@ -110,7 +115,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
             points = [point for point in curve["points"] if name in point]
             error = [point.get(f"{name}_standard_error", 0) for point in points]
             axes.errorbar([p["images"] for p in points], [p[name] for p in points], error, marker=".", label=label)
-        axes.set(xscale="log", xlabel="images seen", ylabel=MEASURES[name])
+        axes.set(xlabel="images seen", ylabel=MEASURES[name])
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

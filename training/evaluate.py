@@ -7,7 +7,7 @@ with report.md and plots beside it. Every distance stands beside its floor, that
 Samples are kept in evaluation/: one that was made is not made again, by whatever command. The report is written anew by
 each: ask for all that shall be in it.
 
-Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read.
+Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
 
     made.add_argument("model", help="folder of a run that has ended, or of a saved pipeline, or a name on the Hub")
     option("output_dir", "for report.json and the samples; by default the run's folder", type=Path)
-    option("metrics", f"of {','.join(METRICS)}; all but flow, which takes long", type=_words, default=METRICS[:-1])
+    option("metrics", f"of {','.join(METRICS)}; all but flow, which takes long", type=words, default=METRICS[:-1])
     option("num_samples", "of each sampler (%(default)s)", type=int, default=2048)
-    option("num_inference_steps", "with commas between; the first is the card's (50)", type=_ints, default=[50])
-    option("eta", "with commas between: 1 as DDPM walks home, 0 as DDIM (1)", type=_floats, default=[1.0])
-    option("weights", "ema,raw: of raw the first sampler only (both)", type=_words, default=list(WEIGHTS))
+    option("num_inference_steps", "with commas between; the first is the card's (50)", type=integers, default=[50])
+    option("eta", "with commas between: 1 as DDPM walks home, 0 as DDIM (1)", type=numbers, default=[1.0])
+    option("weights", "ema,raw: of raw the first sampler only (both)", type=words, default=list(WEIGHTS))
     option("extractor", "pixels, classifier, or a .th or .pt file (see ddpm_pipeline/fidelity.py); several: give it "
            "again (classifier)", action="append")  # fmt: skip
     option("seed", "sample i is drawn from seed + i (%(default)s)", type=int, default=0)
@@ -63,16 +63,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _ints(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def _floats(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-def _words(text: str) -> list[str]:
-    return text.split(",")
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def check(given: argparse.Namespace) -> None:
@@ -93,6 +93,10 @@ def check(given: argparse.Namespace) -> None:
     for name in ("num_inference_steps", "eta", "metrics", "weights"):
         if len(set(getattr(given, name))) < len(getattr(given, name)):
             raise ValueError(f"--{name} names something twice")
+    if 0 < given.strata < 8:
+        raise ValueError(
+            f"--strata is {given.strata}: the error of fewer than 8 cannot be told from them; or give 0 for all steps"
+        )
     if 0 < given.num_reference < 16:
         raise ValueError(f"--num_reference is {given.num_reference}: give at least 16, or 0 for all")
     if given.dataset_name and given.train_data_dir:
@@ -109,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nevaluate.py: interrupted. Samples that were made are kept: the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -129,27 +136,37 @@ def evaluate(given: argparse.Namespace) -> None:
     num_steps = models[0].pipe.scheduler.config.num_train_timesteps
     if of_samples and (wrong := [steps for steps in given.num_inference_steps if steps > num_steps]):
         raise ValueError(f"--num_inference_steps has {wrong[0]}: the walk of this model has {num_steps} steps")
-    if of_held_out:
-        measures.variance_types(models[0])  # before all is sampled
+    if of_held_out:  # before all is sampled
+        measures.variance_types(models[0])
+        if given.strata >= num_steps:
+            raise ValueError(f"--strata is {given.strata}: the walk of this model has {num_steps} steps")
     output_dir = given.output_dir or Path(given.model)
     if given.output_dir is None and not (output_dir / "pipeline").is_dir():
         raise ValueError(f"{given.model} is not the folder of a run: give --output_dir for the report")
     folder = output_dir / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     if main_process:
-        (folder / "nearest.png").unlink(missing_ok=True)  # it may be of other weights
+        for old in folder.glob("*.png"):  # they may be of other weights
+            old.unlink()
     cache_dir = given.cache_dir.expanduser() / "features"
     with processes.main_process_first():
         parts = load_pictures(given, models[0])
     warnings: list[str] = []
     about_floor = warnings if of_samples else []
-    real = measures.real_pictures(parts, given.num_reference, given.num_samples, about_floor)
+    same = trained_on(models[0], parts)
+    kind = "training pictures" if same else f"pictures of {parts.data.source}"
+    real = measures.real_pictures(parts, given.num_reference, given.num_samples, about_floor, kind)
     say(f"reference: {real.reference_words} of {parts.data.source}; floor: {len(real.floor)} {real.floor_words}")
     if len(real.held_out) < 2:
         warnings.append("fewer than 2 pictures are held out, so there is no bound and no test for copies")
         of_held_out = []
     elif not models[0].trained:
         warnings.append("nothing is known of how this model was trained, so it may have seen what is held out here")
+    elif not same:
+        warnings.append(
+            f"the model was trained on other pictures, {models[0].trained['num_images']} of "
+            f"{models[0].trained['source']}: it may have seen what is held out here"
+        )
     if "frechet" in of_samples and given.num_samples < 2048:
         warnings.append(f"Frechet distances of {given.num_samples} samples are too large, by about 1 / n: give 2048")
     extractors = []
@@ -279,6 +296,11 @@ def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
     if parts.data.channels != channels:
         raise ValueError(f"the pictures have {parts.data.channels} channels, the model {channels}: give its own data")
     return parts
+
+
+def trained_on(model: Model, parts: Parts) -> bool:
+    """Are these the pictures that the model was trained on, as far as its record tells?"""
+    return (model.trained.get("source"), model.trained.get("num_images")) == (parts.data.source, len(parts.rows))
 
 
 def command(given: argparse.Namespace) -> str:

@@ -41,33 +41,40 @@ class Real(NamedTuple):
     reference_words: str
     floor: np.ndarray
     floor_words: str
+    apart: np.ndarray  # (len(reference),) bool: what the floor is compared with, all but the floor's own pictures
     held_out: np.ndarray
 
 
-def real_pictures(parts: Parts, num_reference: int, number: int, warnings: list[str]) -> Real:
+def real_pictures(
+    parts: Parts, num_reference: int, number: int, warnings: list[str], kind: str = "training pictures"
+) -> Real:
     """The reference, num_reference of the training pictures (0: all), and `number` others for the floor.
 
-    These are held out from training, or, if too few are, training pictures that are not in the reference. If these are
-    too few as well, the floor is of all that are held out, or of none.
+    These are held out from training, or, if too few are, training pictures, at most half of them; the floor is then
+    measured against those of the reference that are not in it.
+
+    Args:
+        kind: what the pictures are called in the report.
     """
     rows, held_out = parts.rows, parts.held_out
     chosen = rows if not num_reference or num_reference >= len(rows) else rows[evenly(len(rows), num_reference)]
-    left = np.setdiff1d(rows, chosen)
-    if len(held_out) >= number or len(left) < number:
-        floor, words = held_out[evenly(len(held_out), number)], "held-out pictures"
+    if len(held_out) >= number:
+        floor, words, apart = held_out[evenly(len(held_out), number)], "held-out pictures", np.ones(len(chosen), bool)
     else:
-        floor, words = parts.data.images[left[evenly(len(left), number)]], "training pictures beside the reference"
-    if len(floor) < FEWEST:
+        left = np.setdiff1d(rows, chosen)
+        source = left if len(left) >= number else rows
+        taken = source[evenly(len(source), min(number, len(rows) // 2))]
+        floor, words, apart = parts.data.images[taken], kind, ~np.isin(chosen, taken)
+    if min(len(floor), int(apart.sum())) < FEWEST:
         floor = floor[:0]
-        warnings.append(f"there is no floor: {len(held_out)} pictures are held out, and it takes {FEWEST}")
+        warnings.append(f"there is no floor: {len(rows)} pictures are too few to take {FEWEST} out")
     elif len(floor) < number:
         warnings.append(
-            f"the floor is of {len(floor)} pictures, as no more are held out: a Frechet distance of fewer pictures is "
-            f"larger, so it does not compare with those of {number} samples"
+            f"the floor is of {len(floor)} pictures, as there are no more, and distances and manifolds depend on their "
+            f"number: it does not quite compare with {number} samples"
         )
-    reference = np.asarray(parts.data.images[chosen])
-    which = f"{len(chosen)} training pictures" if len(chosen) < len(rows) else f"all {len(rows)} training pictures"
-    return Real(reference, which, np.asarray(floor), words, held_out)
+    which = f"{len(chosen)} {kind}" if len(chosen) < len(rows) else f"all {len(rows)} {kind}"
+    return Real(np.asarray(parts.data.images[chosen]), which, np.asarray(floor), words, apart, held_out)
 
 
 def evenly(number: int, wanted: int) -> np.ndarray:
@@ -88,6 +95,7 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
         return
     features = fidelity.features_of(extractor, pixels)
     reference = fidelity.features_of(extractor, real.reference, cache_dir=cache_dir)
+    apart = reference[torch.from_numpy(real.apart)]
     floor = fidelity.features_of(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) else None
 
     def row(measure: str, name: str, found: fidelity.Estimate, floor: float | None) -> Row:
@@ -95,11 +103,11 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
 
     if "frechet" in metrics:
         found = fidelity.jackknife(fidelity.frechet_distance, features, reference)
-        best = None if floor is None else fidelity.frechet_distance(floor, reference)
+        best = None if floor is None else fidelity.frechet_distance(floor, apart)
         yield row("frechet_distance", "FID" if extractor.is_inception else "Frechet distance", found, best)
     if "kernel" in metrics:
         found = fidelity.kernel_distance(features, reference)
-        best = None if floor is None else fidelity.kernel_distance(floor, reference).value
+        best = None if floor is None else fidelity.kernel_distance(floor, apart).value
         yield row("kernel_distance", "KID" if extractor.is_inception else "kernel distance", found, best)
     # Of equally many pictures: the balls around them shrink with their number.
     equal = reference[evenly(len(reference), len(pixels))]
@@ -108,7 +116,7 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
         ("density", ("density", "coverage"), fidelity.density_coverage),
     ):
         if metric in metrics:
-            best_of = (None, None) if floor is None else statistic(floor, equal)
+            best_of = (None, None) if floor is None else statistic(floor, apart[evenly(len(apart), len(floor))])
             for which, measure in enumerate(measures):
                 found = fidelity.jackknife(partial(_entry, statistic, which), features, equal)
                 yield row(measure, measure, found, best_of[which])
@@ -130,8 +138,8 @@ def shifts(pixels: np.ndarray, real: Real) -> Iterator[Row]:
         which = f", channel {channel}" if len(of_samples) > 1 else ""
         best = None if of_real is None else of_real[channel]
         for measure, name, found, floor in (
-            ("mean_shift", f"brighter{which}", shift.mean, best and best.mean.value),
-            ("std_ratio", f"spread{which}", shift.std_ratio, best and best.std_ratio.value),
+            ("mean_shift", f"brighter by{which} (of 1)", shift.mean, best and best.mean.value),
+            ("std_ratio", f"spread over that of real ones{which}", shift.std_ratio, best and best.std_ratio.value),
         ):
             yield _row(measure, name, found, floor, len(pixels)) | {"channel": channel}
 

@@ -38,18 +38,28 @@ def line(found: Sequence[Row], about: Row) -> str:
     """One setting in one line, for whoever waits."""
     head = f"{about['weights']}, {about['num_inference_steps']} steps, eta {about['eta']:g}"
     shown = [row for row in found if row["measure"] in ("frechet_distance", "kernel_distance", "precision", "recall")]
-    return f"{head}: " + ", ".join(f"{row['name']} {row['value']:.4g}" for row in shown)
+    of_each = []
+    for extractor in dict.fromkeys(row["extractor"] for row in shown):
+        values = ", ".join(f"{row['name']} {row['value']:.4g}" for row in shown if row["extractor"] == extractor)
+        of_each.append(f"{values} ({extractor})")
+    return f"{head}: " + "; ".join(of_each or ["sampled"])
 
 
 def markdown(report: dict[str, Any], plots: Sequence[str]) -> str:
     """Tables: one of each extractor with a line for each sampler, and one of the bits."""
     rows: list[Row] = report["measurements"]
     minutes = report["seconds"] / 60
-    lines = ["# What was measured", "", f"`{report['command']}`, {report['date']}, {minutes:.0f} minutes on "
+    lines = ["# What was measured", "", f"`{report['command']}`, {report['date']}, {minutes:.1f} minutes on "
              f"{report['num_processes']} x {report['device']}, {report['precision']}.", "",
              f"Data: {report['data']}. Reference: {report['reference']['words']}. Floor: {report['floor']['n']} "
              f"{report['floor']['words']} measured as if they were samples."]  # fmt: skip
     lines += [f"\n> {warning}." for warning in report["warnings"]]
+    lines += [
+        f"\nThe {one['name']} is right about {one['accuracy']:.1%} of pictures it did not learn from. It sees "
+        "what tells its classes apart, and may be blind to the rest."
+        for one in report["extractors"]
+        if one["accuracy"] is not None
+    ]
     drawn = [row for row in rows if row["sampler"] is not None]
     for extractor in dict.fromkeys(row["extractor"] for row in drawn):
         of_it = [row for row in drawn if row["extractor"] == extractor]
@@ -134,7 +144,11 @@ def plot_quality(folder: Path, rows: Sequence[Row]) -> list[str]:
         if of_it[0]["floor"] is not None:
             axes.axhline(of_it[0]["floor"], color="gray", linestyle="--", label="real pictures")
         axes.set(xscale="log", xlabel="steps of the walk home", ylabel=f"{of_it[0]['name']}, {extractor}")
-        axes.set_ylim(bottom=min(0.0, *(row["value"] - (row["standard_error"] or 0) for row in of_it)))
+        values = [row[name] for row in of_it for name in ("value", "floor") if row[name] is not None]
+        axes.set_ylim(bottom=min(0.0, *(1.1 * value for value in values)))
+        steps = sorted({row["num_inference_steps"] for row in of_it})
+        axes.set_xticks(steps, [f"{number}" for number in steps])
+        axes.minorticks_off()
         made.append(_saved(figure, axes, folder / f"{measure}.png"))
     return made
 
@@ -151,8 +165,8 @@ def plot_bound(folder: Path, curves: Sequence[Row]) -> list[str]:
         yscale="log",
         xscale="symlog",
         xlim=(0, None),
-        xlabel="t",
-        ylabel="bits per dimension of one step; at 0 the decoder's",
+        xlabel="t; at 0 the decoder",
+        ylabel="bits per dimension of one step",
     )
     made = [_saved(figure, axes, folder / "bound.png")]
     figure, axes = _figure()

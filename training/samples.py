@@ -51,9 +51,19 @@ def load_models(name: str, weights: list[str], revision: str | None = None) -> l
     run = Path(name)
     is_run = (run / "pipeline").is_dir()
     if run.is_dir() and not is_run and not (run / "model_index.json").is_file():
-        raise ValueError(f"{run} has no pipeline/ and is no saved pipeline: give the folder of a run that has ended")
+        raise ValueError(
+            f"{run} has no pipeline/ and is no saved pipeline: give the folder of a run that has ended (to end one, "
+            "resume it with --max_train_steps set to the step it has reached)"
+        )
     folder = run / "pipeline" if is_run else run
-    pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
+    try:
+        pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise ValueError(
+            f"there is no folder {name}, and no such model on the Hub: {str(error).splitlines()[0]}"
+        ) from None
     record = folder / "training.json"
     trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -99,7 +109,7 @@ class Shards:
         self.seed = seed
 
     def missing(self, number: int) -> list[int]:
-        return [k for k in range(-(-number // SHARD)) if not self._file(k).is_file()]
+        return [k for k in range(-(-number // SHARD)) if not self._is_whole(k)]
 
     def save(self, k: int, pixels: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +121,12 @@ class Shards:
     def load(self, number: int) -> np.ndarray:
         """(number, C, H, W)."""
         return np.concatenate([np.load(self._file(k)) for k in range(-(-number // SHARD))])[:number]
+
+    def _is_whole(self, k: int) -> bool:
+        try:
+            return len(np.load(self._file(k), mmap_mode="r")) == SHARD
+        except (OSError, ValueError):  # missing, or damaged
+            return False
 
     def _file(self, k: int) -> Path:
         return self.folder / f"{k:05d}.npy"
