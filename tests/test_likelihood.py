@@ -425,8 +425,8 @@ def test_a_network_of_diffusers_in_float32():
     def network(x, t):
         return unet(x, t, return_dict=False)[0]
 
-    found = bound(network, walk, pixels.float() / 127.5 - 1, strata=4)
+    found = bound(unet, walk, pixels.float() / 127.5 - 1, strata=4)  # which returns a UNet2DOutput
     alone = bound(network, walk, pixels[1:].float() / 127.5 - 1, strata=4, index=torch.tensor([1]))
     torch.testing.assert_close(alone.total, found.total[1:], rtol=1e-5, atol=0)
-    nats = discrete_nats(flow_nats(network, walk, dequantised(pixels), rtol=1e-3, atol=1e-3), (1, 8, 8), 256)
+    nats = discrete_nats(flow_nats(unet, walk, dequantised(pixels), rtol=1e-3, atol=1e-3), (1, 8, 8), 256)
     assert nats.isfinite().all() and (bits_per_dim(nats, (1, 8, 8)) > 6).all()

@@ -183,6 +183,16 @@ def measured(run, **more):
     return report
 
 
+def test_the_card_has_the_first_sampler_and_what_the_report_warns_of(run, tmp_path):
+    report = measured(run, value=77.7, num_inference_steps=10, main=False)
+    report |= {"warnings": ["the floor is of 15 pictures"], "floor": {"words": "held-out pictures", "n": 15}}
+    (run / "report.json").write_text(json.dumps(report))
+    card, _ = card_of(run, tmp_path / "out")
+    assert "0.01234" in card and "77.7" not in card
+    assert "> the floor is of 15 pictures." in card
+    assert "Real against real: 15 held-out pictures" in card
+
+
 def test_numbers_are_those_of_the_report(run, tmp_path):
     likelihood = {"measure": "bits_per_dimension", "name": "Bits per dimension", "value": 1.5, "extractor": None,
                   "floor": None, "standard_error": None, "sampler": None}  # fmt: skip
