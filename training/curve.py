@@ -114,8 +114,9 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         for label, curve in curves.items():
             points = [point for point in curve["points"] if name in point]
             error = [point.get(f"{name}_standard_error", 0) for point in points]
-            axes.errorbar([p["images"] for p in points], [p[name] for p in points], error, marker=".", label=label)
-        axes.set(xlabel="images seen", ylabel=MEASURES[name])
+            seen = [point["images"] / 1000 for point in points]
+            axes.errorbar(seen, [point[name] for point in points], error, marker=".", label=label)
+        axes.set(xlabel="images seen, thousands", ylabel=MEASURES[name])
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
