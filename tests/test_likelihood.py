@@ -124,6 +124,19 @@ def test_the_last_variance_of_ho_is_that_of_the_step_before(exact_means):
     assert found.decoder.item() == pytest.approx(-density.log_prob(exact_means).sum().item(), rel=1e-9)
 
 
+def test_where_beta_tilde_is_0_the_last_variance_is_that_of_the_step_before(exact_means):
+    """Whatever was asked for; a learned range begins there."""
+    small, ranged = scheduler(variance_type="fixed_small"), scheduler(variance_type="learned_range")
+    wanted = bound(standard_normal(small), small, exact_means, levels=None).decoder
+    own = bound(standard_normal(small), small, exact_means, levels=None, last_variance="own").decoder
+
+    def lowest(x_t, t):
+        return torch.cat([standard_normal(ranged)(x_t, t), torch.full_like(x_t, -1)], dim=1)
+
+    torch.testing.assert_close(own, wanted)
+    torch.testing.assert_close(bound(lowest, ranged, exact_means, levels=None).decoder, wanted)
+
+
 def test_some_steps_of_each_picture_estimate_the_sum_without_bias():
     walk = scheduler(num_train_timesteps=60, beta_end=0.3)
     x_0 = torch.randn(4000, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
@@ -203,6 +216,15 @@ def test_rate_and_distortion_of_gaussian_data(exact_means):
     assert curve.rate[0].item() == pytest.approx(bits_per_dim(prior, (1, 2, 2)).item())
     sent = bits_per_dim(prior + found.step.sum(), (1, 2, 2))  # all but the decoder's
     assert curve.rate[-1].item() == pytest.approx(sent.item())
+
+
+def test_distortion_is_the_root_of_the_mean_over_pictures():
+    walk = scheduler(num_train_timesteps=3)
+    x_0 = torch.tensor([0.1, 0.7], dtype=torch.float64).view(2, 1, 1, 1)
+    found = bound(lambda x, t: x / (1 - walk.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1), walk, x_0)
+    # that network takes all of x_t for noise, so it expects 0
+    wanted = math.sqrt((0.1**2 + 0.7**2) / 2) * 127.5
+    assert rate_distortion(found, (1, 1, 1)).distortion.tolist() == pytest.approx([wanted] * 3, rel=1e-6)
 
 
 def test_rate_of_few_steps_is_about_that_of_all():
