@@ -919,3 +919,27 @@ def test_a_damaged_file_of_samples_is_made_again(tmp_path):
     file = next(shards.folder.glob("00001.npy"))
     file.write_bytes(file.read_bytes()[:90])
     assert shards.missing(128) == [1]
+
+
+def test_the_floor_is_not_measured_against_itself(tmp_path):
+    """Of 24 training pictures 12 are the floor; with them in the reference it would be too low."""
+    generator = np.random.default_rng(1)
+    drawn, learned = (generator.integers(0, 256, (n, 1, 2, 2), dtype=np.uint8) for n in (16, 24))
+    real = measures.real_pictures(Parts(SimpleNamespace(images=learned), np.arange(24), learned[:0], ""), 0, 16, [])
+    extractor = fidelity.make_extractor("pixels", images=learned)
+    floor, apart = (
+        fidelity.features_of(extractor, pixels) for pixels in (learned[::2], np.delete(learned, np.s_[::2], 0))
+    )
+    wanted = {
+        "frechet_distance": fidelity.frechet_distance(floor, apart),
+        "kernel_distance": fidelity.kernel_distance(floor, apart).value,
+        "precision": fidelity.precision_recall(floor, apart)[0],
+        "recall": fidelity.precision_recall(floor, apart)[1],
+        "density": fidelity.density_coverage(floor, apart)[0],
+        "coverage": fidelity.density_coverage(floor, apart)[1],
+    }
+    rows = measures.compare(drawn, real, extractor, measures.METRICS, tmp_path)
+    assert {row["measure"]: row["floor"] for row in rows} == pytest.approx(wanted)
+    shifts = {row["measure"]: row["floor"] for row in measures.shifts(drawn, real)}
+    (shift,) = fidelity.channel_shift(learned[::2], np.delete(learned, np.s_[::2], 0))
+    assert shifts == pytest.approx({"mean_shift": shift.mean.value, "std_ratio": shift.std_ratio.value})
