@@ -133,7 +133,7 @@ def _entry(statistic: Any, which: int, features: Tensor, reference: Tensor) -> f
 def shifts(pixels: np.ndarray, real: Real) -> Iterator[Row]:
     """Rows of how much brighter each channel is, and how much wider its values spread."""
     of_samples = fidelity.channel_shift(pixels, real.reference)
-    of_real = fidelity.channel_shift(real.floor, real.reference) if len(real.floor) else None
+    of_real = fidelity.channel_shift(real.floor, real.reference[real.apart]) if len(real.floor) else None
     for channel, shift in enumerate(of_samples):
         which = f", channel {channel}" if len(of_samples) > 1 else ""
         best = None if of_real is None else of_real[channel]
