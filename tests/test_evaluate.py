@@ -943,3 +943,11 @@ def test_the_floor_is_not_measured_against_itself(tmp_path):
     shifts = {row["measure"]: row["floor"] for row in measures.shifts(drawn, real)}
     (shift,) = fidelity.channel_shift(learned[::2], np.delete(learned, np.s_[::2], 0))
     assert shifts == pytest.approx({"mean_shift": shift.mean.value, "std_ratio": shift.std_ratio.value})
+
+
+@pytest.mark.parametrize(("module", "metrics"), [("matplotlib", ["kernel"]), ("torchdiffeq", ["kernel", "flow"])])
+def test_what_is_not_installed_is_named_before_anything_is_sampled(run, monkeypatch, module, metrics):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None if name == module else name)
+    given = evaluate.parser().parse_args([str(run), "--metrics", ",".join(metrics)])
+    with pytest.raises(ValueError, match=f"{module} is not installed: pip install"):
+        evaluate.check(given)

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--output", type=Path, help="JSON file to write the curve to")
     given = made.parse_args(arguments)
     try:
+        if find_spec("matplotlib") is None:
+            raise ValueError('matplotlib is not installed: pip install -c constraints.txt -e ".[train,eval]"')
         curve = of_run(given.run)
         beside = json.loads(given.beside.read_text(encoding="utf-8")) if given.beside else None
         if beside is not None and "points" not in beside:

@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,10 @@ def check(given: argparse.Namespace) -> None:
         )
     if 0 < given.num_reference < 16:
         raise ValueError(f"--num_reference is {given.num_reference}: give at least 16, or 0 for all")
+    needed = {"matplotlib": "eval"} | ({"torchdiffeq": "ode"} if "flow" in given.metrics else {})
+    for module, extra in needed.items():
+        if find_spec(module) is None:
+            raise ValueError(f'{module} is not installed: pip install -c constraints.txt -e ".[train,{extra}]"')
     if given.dataset_name and given.train_data_dir:
         raise ValueError("--dataset_name and --train_data_dir are both given: give one of them")
     if given.seed + given.num_samples > 2**32 - 64:
