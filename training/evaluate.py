@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
     made.add_argument("model", help="folder of a run that has ended, or of a saved pipeline, or a name on the Hub")
     option("output_dir", "for report.json and the samples; by default the run's folder", type=Path)
-    option("metrics", f"of {','.join(METRICS)}; all but flow, which takes long", type=words, default=METRICS[:-1])
+    option(
+        "metrics", f"of {','.join(METRICS)}; all but flow, which needs the extra ode", type=words, default=METRICS[:-1]
+    )
     option("num_samples", "of each sampler (%(default)s)", type=int, default=2048)
     option("num_inference_steps", "with commas between; the first is the card's (50)", type=integers, default=[50])
     option("eta", "with commas between: 1 as DDPM walks home, 0 as DDIM (1)", type=numbers, default=[1.0])
