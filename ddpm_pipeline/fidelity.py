@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -321,12 +321,20 @@ def jackknife(
     References:
         Kott 2001, "The delete-a-group jackknife"; Efron and Stein 1981.
     """
+    (found,) = jackknives(lambda x, y: (statistic(x, y),), features, reference, groups)
+    return found
+
+
+def jackknives(
+    statistic: Callable[[Tensor, Tensor], Sequence[float]], features: Tensor, reference: Tensor, groups: int = 10
+) -> list[Estimate]:
+    """`jackknife` of a statistic that gives several values at once."""
     if not isinstance(groups, int) or not 2 <= groups <= len(features):
         raise ValueError(f"groups is {groups!r}: give an int from 2 to the number of rows, {len(features)}")
     group = torch.arange(len(features), device=features.device) % groups
     left = np.array([statistic(features[group != g], reference) for g in range(groups)])
-    variance = (groups - 1) / groups * np.square(left - left.mean()).sum()
-    return Estimate(statistic(features, reference), math.sqrt(variance))
+    variance = (groups - 1) / groups * np.square(left - left.mean(axis=0)).sum(axis=0)
+    return [Estimate(value, math.sqrt(v)) for value, v in zip(statistic(features, reference), variance)]
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------

@@ -219,9 +219,10 @@ def dequantised(pixels: Tensor, *, index: Tensor | None = None, seed: int = 0) -
     return (2 * (pixels.double() + uniform - 0.5) / (levels_of(pixels) - 1) - 1).float()
 
 
-def levels_of(pixels: Tensor) -> int:
-    """How many values of brightness there are: 256 or 65536."""
-    return 256 if pixels.dtype == torch.uint8 else 65536
+def levels_of(pixels: Any) -> int:
+    """How many values of brightness a tensor or array of uint8 or uint16 can have: 256 or 65536."""
+    levels: int = 2 ** (8 * pixels.dtype.itemsize)
+    return levels
 
 
 def flow_nats(

@@ -6,12 +6,9 @@ Most runs happen in this process, which has imported everything; the first, a ki
 import hashlib
 import json
 import math
-import os
 import re
-import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, publishing
-from tests.short_run import SHORT_RUN
+from tests.short_run import SHORT_RUN, run_here, run_in_child
 from training import evaluate, measures, report
 from training.data import Parts, load_images
 from training.samples import SHARD, Model, Setting, Shards, load_models, sample, to_images, to_pixels
@@ -61,42 +57,6 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluate")
 
 
-def run_here(script, words):
-    """Run a script of training/ in this process: its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [str(TRAINING / script), *words])
-        patch.setattr(sys, "path", list(sys.path))
-        try:
-            runpy.run_path(str(TRAINING / script), run_name="__main__")
-        except SystemExit as exit_:
-            return exit_.code
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-    return 0
-
-
-def in_child(launcher, work, words, expected=0):
-    """Run evaluate.py with the launcher in a process of its own, and end it with all its children after two minutes."""
-    child = subprocess.Popen(
-        [sys.executable, *launcher, str(TRAINING / "evaluate.py"), *words],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        cwd=work,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = child.communicate(timeout=120)
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-    assert child.returncode == expected, output
-    return output
-
-
 def words(work, model, output_dir=None, **options):
     """The command line of an evaluation with OPTIONS and these."""
     options = {"cache_dir": work / "cache", **OPTIONS, **options}
@@ -127,7 +87,7 @@ def run(work):
 def first(work, run):
     """The report of an evaluation by a process of its own."""
     options = {"num_inference_steps": "4,8", "eta": "1,0"}
-    output = in_child([], work, words(work, run, **options))
+    output = run_in_child([], "evaluate.py", words(work, run, **options), cwd=work)
     assert "The report: " in output
     return json.loads((run / "report.json").read_text())
 
@@ -389,7 +349,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_after_a_kill_it_goes_on_and_draws_the_same(first, run, work):
     """The process is killed in the middle of writing its second shard."""
     options = {"metrics": "kernel", "weights": "ema"}
-    in_child(["-c", KILLED], work, words(work, run, "killed", **options), expected=-signal.SIGKILL)
+    run_in_child(
+        ["-c", KILLED], "evaluate.py", words(work, run, "killed", **options), cwd=work, expected=-signal.SIGKILL
+    )
     (whole,) = shards(work / "killed")
     assert [file.suffix[:4] for file in sorted(whole.parent.iterdir())] == [".npy", ".tmp"]
     assert not (work / "killed" / "report.json").exists()
@@ -403,8 +365,8 @@ def test_after_a_kill_it_goes_on_and_draws_the_same(first, run, work):
 
 def test_two_processes_draw_and_find_the_same(first, run, work):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    output = in_child(launcher, work, words(work, run, "two", weights="ema", metrics="kernel,bound,flow",
-                                            num_flow_images=2))  # fmt: skip
+    command_line = words(work, run, "two", weights="ema", metrics="kernel,bound,flow", num_flow_images=2)
+    output = run_in_child(launcher, "evaluate.py", command_line, cwd=work)
     assert output.count("The report: ") == 1
     assert [file.name for file in shards(work / "two")] == ["00000.npy", "00001.npy"]
     assert np.array_equal(samples(work / "two"), samples(run))
@@ -732,7 +694,7 @@ def test_a_floor_of_six_is_enough_for_every_measure(tmp_path):
     parts = Parts(SimpleNamespace(images=learned), np.arange(12), held_out, "")
     real = measures.real_pictures(parts, 0, 16, [])
     extractor = fidelity.make_extractor("pixels", images=learned)
-    rows = [*measures.compare(drawn, real, extractor, measures.METRICS, tmp_path), *measures.shifts(drawn, real)]
+    rows = [*measures.compare(drawn, real, extractor, evaluate.METRICS, tmp_path), *measures.shifts(drawn, real)]
     assert len(rows) == 9 and all(row["floor"] is not None for row in rows)
 
 
@@ -938,7 +900,7 @@ def test_the_floor_is_not_measured_against_itself(tmp_path):
         "density": fidelity.density_coverage(floor, apart)[0],
         "coverage": fidelity.density_coverage(floor, apart)[1],
     }
-    rows = measures.compare(drawn, real, extractor, measures.METRICS, tmp_path)
+    rows = measures.compare(drawn, real, extractor, evaluate.METRICS, tmp_path)
     assert {row["measure"]: row["floor"] for row in rows} == pytest.approx(wanted)
     shifts = {row["measure"]: row["floor"] for row in measures.shifts(drawn, real)}
     (shift,) = fidelity.channel_shift(learned[::2], np.delete(learned, np.s_[::2], 0))

@@ -5,12 +5,7 @@ Most runs happen in this process, which has imported everything; a run that has 
 
 import json
 import math
-import os
-import runpy
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, film, objective
-from tests.short_run import SHORT_RUN
+from tests.short_run import SHORT_RUN, run_here, run_in_child
 from training import checkpoint
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ROOT / "training" / "train.py"
 SAMPLE_SEED = 1_000_000
 
 # Global batch 4 of 10 pictures: passes end within step 3 and with step 5, and the checkpoint of step 3 is between.
@@ -62,41 +55,6 @@ def arguments(work, name, **options):
     return first + [f"--{option}={value}" for option, value in options.items()]
 
 
-def train(command_line):
-    """Run train.py here: its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [str(TRAIN), *command_line])
-        patch.setattr(sys, "path", list(sys.path))
-        try:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        except SystemExit as exit_:
-            return exit_.code
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-    return 0
-
-
-def in_child(launcher, command_line):
-    """Run train.py with the launcher in a process of its own, and end it with all its children after two minutes."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", *launcher, str(TRAIN), *command_line],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = child.communicate(timeout=120)
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-    assert child.returncode == 0, output
-    return output
-
-
 def metrics(folder):
     """Lines of metrics.jsonl without what a clock measured."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +77,7 @@ class Interruption(Exception):
 @pytest.fixture(scope="module")
 def whole(work):
     """A run of 6 steps from beginning to end."""
-    assert train(arguments(work, "whole")) == 0
+    assert run_here("train.py", arguments(work, "whole")) == 0
     return work / "whole"
 
 
@@ -135,7 +93,7 @@ def resumed(work):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_die)
         with pytest.raises(Interruption):
-            train(arguments(work, "resumed"))
+            run_here("train.py", arguments(work, "resumed"))
     folder = work / "resumed"
     assert "checkpoint-000003" in names(folder)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
@@ -144,7 +102,7 @@ def resumed(work):
         file.write(json.dumps({"step": 4, "loss": 99.0}) + "\n")
     (folder / "checkpoint-000004.tmp").mkdir()
     again = [f"--config={folder / 'config.yaml'}", "--resume_from_checkpoint=latest"]
-    output = in_child(["accelerate.commands.launch"], again)
+    output = run_in_child(["-m", "accelerate.commands.launch"], "train.py", again)
     assert f"resumed from {folder / 'checkpoint-000003'}, after step 3" in output
     return folder
 
@@ -153,7 +111,7 @@ def resumed(work):
 def shared(work):
     """The same run by two processes, which have half of the global batch each."""
     command_line = arguments(work, "shared", train_batch_size=1)
-    in_child(["torch.distributed.run", "--standalone", "--nproc-per-node=2"], command_line)
+    run_in_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "train.py", command_line)
     return work / "shared"
 
 
@@ -220,7 +178,10 @@ def test_the_sample_picture_is_drawn_with_the_averaged_weights(whole):
 
 def test_the_configuration_of_a_run_given_back_repeats_it_bit_for_bit(whole, work):
     config = whole / "config.yaml"
-    assert train([f"--config={config}", f"--output_dir={work / 'again'}", "--checkpoints_total_limit=1"]) == 0
+    assert (
+        run_here("train.py", [f"--config={config}", f"--output_dir={work / 'again'}", "--checkpoints_total_limit=1"])
+        == 0
+    )
     assert "checkpoint-000003" not in names(work / "again")
     assert sums(work / "again" / "checkpoint-000006") == sums(whole / "checkpoint-000006")
     assert metrics(work / "again") == metrics(whole)
@@ -258,21 +219,21 @@ def test_a_run_may_go_on_with_another_number_of_forward_passes_but_the_same_glob
     shutil.copytree(whole, work / "other passes")
     options = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
     start = work / "other passes" / "checkpoint-000003"
-    assert train(arguments(work, "other passes", resume_from_checkpoint=start, **options)) == 0
+    assert run_here("train.py", arguments(work, "other passes", resume_from_checkpoint=start, **options)) == 0
     for one, two in zip(metrics(whole), metrics(work / "other passes"), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_in_bfloat16_the_weights_are_float32(work):
     options = {"mixed_precision": "bf16", "train_batch_size": 1, "max_train_steps": 1, "num_sample_images": 1}
-    assert train(arguments(work, "bf16", **options)) == 0
+    assert run_here("train.py", arguments(work, "bf16", **options)) == 0
     assert checkpoint.verified(work / "bf16" / "checkpoint-000001")["mixed_precision"] == "bf16"
     for file in ("checkpoint-000001/model.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors"):
         assert all(t.dtype == torch.float32 and t.isfinite().all() for t in load_file(work / "bf16" / file).values())
 
 
 def test_time_that_is_up_ends_a_run_as_its_last_step_does(work):
-    assert train(arguments(work, "short", max_train_minutes=1e-9)) == 0
+    assert run_here("train.py", arguments(work, "short", max_train_minutes=1e-9)) == 0
     assert {"checkpoint-000001", "pipeline"} < set(names(work / "short"))
     assert names(work / "short" / "samples") == ["step-000001.png", "walk.png"]
 
@@ -286,7 +247,7 @@ def test_the_loss_falls(work, prediction_type):
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
     options |= {"checkpointing_steps": steps, "save_images_steps": 0}
-    assert train(arguments(work, prediction_type, **options)) == 0
+    assert run_here("train.py", arguments(work, prediction_type, **options)) == 0
     lines = metrics(work / prediction_type)
     losses = [line["loss"] for line in lines[:steps]]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
@@ -303,9 +264,9 @@ def test_the_loss_falls(work, prediction_type):
 def test_unreadable_pictures_are_named(work, capsys):
     shutil.copytree(work / "pictures", work / "some bad")
     (work / "some bad" / "class" / "broken.png").write_text("no picture")
-    assert train(arguments(work, "bad", train_data_dir=work / "some bad")) == 2
+    assert run_here("train.py", arguments(work, "bad", train_data_dir=work / "some bad")) == 2
     assert "broken.png" in capsys.readouterr().err
-    assert train(arguments(work, "bad", train_data_dir=work / "nowhere")) == 2
+    assert run_here("train.py", arguments(work, "bad", train_data_dir=work / "nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
@@ -323,7 +284,7 @@ def test_unreadable_pictures_are_named(work, capsys):
     ],
 )
 def test_what_cannot_be_done_ends_with_2_and_its_value(work, capsys, options, words):
-    assert train(arguments(work, "mistake", **options)) == 2
+    assert run_here("train.py", arguments(work, "mistake", **options)) == 2
     assert words in capsys.readouterr().err
     assert not (work / "mistake" / "metrics.jsonl").exists()
 
@@ -338,7 +299,7 @@ def test_what_cannot_be_done_ends_with_2_and_its_value(work, capsys, options, wo
 )
 def test_a_checkpoint_of_another_run_is_refused_and_nothing_changed(whole, work, capsys, options, words):
     before = (whole / "config.yaml").read_bytes(), (whole / "metrics.jsonl").read_bytes(), names(whole)
-    assert train(arguments(work, "whole", resume_from_checkpoint="latest", **options)) == 2
+    assert run_here("train.py", arguments(work, "whole", resume_from_checkpoint="latest", **options)) == 2
     assert words in capsys.readouterr().err
     assert ((whole / "config.yaml").read_bytes(), (whole / "metrics.jsonl").read_bytes(), names(whole)) == before
 
@@ -346,7 +307,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changed(whole, work,
 def test_an_output_folder_that_is_a_file(work, capsys):
     (work / "file").write_text("mine")
     for name in ("file", "file/run"):
-        assert train(arguments(work, name)) == 2
+        assert run_here("train.py", arguments(work, name)) == 2
         assert str(work / name) in capsys.readouterr().err
     assert (work / "file").read_text() == "mine"
 
@@ -359,7 +320,9 @@ def test_one_nan_stops_the_run_before_weights_and_checkpoints_are_spoiled(work, 
         return simple_loss(prediction, target) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(objective, "simple_loss", nan_in_step_4)
-    assert train(arguments(work, "nan", logging_steps=100, checkpointing_steps=1, save_images_steps=0)) == 1
+    assert (
+        run_here("train.py", arguments(work, "nan", logging_steps=100, checkpointing_steps=1, save_images_steps=0)) == 1
+    )
     assert "step 4" in capsys.readouterr().err
     assert [name for name in names(work / "nan") if "checkpoint" in name] == ["checkpoint-000002", "checkpoint-000003"]
     _, manifest = checkpoint.find(work / "nan", "latest")
@@ -369,7 +332,7 @@ def test_one_nan_stops_the_run_before_weights_and_checkpoints_are_spoiled(work, 
 
 def test_a_learning_rate_much_too_high_stops_the_run(work, capsys):
     options = {"learning_rate": 1e30, "lr_scheduler": "constant", "lr_warmup_steps": 0}
-    assert train(arguments(work, "high", **options, logging_steps=4, checkpointing_steps=1)) == 1
+    assert run_here("train.py", arguments(work, "high", **options, logging_steps=4, checkpointing_steps=1)) == 1
     assert "1e+30" in capsys.readouterr().err
     for path in (work / "high").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "ema.safetensors").values())
@@ -417,7 +380,7 @@ def test_the_presets_train_on_the_real_pictures(work, shared_data, name, config,
         **options,
     }
     config_first = [f"--config={options.pop('config')}"]
-    assert train(config_first + [f"--{option}={value}" for option, value in options.items()]) == 0
+    assert run_here("train.py", config_first + [f"--{option}={value}" for option, value in options.items()]) == 0
     pipe = DDPMPipeline.from_pretrained(work / config / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(seeds=[1], num_inference_steps=2, output_type="latent").images

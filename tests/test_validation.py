@@ -2,19 +2,16 @@
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, chance, fidelity, likelihood
-from tests.short_run import SHORT_RUN
+from tests.short_run import SHORT_RUN, run_here
 from training import checkpoint, validation
 from training.data import load_parts
 from training.validation import EDGES, STEPS_OF_EACH, STRATA, Validation, bands, kernel_distance
@@ -269,18 +266,7 @@ def train(work, name, **options):
     options = {"output_dir": work / name, "cache_dir": work / "cache", **OPTIONS, **options}
     if "train_data_dir" not in options:
         options |= {"dataset_name": "moons", "resolution": 16}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [str(TRAIN), *(f"--{option}={value}" for option, value in options.items())])
-        patch.setattr(sys, "path", list(sys.path))
-        try:
-            runpy.run_path(str(TRAIN), run_name="__main__")
-        except SystemExit as exit_:
-            return exit_.code
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-    return 0
+    return run_here("train.py", [f"--{option}={value}" for option, value in options.items()])
 
 
 def lines(folder):

@@ -56,7 +56,7 @@ class Batches:
             batch = self._on_device[torch.from_numpy(indices).to(self._device, non_blocking=True)]
         else:
             batch = torch.from_numpy(self._images[indices]).to(self._device, non_blocking=True)
-        x_0 = batch.float().mul_(2 / np.iinfo(self._images.dtype).max).sub_(1)
+        x_0 = scaled(batch)
         if self._random_flip:
             mirrored = chance.bits(chance.key(self._seed, FLIP, step), place.to(self._device)) < 0
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
@@ -70,3 +70,8 @@ class Batches:
             self._order = self._rows[shuffled]
             self._pass = number
         return self._order
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """uint8 or uint16 to float32 in [-1, 1]."""
+    return pixels.float().mul_(2 / torch.iinfo(pixels.dtype).max).sub_(1)

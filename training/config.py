@@ -12,6 +12,12 @@ from typing import Any, Literal
 
 CONFIGS = Path(__file__).parent / "configs"
 
+# What training/evaluate.py measures: of the features of samples, of samples, of held-out pictures.
+OF_FEATURES = ("frechet", "kernel", "precision", "density", "memorisation")
+OF_SAMPLES = (*OF_FEATURES, "shift")
+OF_HELD_OUT = ("bound", "flow")
+METRICS = (*OF_SAMPLES, *OF_HELD_OUT)
+
 
 @dataclass(frozen=True)
 class Config:

@@ -239,6 +239,11 @@ HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first that a dat
 HELD_OUT_EVERY, HELD_OUT_MOST = 20, 1000  # of a data set without one every 20th picture, but no more than 1000
 
 
+def evenly(number: int, wanted: int) -> np.ndarray:
+    """Indices of so many of them, evenly spread; all if there are no more."""
+    return np.arange(number) if wanted >= number else np.arange(wanted) * number // wanted
+
+
 class Parts(NamedTuple):
     """What is learned from, and what is held out to see how well."""
 

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `training` is found
 
+from training.config import METRICS, OF_FEATURES, OF_HELD_OUT, OF_SAMPLES, Config  # noqa: E402
+
 if TYPE_CHECKING:
     from training.data import Parts
     from training.samples import Model
 
-METRICS = ("frechet", "kernel", "precision", "density", "memorisation", "shift", "bound", "flow")
 WEIGHTS = ("ema", "raw")
 
 
@@ -138,8 +139,8 @@ def evaluate(given: argparse.Namespace) -> None:
     say, main_process = processes.print, processes.is_main_process
     with processes.main_process_first():  # which downloads for all
         models = load_models(given.model, given.weights, given.revision)
-    of_samples = [name for name in given.metrics if name in measures.OF_SAMPLES]
-    of_held_out = [name for name in given.metrics if name in ("bound", "flow")]
+    of_samples = [name for name in given.metrics if name in OF_SAMPLES]
+    of_held_out = [name for name in given.metrics if name in OF_HELD_OUT]
     num_steps = models[0].pipe.scheduler.config.num_train_timesteps
     if of_samples and (wrong := [steps for steps in given.num_inference_steps if steps > num_steps]):
         raise ValueError(f"--num_inference_steps has {wrong[0]}: the walk of this model has {num_steps} steps")
@@ -177,7 +178,7 @@ def evaluate(given: argparse.Namespace) -> None:
     if "frechet" in of_samples and given.num_samples < 2048:
         warnings.append(f"Frechet distances of {given.num_samples} samples are too large, by about 1 / n: give 2048")
     extractors = []
-    if set(of_samples) & set(measures.OF_FEATURES):
+    if set(of_samples) & set(OF_FEATURES):
         with processes.main_process_first():  # which trains the classifier, and keeps it
             learned_from = {"images": parts.training, "labels": parts.labels(), "cache_dir": cache_dir}
             extractors = [
@@ -279,7 +280,6 @@ def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
     Raises:
         ValueError: it is not known what the model was trained on, or that is of another kind.
     """
-    from training.config import Config
     from training.data import load_parts
 
     settings = {field.name: field.default for field in dataclasses.fields(Config)} | model.trained.get("config", {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
-from training.data import Parts
+from training.config import OF_FEATURES
+from training.data import Parts, evenly
 from training.machine import dtype
 from training.samples import Model, to_images
 
-METRICS = ("frechet", "kernel", "precision", "density", "memorisation", "shift", "bound", "flow")
-OF_FEATURES = METRICS[:5]
-OF_SAMPLES = METRICS[:6]
 FEWEST = 6  # pictures in a floor: density and coverage look at the five nearest neighbours of one
 
 Row = dict[str, Any]
@@ -77,11 +74,6 @@ def real_pictures(
     return Real(np.asarray(parts.data.images[chosen]), which, np.asarray(floor), words, apart, held_out)
 
 
-def evenly(number: int, wanted: int) -> np.ndarray:
-    """Indices of so many of them, evenly spread; all if there are no more."""
-    return np.arange(number) if wanted >= number else np.arange(wanted) * number // wanted
-
-
 def digest(pixels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
 
@@ -117,17 +109,12 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
     ):
         if metric in metrics:
             best_of = (None, None) if floor is None else statistic(floor, apart[evenly(len(apart), len(floor))])
-            for which, measure in enumerate(measures):
-                found = fidelity.jackknife(partial(_entry, statistic, which), features, equal)
-                yield row(measure, measure, found, best_of[which])
+            for measure, found, best in zip(measures, fidelity.jackknives(statistic, features, equal), best_of):
+                yield row(measure, measure, found, best)
     if "memorisation" in metrics and len(real.held_out) > 1:
         held_out = fidelity.features_of(extractor, real.held_out, cache_dir=cache_dir)
         found = fidelity.memorisation(features, reference, held_out)
         yield row("memorisation", "nearer to a training picture than held-out ones are", found, 0.5)
-
-
-def _entry(statistic: Any, which: int, features: Tensor, reference: Tensor) -> float:
-    return float(statistic(features, reference)[which])
 
 
 def shifts(pixels: np.ndarray, real: Real) -> Iterator[Row]:
@@ -163,7 +150,7 @@ class HeldOut:
     def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, processes: Any) -> None:
         self._images, self._batch_size, self._seed, self._processes = images, batch_size, seed, processes
         self.shape = images.shape[1:]
-        self.levels = 256 if images.dtype == np.uint8 else 65536
+        self.levels = likelihood.levels_of(images)
 
     def _batches(self, number: int, title: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Of `number` pictures those of this process: their places in the row, and they."""
@@ -213,7 +200,7 @@ class HeldOut:
         for index, pixels in self._batches(number, f"flow, {model.weights}"):
             x_0 = likelihood.dequantised(torch.from_numpy(pixels), index=index, seed=self._seed)
             nats = likelihood.flow_nats(
-                lambda x_t, t: unet(x_t, t, return_dict=False)[0],
+                unet,
                 model.pipe.scheduler,
                 x_0.to(self._processes.device),
                 index=index,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ddpm_pipeline import DDPMPipeline
 from training import checkpoint
+from training.batches import scaled
 from training.machine import dtype
 
 SHARD = 64  # samples in a file; a whole one is made or none
@@ -182,5 +183,4 @@ def to_pixels(samples: Tensor, pixel_type: Any) -> np.ndarray:
 
 def to_images(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """And back: float32 in [-1, 1], on the device."""
-    white = np.iinfo(pixels.dtype).max
-    return torch.from_numpy(pixels.astype(np.float32)).to(device).mul_(2 / white).sub_(1)
+    return scaled(torch.from_numpy(pixels).to(device))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, chance, likelihood, objective
+from training.data import evenly
 from training.samples import to_images, to_pixels
 
 EDGES = (-4.0, -1.0, 1.0, 4.0)  # of log SNR
@@ -51,9 +52,8 @@ class Validation:
         batch_size: int = 64,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.number = min(number, len(images))
-        spread = np.arange(self.number) * len(images) // max(1, self.number)
-        self.pixels = np.asarray(images[spread])
+        self.pixels = np.asarray(images[evenly(len(images), number)])
+        self.number = len(self.pixels)
         self._scheduler, self._device, self._batch_size = scheduler, device, batch_size
         self._index = torch.arange(self.number)[share[0] :: share[1]]
         # Evenly spaced over the walk, each picture with t of its own: a random one of them for each.
@@ -87,7 +87,7 @@ class Validation:
                 band_sums[0].index_add_(0, band, losses)
                 band_sums[1].index_add_(0, band, torch.ones_like(losses))
             strata = min(STRATA, max(1, self._scheduler.num_steps - 1))
-            levels = 256 if self.pixels.dtype == np.uint8 else 65536
+            levels = likelihood.levels_of(self.pixels)
             bound = likelihood.bound(
                 network, self._scheduler, x_0, index=index, seed=SEED, strata=strata, levels=levels
             )
