@@ -254,13 +254,15 @@ def main(config: Config, stop: Stop) -> int:
 
     def validate(step: int) -> str:
         """Measure the held-out pictures with the averaged weights and log it; in words, for the progress bar."""
+        from accelerate.utils import gather_object
+
         if not validation.number:
             return ""
         unet.eval()
         with ema.applied(), torch.autocast(device.type, computes_in, enabled=computes_in != torch.float32):
             found = validation.measure(
                 lambda x_t, t: unet(x_t, t, return_dict=False)[0],
-                total=lambda sums: accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums,
+                gather=lambda values: gather_object(values) if accelerator.num_processes > 1 else values,
             )
         unet.train()
         samples = draw_samples(step, config.validation_samples) if config.validation_samples else None

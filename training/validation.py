@@ -30,7 +30,7 @@ NOISE, PAIRING = 11, 12  # purposes of random numbers, besides those of the pack
 SEED = 0  # not the run's: another seed shall be compared by the same noise
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Total = Callable[[Tensor], Tensor]  # the sum over all processes
+Gather = Callable[[list[Any]], list[Any]]  # the values of all processes
 
 
 class Validation:
@@ -63,50 +63,50 @@ class Validation:
         self._t = places.long()[shuffled.argsort()].view(self.number, STEPS_OF_EACH)
 
     @torch.no_grad()
-    def measure(self, network: Network, total: Total = lambda sums: sums) -> dict[str, float]:
-        """validation_loss, in bands of log SNR too, and bits_per_dim, with the standard error over the pictures.
+    def measure(self, network: Network, gather: Gather = lambda values: values) -> dict[str, float]:
+        """validation_loss, in bands of log SNR too, and bits_per_dim, with the standard error over the images.
 
         Args:
-            network: (x_t, t) to the output, with the averaged weights and without dropout.
-            total: the sum of a tensor over the processes.
+            network: (x_t, t) to the output, with the EMA weights and without dropout.
+            gather: a list of values of this process to the list of those of all processes.
         """
-        band_sums = torch.zeros(2, len(EDGES) + 1, dtype=torch.float64)  # of losses, and how many
-        bits = torch.zeros(2, dtype=torch.float64)  # sum and sum of squares
-        edges = torch.tensor(EDGES, dtype=torch.float64)
+        loss_parts: list[tuple[list[int], list[list[float]]]] = []  # image indices, losses of each at its t
+        bits: list[tuple[list[int], list[float]]] = []
         for index in self._index.split(self._batch_size):
-            if not len(index):  # more processes than pictures
+            if not len(index):  # more processes than images
                 continue
             x_0 = to_images(self.pixels[index.numpy()], self._device)
+            losses = []
             for k in range(STEPS_OF_EACH):
-                t = self._t[index, k]
                 eps = chance.normal(chance.key(SEED, NOISE, k), index.to(self._device), tuple(x_0.shape[1:]))
-                lesson = objective.lesson(self._scheduler, x_0, t.to(self._device), eps)
+                lesson = objective.lesson(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
                 prediction = network(lesson.x_t, lesson.t).float()
-                losses = (prediction - lesson.target).square().flatten(1).mean(1).double().cpu()
-                band = torch.bucketize(self._scheduler.snr(t).log(), edges)
-                band_sums[0].index_add_(0, band, losses)
-                band_sums[1].index_add_(0, band, torch.ones_like(losses))
+                losses.append((prediction - lesson.target).square().flatten(1).mean(1).double().cpu())
+            loss_parts.append((index.tolist(), torch.stack(losses, dim=1).tolist()))
             strata = min(STRATA, max(1, self._scheduler.num_steps - 1))
             levels = likelihood.levels_of(self.pixels)
             bound = likelihood.bound(
                 network, self._scheduler, x_0, index=index, seed=SEED, strata=strata, levels=levels
             )
-            each = likelihood.bits_per_dim(bound.total, x_0.shape[1:]).cpu()
-            bits += torch.stack([each.sum(), each.square().sum()])
-        summed = total(torch.cat([band_sums.flatten(), bits]).float().to(self._device)).double().cpu()
-        losses, counts = summed[: band_sums.numel()].view(2, -1)
-        mean = (summed[-2] / self.number).item()
-        variance = max(0.0, (summed[-1] / self.number).item() - mean**2)
-        found = {"validation_loss": (losses.sum() / counts.sum()).item()}
-        found |= {
-            f"validation_loss/{name}": (loss / count).item()
-            for name, loss, count in zip(bands(), losses, counts)
-            if count
-        }
-        found |= {"bits_per_dim": mean}
+            bits.append((index.tolist(), likelihood.bits_per_dim(bound.total, x_0.shape[1:]).tolist()))
+        # Means and standard errors are of the gathered values, in float64 and in the order of the images: sums of
+        # squares would lose the digits of a small variance beside a large mean, and depend on the number of processes.
+        loss = self._in_order(gather(loss_parts))
+        band = torch.bucketize(self._scheduler.snr(self._t).log(), torch.tensor(EDGES, dtype=torch.float64))
+        found = {"validation_loss": loss.mean().item()}
+        for number, name in enumerate(bands()):
+            if (band == number).any():
+                found[f"validation_loss/{name}"] = loss[band == number].mean().item()
+        each = self._in_order(gather(bits))
+        found["bits_per_dim"] = each.mean().item()
         if self.number > 1:
-            found |= {"bits_per_dim_standard_error": math.sqrt(variance / (self.number - 1))}
+            found["bits_per_dim_standard_error"] = each.std().item() / math.sqrt(self.number)
         return found
+
+    def _in_order(self, parts: list[tuple[list[int], list[Any]]]) -> Tensor:
+        """Values of all images, from the parts that each process measured: float64, (number, ...)."""
+        by_index = {i: value for index, values in parts for i, value in zip(index, values)}
+        return torch.tensor([by_index[i] for i in range(self.number)], dtype=torch.float64)
 
 
 def bands() -> list[str]:
