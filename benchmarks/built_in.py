@@ -21,10 +21,13 @@ from diffusers import DDPMPipeline as BuiltInDDPMPipeline  # noqa: E402
 from diffusers import DDPMScheduler as BuiltInDDPMScheduler  # noqa: E402
 
 from benchmarks.bench import machine  # noqa: E402
-from ddpm_pipeline import fidelity, film  # noqa: E402
-from training import evaluate, measures  # noqa: E402
-from training.machine import start  # noqa: E402
-from training.samples import Model, Setting, Shards, load_models, sample, to_images  # noqa: E402
+from ddpm_pipeline import visualize  # noqa: E402
+from ddpm_pipeline.features import make_extractor  # noqa: E402
+from ddpm_pipeline.pixels import from_pixels  # noqa: E402
+from training import evaluate  # noqa: E402
+from training.evaluation import measures  # noqa: E402
+from training.evaluation.samples import Model, Setting, Shards, load_models, sample  # noqa: E402
+from training.run.runtime import start  # noqa: E402
 
 METRICS = ("frechet", "kernel", "precision", "shift")
 
@@ -73,9 +76,7 @@ def main() -> None:
     cache_dir = wanted.cache_dir.expanduser() / "features"
     warnings: list[str] = []
     real = measures.real_pictures(parts, given.num_reference, given.num_samples, warnings)
-    extractor = fidelity.make_extractor(
-        given.extractor, images=parts.training, labels=parts.labels(), cache_dir=cache_dir
-    )
+    extractor = make_extractor(given.extractor, images=parts.training, labels=parts.labels(), cache_dir=cache_dir)
     saved = ours.pipe.scheduler.config.timestep_spacing
     models = {f"ours, {saved}": ours}
     for spacing in dict.fromkeys(("leading", saved)):
@@ -97,7 +98,7 @@ def main() -> None:
                 f"{steps} steps, {name}: " + ", ".join(f"{row['name']} {row['value']:.4g}" for row in found), flush=True
             )
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    film.grid(to_images(np.concatenate(shown)), columns=16).save(given.output.with_suffix(".png"))
+    visualize.grid(from_pixels(np.concatenate(shown)), columns=16).save(given.output.with_suffix(".png"))
     result = {"rows": rows, "warnings": warnings, "data": parts.data.source, "reference": real.reference_words,
               "floor": real.floor_words, "machine": machine()}  # fmt: skip
     given.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from ddpm_pipeline import DDPMPipeline  # noqa: E402
-from training.data import load_images  # noqa: E402
+from training.data.cache import load_images  # noqa: E402
 
 
 def classifier() -> nn.Module:

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.bench import machine  # noqa: E402
-from ddpm_pipeline import DDPMPipeline, film  # noqa: E402
+from ddpm_pipeline import DDPMPipeline, visualize  # noqa: E402
 from ddpm_pipeline.fusion import squared_pixel_distance  # noqa: E402
 from ddpm_pipeline.moons import lit_fraction, phase_of, render  # noqa: E402
 
@@ -105,7 +105,7 @@ def recipes(pipe: Any, a: Tensor, b: Tensor, output: Path) -> dict[str, Any]:
     drawn['path="latent"'] = pipe.fuse(a, b, output_type="latent").images
     made = pipe.fuse(a, b, balance=True, output_type="latent")
     drawn['path="latent", balance'] = made.images
-    film.grid(torch.cat([a, *(images[:1] for images in drawn.values()), b])).save(named(output, "recipes"))
+    visualize.grid(torch.cat([a, *(images[:1] for images in drawn.values()), b])).save(named(output, "recipes"))
     return {name: read(images) for name, images in drawn.items()} | {"network calls with balance": made.network_calls}
 
 
@@ -131,7 +131,7 @@ def pairs(pipe: Any, output: Path) -> list[dict[str, Any]]:
     weights = [i / 8 for i in range(9)]
     made = pipe.fuse(a, b, weights, balance=True, output_type="latent")
     strips = made.images.unflatten(0, (len(both), 9))
-    film.grid(made.images, columns=9).save(named(output, "strips"))
+    visualize.grid(made.images, columns=9).save(named(output, "strips"))
     found = []
     for pair, strip in zip(both, strips):
         phases = phase_of(strip).phase.rad2deg()
@@ -177,7 +177,7 @@ def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
         off = ((off + 0.5) % 1 - 0.5).abs()
         shown = torch.where(mask, torch.zeros(()), x_0)
         sheet = torch.stack([x_0, shown, made], dim=1).flatten(0, 1)
-        film.grid(sheet, columns=12).save(named(output, file))
+        visualize.grid(sheet, columns=12).save(named(output, file))
         found[f"{name} hidden"] = {
             "known pixels equal": torch.equal(torch.where(mask, x_0, made), x_0),
             "phase within 0.05 of a turn": f"{int((off <= 0.05).sum())} of 32",
@@ -196,9 +196,9 @@ def of_data(pipe: Any, data: str, output: Path, number: int = 16) -> dict[str, A
     In pixels a blurred picture is nearer to all others than a sharp one. So it is also measured in what a classifier,
     which is trained on the data, sees in a picture.
     """
-    from ddpm_pipeline import fidelity
-    from training.data import load_images
-    from training.samples import to_pixels
+    from ddpm_pipeline.features import extract_features, make_extractor
+    from ddpm_pipeline.pixels import to_pixels
+    from training.data.cache import load_images
 
     size = pipe.unet.config.sample_size
     folder = Path(data)
@@ -210,12 +210,12 @@ def of_data(pipe: Any, data: str, output: Path, number: int = 16) -> dict[str, A
     a, b = every[chosen].chunk(2)
     weights = [0.0, 0.25, 0.5, 0.75, 1.0]
     made = pipe.fuse(a, b, weights, balance=True, output_type="latent")
-    film.grid(made.images, columns=len(weights)).save(named(output, "strips"))
-    extractor = fidelity.make_extractor("classifier", images=images.images, labels=images.labels(), cache_dir=cache)
-    seen = fidelity.features_of(extractor, np.asarray(images.images), cache_dir=cache)
+    visualize.grid(made.images, columns=len(weights)).save(named(output, "strips"))
+    extractor = make_extractor("classifier", images=images.images, labels=images.labels(), cache_dir=cache)
+    seen = extract_features(extractor, np.asarray(images.images), cache_dir=cache)
 
     def nearest(x: Tensor, rank: int = 1) -> dict[str, float]:
-        features = fidelity.features_of(extractor, to_pixels(x, images.images.dtype))
+        features = extract_features(extractor, to_pixels(x, images.images.dtype))
         in_pixels, in_features = distance_to(x, every, rank), distance_to(features, seen, rank)
         return {"pixels": round(in_pixels.mean().item(), 4), extractor.name: round(in_features.mean().item(), 4)}
 

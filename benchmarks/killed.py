@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # the project, so that `training` is found
 
-from training import checkpoint  # noqa: E402
+from training.run import checkpoint  # noqa: E402
 
 
 def main() -> None:

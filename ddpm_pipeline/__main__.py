@@ -110,7 +110,7 @@ def check(given: argparse.Namespace) -> None:
 
 def run(pipe: Any, given: argparse.Namespace, pictures: list[Image.Image]) -> None:
     """Do what the command says, and write it."""
-    from . import film
+    from . import visualize
 
     steps = given.num_inference_steps
     common: dict[str, Any] = {"num_inference_steps": steps_of(pipe) if steps is None else steps}
@@ -152,17 +152,17 @@ def run(pipe: Any, given: argparse.Namespace, pictures: list[Image.Image]) -> No
     else:
         drawing.pop("output_type")
         image = None if given.image is None else [opened(given.image)] * len(seeds)
-        steps = list(pipe.walk(image=image, **common, **drawing))
+        steps = list(pipe.trajectory(image=image, **common, **drawing))
         if given.output.suffix in ANIMATED:
-            film.animate(steps, given.output)
+            visualize.animate(steps, given.output)
         else:
-            film.strip(steps, columns=given.columns).save(given.output)
+            visualize.strip(steps, columns=given.columns).save(given.output)
         return
     if len(drawn) == 1:  # so that it can be given to the next command
-        pixels = film.to_uint8(drawn)[0]
+        pixels = visualize.to_uint8(drawn)[0]
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(given.output)
     else:
-        film.grid(drawn, columns=len(drawn) if given.command == "fuse" else None).save(given.output)
+        visualize.grid(drawn, columns=len(drawn) if given.command == "fuse" else None).save(given.output)
 
 
 def steps_of(pipe: Any) -> int:

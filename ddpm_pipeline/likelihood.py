@@ -19,15 +19,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import chance
+from . import rng
+from .pixels import num_levels
 from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance
 
 Network = Callable[[Tensor, Tensor], Any]  # (x_t (B, C, H, W), t (B,)) to the output, as a UNet2DModel is called
 
-NOISE, STEP, DEQUANTISE, PROBE = 7, 8, 9, 10  # the purposes of random numbers here; training has those below
 
-
-class Bound(NamedTuple):
+class VariationalBound(NamedTuple):
     """The bound of B pictures, nats for a picture, float64.
 
     Args:
@@ -54,7 +53,7 @@ class Bound(NamedTuple):
 
 
 @torch.no_grad()
-def bound(
+def variational_bound(
     network: Network,
     scheduler: DDPMScheduler,
     x_0: Tensor,
@@ -65,7 +64,7 @@ def bound(
     strata: int | None = None,
     levels: int | None = 256,
     last_variance: Literal["next", "own"] = "next",
-) -> Bound:
+) -> VariationalBound:
     """Eq. (5), DDPM, for each picture, with one noise for each picture and step.
 
     Args:
@@ -111,7 +110,9 @@ def bound(
     # One step of each part.
     chosen, nats = [], []
     for part, (low, high) in enumerate(zip(edges, edges[1:])):
-        within = chance.integers(chance.key(seed, STEP, part), index, high - low) if high - low > 1 else 0
+        within = (
+            rng.integers(rng.key(seed, rng.Stream.BOUND_TIMESTEP, part), index, high - low) if high - low > 1 else 0
+        )
         place = torch.zeros_like(index) + 1 + low + within
         t, prev_t = rising[place], rising[place - 1]
         eps = _noise(seed, place, index, x_0)
@@ -124,7 +125,7 @@ def bound(
 
     mean, variance = scheduler.q_mean_variance(x_0.double(), rising[-1:].expand(number).to(device))
     none = torch.zeros((number, 0), dtype=torch.float64, device=device)
-    return Bound(
+    return VariationalBound(
         prior=gaussian_kl(mean, variance.log(), torch.zeros_like(mean), torch.zeros_like(variance)),
         t=torch.stack(chosen, 1).to(device) if chosen else none.long(),
         share=torch.tensor([high - low for low, high in zip(edges, edges[1:])], device=device),
@@ -186,7 +187,7 @@ class RateDistortion(NamedTuple):
     distortion: Tensor
 
 
-def rate_distortion(found: Bound, shape: Sequence[int]) -> RateDistortion:
+def rate_distortion(found: VariationalBound, shape: Sequence[int]) -> RateDistortion:
     """Means over the pictures of a bound, at the first, ..., last of its steps."""
     last = torch.zeros((len(found.t), 1), dtype=torch.int64, device=found.t.device)
     t = torch.cat([last, found.t], dim=1).double().mean(0)
@@ -215,17 +216,11 @@ def dequantised(pixels: Tensor, *, index: Tensor | None = None, seed: int = 0) -
     index = torch.arange(len(pixels)) if index is None else index
     number = pixels[0].numel()
     places = index[:, None] * number + torch.arange(number)
-    uniform = chance.uniform(chance.key(seed, DEQUANTISE), places).view(pixels.shape)
-    return (2 * (pixels.double() + uniform - 0.5) / (levels_of(pixels) - 1) - 1).float()
+    uniform = rng.uniform(rng.key(seed, rng.Stream.DEQUANTISATION), places).view(pixels.shape)
+    return (2 * (pixels.double() + uniform - 0.5) / (num_levels(pixels.dtype) - 1) - 1).float()
 
 
-def levels_of(pixels: Any) -> int:
-    """How many values of brightness a tensor or array of uint8 or uint16 can have: 256 or 65536."""
-    levels: int = 2 ** (8 * pixels.dtype.itemsize)
-    return levels
-
-
-def flow_nats(
+def probability_flow_nats(
     network: Network,
     scheduler: DDPMScheduler,
     x_0: Tensor,
@@ -267,7 +262,7 @@ def flow_nats(
         raise ValueError(f"the walk has {scheduler.num_steps} steps: give one of at least 2")
     log_sigma = ((1 - alpha_bar).log() - alpha_bar.log()) / 2
     if probes is not None:
-        drawn = chance.bits(chance.key(seed, PROBE), (index[:, None] * probes + torch.arange(probes))[..., None]
+        drawn = rng.bits(rng.key(seed, rng.Stream.DIVERGENCE_PROBE), (index[:, None] * probes + torch.arange(probes))[..., None]
                             * x_0[0].numel() + torch.arange(x_0[0].numel()))  # fmt: skip
         directions = (drawn < 0).to(x_0.device, x_0.dtype).mul_(2).sub_(1).transpose(0, 1).reshape(-1, *x_0.shape)
     else:
@@ -346,7 +341,7 @@ def _strata(number: int, strata: int | None) -> list[int]:
 def _noise(seed: int, place: int | Tensor, index: Tensor, x_0: Tensor) -> Tensor:
     """A picture's noise at a place of the schedule, in which it has a million places at most."""
     both = (index * 1_000_000 + place).to(x_0.device)
-    return chance.normal(chance.key(seed, NOISE), both, tuple(x_0.shape[1:])).to(x_0.dtype)
+    return rng.normal(rng.key(seed, rng.Stream.BOUND_NOISE), both, tuple(x_0.shape[1:])).to(x_0.dtype)
 
 
 def _asked(network: Network, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from . import chance
+from . import rng
+from .pixels import height_width
 
 Angles = float | Sequence[float] | np.ndarray | Tensor
 Places = tuple[tuple[float, float, float, float], ...]
@@ -37,7 +38,6 @@ Places = tuple[tuple[float, float, float, float], ...]
 RADIUS = 0.46  # of the disc, in units of the shorter side of the image
 OVERSAMPLING = 4  # a pixel is the mean of 4 x 4 points
 TWILIGHT = 0.1  # the light fades in while |n . s| is below this
-PHASE, TILT = 0, 1  # the purposes of random numbers here, which keep their streams apart
 EARTHSHINE = 0.07  # brightness of the night side; without it a new moon would be no moon
 
 # The face of the Moon: latitude, longitude (degrees; north is up, east is right), radius (in radii of the Moon) and one
@@ -119,7 +119,7 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
     phases, tilts = _angles("phase", phase), _angles("tilt", tilt)
     if tilts.ndim and tilts.shape != phases.shape:
         raise ValueError(f"tilt has shape {tuple(tilts.shape)}: give one, or one per phase {tuple(phases.shape)}")
-    height, width = _height_width(size)
+    height, width = height_width(size)
     n, slope, albedo = _face(height, width)
 
     images = []
@@ -295,7 +295,7 @@ class MoonDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"seed is {seed!r}: give an int")
         if not isinstance(tilt, (int, float)) or not 0 <= tilt < math.inf:
             raise ValueError(f"tilt is {tilt!r}: give radians, 0 or more")
-        self.length, self.size, self.seed, self.tilt = length, _height_width(size), seed, tilt
+        self.length, self.size, self.seed, self.tilt = length, height_width(size), seed, tilt
 
     def __len__(self) -> int:
         return self.length
@@ -307,11 +307,11 @@ class MoonDataset(Dataset[dict[str, Any]]):
 
     def phases(self, indices: Sequence[int] | np.ndarray | Tensor | None = None) -> Tensor:
         """Phases of these items, or of all: (B,) float64, radians in [0, 2 pi)."""
-        return 2 * math.pi * chance.uniform(chance.key(self.seed, PHASE), self._checked(indices))
+        return 2 * math.pi * rng.uniform(rng.key(self.seed, rng.Stream.MOON_PHASE), self._checked(indices))
 
     def images(self, indices: Sequence[int] | np.ndarray | Tensor | None = None) -> Tensor:
         """Images of these items, or of all, drawn together: (B, 1, H, W) uint8."""
-        tilts = self.tilt * (2 * chance.uniform(chance.key(self.seed, TILT), self._checked(indices)) - 1)
+        tilts = self.tilt * (2 * rng.uniform(rng.key(self.seed, rng.Stream.MOON_TILT), self._checked(indices)) - 1)
         return _to_uint8(render(self.phases(indices), self.size, tilts))
 
     def _checked(self, indices: Sequence[int] | np.ndarray | Tensor | None) -> Tensor:
@@ -334,10 +334,3 @@ def _angles(name: str, value: Angles) -> Tensor:
     if angles.ndim > 1 or not angles.isfinite().all():
         raise ValueError(f"{name} is {value!r}: give finite radians, one number or a list of them")
     return angles.detach().cpu().double()  # so that the sine has the same bits in a batch of any size
-
-
-def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else size
-    if not (isinstance(sides, tuple) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):
-        raise ValueError(f"size is {size!r}: give a positive int, or a tuple (height, width) of them")
-    return sides

@@ -3,7 +3,7 @@
     t ~ uniform, eps ~ N(0, I);  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     L_simple = mean |target - network(x_t, t)|^2,  target = eps, x_0 or v                       (Eq. 14, DDPM, for eps)
 
-The numbers drawn are functions of (seed, step, place in the global batch): see chance.py. All of it is float32,
+The numbers drawn are functions of (seed, step, place in the global batch): see rng.py. All of it is float32,
 whatever the network computes in.
 """
 
@@ -12,13 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import chance
+from . import rng
 from .scheduling_ddpm import DDPMScheduler
 
-TIMESTEP, NOISE = 1, 2  # the purposes of random numbers here, which keep their streams apart
 
-
-class Lesson(NamedTuple):
+class NoisedBatch(NamedTuple):
     """What the network is shown, (x_t, t), and what it should say, target: (B, C, H, W), (B,), (B, C, H, W)."""
 
     x_t: Tensor
@@ -26,7 +24,7 @@ class Lesson(NamedTuple):
     target: Tensor
 
 
-def draw_lesson(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, index: Tensor) -> Lesson:
+def draw_noised_batch(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, index: Tensor) -> NoisedBatch:
     """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, walk out to x_t.
 
     Args:
@@ -34,13 +32,13 @@ def draw_lesson(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, 
         seed, step: of the run, and the optimizer step.
         index: places of these images in the global batch, (B,) int64, on the CPU.
     """
-    t = chance.integers(chance.key(seed, TIMESTEP, step), index, scheduler.num_steps)
+    t = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, scheduler.num_steps)
     there = index.to(x_0.device, non_blocking=True)
-    eps = chance.normal(chance.key(seed, NOISE, step), there, tuple(x_0.shape[1:]))
-    return lesson(scheduler, x_0, t.to(x_0.device, non_blocking=True), eps)
+    eps = rng.normal(rng.key(seed, rng.Stream.NOISE, step), there, tuple(x_0.shape[1:]))
+    return noised_batch(scheduler, x_0, t.to(x_0.device, non_blocking=True), eps)
 
 
-def lesson(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> Lesson:
+def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> NoisedBatch:
     """x_t and the target that belongs to the scheduler's `prediction_type`.
 
     Raises:
@@ -49,10 +47,10 @@ def lesson(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> Les
     _check_fixed(scheduler)
     x_t = scheduler.add_noise(x_0, eps, t)
     if scheduler.prediction_type == "epsilon":
-        return Lesson(x_t, t, eps)
+        return NoisedBatch(x_t, t, eps)
     if scheduler.prediction_type == "sample":
-        return Lesson(x_t, t, x_0)
-    return Lesson(x_t, t, scheduler.get_velocity(x_0, eps, t))
+        return NoisedBatch(x_t, t, x_0)
+    return NoisedBatch(x_t, t, scheduler.get_velocity(x_0, eps, t))
 
 
 def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from .loading import check_finite, check_folder
 from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
 
 
-class WalkStep(NamedTuple):
+class TrajectoryStep(NamedTuple):
     """A step of the walk home: index t; where it is, x_t, and what it takes for the picture, x_0_pred, (B, C, H, W)."""
 
     t: int
@@ -131,7 +131,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
         images = to_output(x_t, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def walk(
+    def trajectory(
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -146,7 +146,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
         height: int | None = None,
         width: int | None = None,
         image: Any = None,
-    ) -> Iterator[WalkStep]:
+    ) -> Iterator[TrajectoryStep]:
         """The walk home itself: yields (t, x_t, x_0_pred) for each step, in [-1, 1] and not yet clipped to pictures.
 
         The first x_t is noise; the last x_0_pred is the picture, since the last step adds no noise. Arguments are those
@@ -167,7 +167,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
         )  # fmt: skip
         return (step for step, _ in self._home(run)) if x_0 is None else self._out_and_home(x_0, run)
 
-    def _out_and_home(self, x_0: Tensor, run: _Run) -> Iterator[WalkStep]:
+    def _out_and_home(self, x_0: Tensor, run: _Run) -> Iterator[TrajectoryStep]:
         x_t, alpha_bar = x_0, 1.0
         for t in reversed(self.scheduler.timesteps.tolist()):
             kept = self.scheduler.alphas_cumprod[t].item() / alpha_bar  # alpha of a step of this length, Eq. (2), DDPM
@@ -175,13 +175,13 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
                 x_0.shape, generator=run.step_options.get("generator"), device=x_0.device, dtype=x_0.dtype
             )
             x_t, alpha_bar = kept**0.5 * x_t + (1 - kept) ** 0.5 * noise, alpha_bar * kept
-            yield WalkStep(t, x_t, x_0)
+            yield TrajectoryStep(t, x_t, x_0)
         yield from (step for step, _ in self._home(run._replace(x_t=x_t)))
 
     @torch.no_grad()
     def _home(
         self, run: _Run, callback: Callable[..., Any] | None = None, callback_tensors: Sequence[str] = ()
-    ) -> Iterator[tuple[WalkStep, Tensor]]:
+    ) -> Iterator[tuple[TrajectoryStep, Tensor]]:
         """The loop of Algorithm 2, DDPM: for each step, where it began and where it ended, x_prev."""
         x_t = run.x_t
         self._interrupt = False
@@ -194,7 +194,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
                 model_input = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
                 model_output = self._denoise(model_input, there[i], run.class_labels).to(x_t.dtype)
                 output = self.scheduler.step(model_output, t, x_t, **run.step_options)
-                step = WalkStep(int(t), x_t, output.get("pred_original_sample"))
+                step = TrajectoryStep(int(t), x_t, output.get("pred_original_sample"))
                 x_t = output.prev_sample
                 if callback is not None:
                     tensors = dict.fromkeys(callback_tensors, x_t)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.batches import Batches
+from training.data.batches import Batches
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_every_pass_is_a_permutation_of_its_own(number, batch_size):
 
 def test_only_the_rows_that_are_given_are_seen():
     rows = np.array([1, 4, 5, 9, 11])
-    batches = Batches(numbered(12), rows=rows, batch_size=5, seed=0, random_flip=False, device=CPU)
+    batches = Batches(numbered(12), train_indices=rows, batch_size=5, seed=0, random_flip=False, device=CPU)
     for step in range(3):
         assert sorted(batches.indices(step, torch.arange(5))) == rows.tolist()
     values = (batches.images(0, torch.arange(5))[:, 0, 0, 0] + 1) * 127.5

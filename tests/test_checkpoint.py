@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.run import checkpoint
+from training.run.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 FILES = (checkpoint.WEIGHTS, checkpoint.AVERAGE, checkpoint.OPTIMIZER, checkpoint.MANIFEST)

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, film
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
 from ddpm_pipeline.__main__ import main
 
 STEPS = ["--num_inference_steps", "4", "--device", "cpu"]
@@ -49,7 +49,7 @@ def pipe(work):
 
 
 def seen(images, **options):
-    return np.asarray(film.grid(images, **options))
+    return np.asarray(visualize.grid(images, **options))
 
 
 def test_each_command_is_its_method(work, pipe, capsys):
@@ -79,7 +79,7 @@ def test_each_command_is_its_method(work, pipe, capsys):
     for name, error in zip("ab", pipe.inversion_error.tolist()):
         assert f"{name}.png: mean squared error of the way out and home {error:.5f}" in said
     made = ran(work, "walk", "--image", work / "a.png", "--columns", 5)
-    wanted = film.strip(pipe.walk(image=a, seeds=[0], num_inference_steps=4), columns=5)
+    wanted = visualize.strip(pipe.trajectory(image=a, seeds=[0], num_inference_steps=4), columns=5)
     assert np.array_equal(made, np.asarray(wanted))
 
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from ddpm_pipeline.moons import MoonDataset
-from training import data
-from training.data import BadImagesError, load_images
+from training.data import cache as data_cache
+from training.data import split as data_split
+from training.data.cache import BadImagesError, load_images
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -292,7 +293,7 @@ def test_the_middle_is_kept_or_all_is_squeezed(folder, load, high, resolution, r
     ramp = ((2 * y + 3 * x) * unit * 0.9).round()
     pixels = ramp.astype(np.uint8 if high == 256 else np.uint16)
     Image.fromarray(pixels).save(folder / "a.png")
-    height, width = data._height_width(resolution)
+    height, width = cache._height_width(resolution)
 
     def expected(top, bottom, left, right):
         y, x = np.mgrid[0:height, 0:width] + 0.5
@@ -377,7 +378,7 @@ def test_bad_pictures_are_left_out_on_request_and_remembered(load, broken, monke
     np.testing.assert_array_equal(images.images[0], chw(smooth(64, 64)))
     assert [line.split(": ")[0] for line in images.skipped] == sorted(broken)
     assert "2 images of folder pictures; 16 unreadable and left out" in images.source
-    monkeypatch.setattr(data, "_decode_all", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(data_cache, "_decode_all", lambda *_, **__: pytest.fail("decoded again"))
     again = load(on_bad_image="skip")
     assert (again.skipped, again.source) == (images.skipped, images.source)
     np.testing.assert_array_equal(again.images, images.images)
@@ -504,18 +505,18 @@ def test_every_setting_and_every_file_counts(folder, load, tmp_path):
 def test_a_cache_is_whole_or_not_there(folder, load, tmp_path, monkeypatch):
     Image.fromarray(noise(8, 8)).save(folder / "a.png")
     seen = []
-    to_disk = data._to_disk
+    to_disk = cache._to_disk
 
     def spy(file):
         to_disk(file)
         seen.extend(path for path in (tmp_path / "cache").iterdir() if not path.name.startswith("."))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_to_disk", spy)
+    monkeypatch.setattr(data_cache, "_to_disk", spy)
     with pytest.raises(KeyboardInterrupt):
         load()
     assert seen == list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(data, "_to_disk", to_disk)
+    monkeypatch.setattr(data_cache, "_to_disk", to_disk)
     load()
     (made,) = (tmp_path / "cache").iterdir()
     assert sorted(path.name for path in made.iterdir()) == ["images.npy", "meta.json", "names.txt"]
@@ -528,7 +529,7 @@ def test_a_cache_is_whole_or_not_there(folder, load, tmp_path, monkeypatch):
 def test_two_processes_at_once_make_the_same_cache(folder, tmp_path):
     for i in range(40):
         Image.fromarray(noise(32, 32, 3, seed=i)).save(folder / f"{i:02}.png")
-    code = "import sys; from training.data import load_images as load\n"
+    code = "import sys; from training.data.cache import load_images as load\n"
     code += "print(load(train_data_dir=sys.argv[1], cache_dir=sys.argv[2]).images.astype(int).sum())"
     line = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
     racers = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -539,14 +540,14 @@ def test_two_processes_at_once_make_the_same_cache(folder, tmp_path):
 
 def test_losing_the_race_is_harmless(folder, load, monkeypatch, tmp_path):
     Image.fromarray(noise(8, 8)).save(folder / "a.png")
-    decode_all = data._decode_all
+    decode_all = cache._decode_all
 
     def slow(new, **options):
-        monkeypatch.setattr(data, "_decode_all", decode_all)
+        monkeypatch.setattr(data_cache, "_decode_all", decode_all)
         load()  # the other process finishes first
         return decode_all(new, **options)
 
-    monkeypatch.setattr(data, "_decode_all", slow)
+    monkeypatch.setattr(data_cache, "_decode_all", slow)
     np.testing.assert_array_equal(load().images[0, 0], noise(8, 8))
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -563,12 +564,12 @@ def test_workers_change_nothing(folder, tmp_path):
 
 
 def test_moons(load, monkeypatch):
-    monkeypatch.setattr(data, "NUM_MOONS", {"train": 300, "test": 20})
+    monkeypatch.setattr(data_cache, "NUM_MOONS", {"train": 300, "test": 20})
     images = load(dataset_name="moons")
     np.testing.assert_array_equal(images.images, MoonDataset(300, 32, seed=0).images().numpy())
     assert images.source == "300 moons, drawn with seed 0, 32 x 32"
     assert load(dataset_name="moons", resolution=(16, 24)).images.shape == (300, 1, 16, 24)
-    monkeypatch.setattr(data, "_draw_moons", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(data_cache, "_draw_moons", lambda *_, **__: pytest.fail("drawn again"))
     assert len(load(dataset_name="moons")) == 300
 
 
@@ -609,52 +610,52 @@ def test_a_split_is_held_out_if_there_is_one(folder, cache):
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=second[:3])
     options = {"dataset_name": str(folder), "cache_dir": cache}
     for _ in range(2):  # from the files, from the cache
-        parts = data.load_parts(**options)
-        assert parts.rows.tolist() == [0, 1, 2, 3] and parts.held_out.shape == (3, 3, 5, 6)
+        parts = data_split.load_data_split(**options)
+        assert parts.train_indices.tolist() == [0, 1, 2, 3] and parts.held_out.shape == (3, 3, 5, 6)
         assert parts.source.endswith("split test")
-        np.testing.assert_array_equal(parts.held_out, data.load_images(split="test", **options).images)
-        np.testing.assert_array_equal(parts.training, data.load_images(**options).images)
-    assert data.load_parts("none", **options).held_out.shape == (0, 3, 5, 6)
-    assert len(data.load_parts("test", **options).held_out) == 3
+        np.testing.assert_array_equal(parts.held_out, data_cache.load_images(split="test", **options).images)
+        np.testing.assert_array_equal(parts.training, data_cache.load_images(**options).images)
+    assert data_split.load_data_split("none", **options).held_out.shape == (0, 3, 5, 6)
+    assert len(data_split.load_data_split("test", **options).held_out) == 3
     for split in ("validation", "train"):
         with pytest.raises(ValueError, match=f"validation_split is '{split}': the data set has \\['test'\\]"):
-            data.load_parts(split, **options)
+            data_split.load_data_split(split, **options)
 
     write_parquet(folder / "data" / "validation-00000-of-00001.parquet", photo=second)
-    assert len(data.load_parts(**options).held_out) == 4  # the test split is for the end
+    assert len(data_split.load_data_split(**options).held_out) == 4  # the test split is for the end
 
 
 def test_a_split_of_another_size_is_made_to_fit(folder, cache):
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(16, 16, 3))])
-    assert data.load_parts(dataset_name=str(folder), cache_dir=cache).held_out.shape == (1, 3, 8, 8)
+    assert data_split.load_data_split(dataset_name=str(folder), cache_dir=cache).held_out.shape == (1, 3, 8, 8)
 
 
 def test_a_split_of_other_channels_is_refused(folder, cache):
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(8, 8))])
     with pytest.raises(ValueError, match=r"split 'test' has pictures \(1, 8, 8\)"):
-        data.load_parts(dataset_name=str(folder), cache_dir=cache)
+        data_split.load_data_split(dataset_name=str(folder), cache_dir=cache)
 
 
 def test_without_a_split_every_20th_picture_is_held_out(folder, cache):
     for i in range(45):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i:02}.png")
-    parts = data.load_parts(train_data_dir=folder, cache_dir=cache)
+    parts = data_split.load_data_split(train_data_dir=folder, cache_dir=cache)
     assert parts.held_out[:, 0, 0, 0].tolist() == [19, 39]
-    assert parts.rows.tolist() == [i for i in range(45) if i not in (19, 39)]
-    assert parts.training[:, 0, 0, 0].tolist() == parts.rows.tolist()
+    assert parts.train_indices.tolist() == [i for i in range(45) if i not in (19, 39)]
+    assert parts.training[:, 0, 0, 0].tolist() == parts.train_indices.tolist()
     assert parts.source.startswith("every 20th picture of 45 images")
-    assert len(data.load_parts("none", train_data_dir=folder, cache_dir=cache).rows) == 45
+    assert len(data_split.load_data_split("none", train_data_dir=folder, cache_dir=cache).rows) == 45
     with pytest.raises(ValueError, match="the data set has no split but its own"):
-        data.load_parts("test", train_data_dir=folder, cache_dir=cache)
+        data_split.load_data_split("test", train_data_dir=folder, cache_dir=cache)
 
 
 def test_moons_hold_out_moons_of_another_seed(cache, monkeypatch):
-    monkeypatch.setattr(data, "NUM_MOONS", {"train": 30, "test": 20})
-    parts = data.load_parts(dataset_name="moons", cache_dir=cache)
+    monkeypatch.setattr(data_cache, "NUM_MOONS", {"train": 30, "test": 20})
+    parts = data_split.load_data_split(dataset_name="moons", cache_dir=cache)
     np.testing.assert_array_equal(parts.held_out, MoonDataset(20, 32, seed=1).images().numpy())
-    assert len(parts.rows) == 30
+    assert len(parts.train_indices) == 30
 
 
 def test_parquet_without_feature_types_and_with_bad_rows(folder, load):

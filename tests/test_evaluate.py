@@ -20,11 +20,16 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, publishing
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood
+from ddpm_pipeline.features import extract_features, make_extractor
+from ddpm_pipeline.pixels import from_pixels, to_pixels
 from tests.short_run import SHORT_RUN, run_here, run_in_child
-from training import evaluate, measures, report
-from training.data import Parts, load_images
-from training.samples import SHARD, Model, Setting, Shards, load_models, sample, to_images, to_pixels
+from training import evaluate
+from training.data.cache import load_images
+from training.data.split import DataSplit
+from training.evaluation import measures, report
+from training.evaluation.samples import SHARD, Model, Setting, Shards, load_models, sample
+from training.hub import stage
 
 TRAINING = Path(__file__).parents[1] / "training"
 UNET = Path("pipeline", "unet", "diffusion_pytorch_model.safetensors")
@@ -189,9 +194,9 @@ def test_the_distances_are_those_of_the_samples_that_were_kept(first, run, seen,
     chosen = [i * 8192 // REFERENCE for i in range(REFERENCE)]
     reference, equal = seen[chosen], seen[chosen][[i * REFERENCE // NUMBER for i in range(NUMBER)]]
     real = unseen[[i * 1024 // NUMBER for i in range(NUMBER)]]
-    extractor = fidelity.make_extractor("pixels", images=seen[:2])
+    extractor = make_extractor("pixels", images=seen[:2])
     of_drawn, of_reference, of_equal, of_real, of_unseen = (
-        fidelity.features_of(extractor, pixels) for pixels in (drawn, reference, equal, real, unseen)
+        extract_features(extractor, pixels) for pixels in (drawn, reference, equal, real, unseen)
     )
     truth = {
         "frechet_distance": [fidelity.frechet_distance(x, of_reference) for x in (of_drawn, of_real)],
@@ -231,7 +236,7 @@ def test_the_bits_are_those_of_the_bound(first, run, unseen):
             pipe.unet.load_state_dict(load_file(run / "checkpoint-000006" / "model.safetensors"))
         for variance_type in ("fixed_small", "fixed_large"):
             walk = DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance_type)
-            bound = likelihood.bound(
+            bound = likelihood.variational_bound(
                 lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0], walk, x_0, strata=STRATA
             )  # fmt: skip
             bits = likelihood.bits_per_dim(bound.total, x_0.shape[1:])
@@ -273,7 +278,7 @@ def test_nothing_in_it_is_of_this_machine(first, run, work):
 
 def test_it_goes_onto_the_card(first, run, tmp_path):
     said = []
-    publishing.stage(run, tmp_path / "staged", repo_id="alice/moons", say=said.append)
+    stage.stage(run, tmp_path / "staged", repo_id="alice/moons", say=said.append)
     assert not [line for line in said if "report" in line]
     card = (tmp_path / "staged" / "README.md").read_text()
     row = row_of(first, "kernel_distance", weights="EMA", main=True)
@@ -408,7 +413,7 @@ def test_the_bound_alone_draws_no_sample_and_can_take_all_steps(run, work, unsee
     ]  # fmt: skip
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     x_0 = torch.from_numpy(unseen[[i * 1024 // BOUND for i in range(BOUND)]] / 127.5 - 1).float()
-    bound = likelihood.bound(lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0], pipe.scheduler, x_0)
+    bound = likelihood.variational_bound(lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0], pipe.scheduler, x_0)
     bits = likelihood.bits_per_dim(bound.total, x_0.shape[1:]).mean().item()
     assert row_of(found, "bits_per_dim", name=names[0])["value"] == pytest.approx(bits, rel=1e-5)
 
@@ -419,7 +424,7 @@ def test_the_flow(run, work, unseen):
     assert (row["measure"], row["n"], found["curves"]) == ("bits_per_dim_flow", 2, [])
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     pixels = torch.from_numpy(unseen[[0, 512]])
-    nats = likelihood.flow_nats(
+    nats = likelihood.probability_flow_nats(
         lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0], pipe.scheduler, likelihood.dequantised(pixels),
         rtol=1e-3, atol=1e-3,
     )  # fmt: skip
@@ -437,7 +442,7 @@ def test_the_picture_of_an_earlier_model_is_not_shown(first, run, work):
 def test_a_run_that_held_nothing_out(work, pictures, monkeypatch):
     """And the extractor, by default, which learns from all of it."""
     model = train(work, "all of it", train_data_dir=pictures, max_train_steps=1, validation_steps=0)
-    make_extractor, asked = fidelity.make_extractor, []
+    asked = []
 
     def quick(which, *, images, labels, cache_dir, device):
         asked.append((which, len(images), labels, cache_dir))
@@ -561,10 +566,13 @@ def test_what_is_held_out_is_what_was_while_training(work, pictures, trained, he
     model = Model(SimpleNamespace(unet=network), "EMA", "", "", {"config": config})
     given = evaluate.parser().parse_args(["x", f"--train_data_dir={pictures}", f"--cache_dir={work / 'cache'}"])
     parts = evaluate.load_pictures(given, model)
-    assert (len(parts.rows), len(parts.held_out)) == (40 - held_out, held_out)
+    assert (len(parts.train_indices), len(parts.held_out)) == (40 - held_out, held_out)
     given = evaluate.parser().parse_args(["x", "--dataset_name=moons", f"--cache_dir={work / 'cache'}"])
     parts = evaluate.load_pictures(given, model)
-    assert (len(parts.rows), len(parts.held_out)) == (8192, 1024)  # the test split, whatever was held out of it
+    assert (len(parts.train_indices), len(parts.held_out)) == (
+        8192,
+        1024,
+    )  # the test split, whatever was held out of it
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -644,7 +652,7 @@ def values(pixels):
 def parts_of(learned_from, held_out, total=None):
     """Pictures 0, 1, ..., of which some are learned from, and held-out pictures 100, 101, ..."""
     data = SimpleNamespace(images=numbered(0, total or learned_from))
-    return Parts(data, np.arange(learned_from), numbered(100, held_out), "")
+    return DataSplit(data, np.arange(learned_from), numbered(100, held_out), "")
 
 
 def test_the_floor_is_of_held_out_pictures_if_they_are_enough():
@@ -691,9 +699,9 @@ def test_of_too_few_pictures_there_is_no_floor_and_a_warning():
 def test_a_floor_of_six_is_enough_for_every_measure(tmp_path):
     generator = np.random.default_rng(0)
     drawn, learned, held_out = (generator.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8) for n in (16, 12, 6))
-    parts = Parts(SimpleNamespace(images=learned), np.arange(12), held_out, "")
+    parts = DataSplit(SimpleNamespace(images=learned), np.arange(12), held_out, "")
     real = measures.real_pictures(parts, 0, 16, [])
-    extractor = fidelity.make_extractor("pixels", images=learned)
+    extractor = make_extractor("pixels", images=learned)
     rows = [*measures.compare(drawn, real, extractor, evaluate.METRICS, tmp_path), *measures.shifts(drawn, real)]
     assert len(rows) == 9 and all(row["floor"] is not None for row in rows)
 
@@ -701,15 +709,17 @@ def test_a_floor_of_six_is_enough_for_every_measure(tmp_path):
 def test_copies_of_training_pictures_are_found_and_copies_of_held_out_ones_are_not_taken_for_them(tmp_path):
     generator = np.random.default_rng(0)
     learned, held_out = (generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8) for _ in range(2))
-    real = measures.real_pictures(Parts(SimpleNamespace(images=learned), np.arange(20), held_out, ""), 0, 20, [])
-    extractor = fidelity.make_extractor("pixels", images=learned)
+    real = measures.real_pictures(DataSplit(SimpleNamespace(images=learned), np.arange(20), held_out, ""), 0, 20, [])
+    extractor = make_extractor("pixels", images=learned)
     for drawn, value in ((learned, 1), (held_out, 0.5)):
         (row,) = measures.compare(drawn, real, extractor, ["memorisation"], tmp_path)
         assert row["value"] == pytest.approx(value) and row["floor"] == 0.5
 
 
 def test_what_is_held_out_of_the_data_is_not_in_the_reference():
-    parts = Parts(SimpleNamespace(images=numbered(0, 40)), np.setdiff1d(np.arange(40), [19, 39]), numbered(100, 2), "")
+    parts = DataSplit(
+        SimpleNamespace(images=numbered(0, 40)), np.setdiff1d(np.arange(40), [19, 39]), numbered(100, 2), ""
+    )
     assert set(values(measures.real_pictures(parts, 0, 10, []).reference)) == set(range(40)) - {19, 39}
     some = measures.real_pictures(parts, 19, 19, [])
     assert set(values(some.reference)) | set(values(some.floor)) == set(range(40)) - {19, 39}
@@ -726,7 +736,7 @@ def test_evenly(number, wanted, indices):
 def test_every_value_of_brightness_there_and_back(dtype):
     white = np.iinfo(dtype).max
     pixels = np.arange(white + 1, dtype=dtype).reshape(-1, 1, 1, 256)
-    x = to_images(pixels)
+    x = from_pixels(pixels)
     assert x.dtype == torch.float32 and (x.min(), x.max()) == (-1, 1)
     truth = pixels.astype(np.float64) * 2 / white - 1
     assert np.abs(x.double().numpy() - truth).max() < 1e-6
@@ -834,7 +844,7 @@ def test_the_nearest_picture_shows_samples_above_what_they_are_nearest_to(tmp_pa
     generator = np.random.default_rng(0)
     reference = generator.integers(10, 246, (20, 1, 8, 8), dtype=np.uint8)
     drawn = reference[[5, 11, 2]] + np.array([9, 1, 4], dtype=np.uint8)[:, None, None, None]
-    extractor = fidelity.make_extractor("pixels", images=reference)
+    extractor = make_extractor("pixels", images=reference)
     picture = report.nearest_picture(drawn, reference, extractor, tmp_path, number=2)
     scale = picture.width // (2 * 8 + 3 * 2)
     pixels = np.asarray(picture)[::scale, ::scale]
@@ -887,11 +897,9 @@ def test_the_floor_is_not_measured_against_itself(tmp_path):
     """Of 24 training pictures 12 are the floor; with them in the reference it would be too low."""
     generator = np.random.default_rng(1)
     drawn, learned = (generator.integers(0, 256, (n, 1, 2, 2), dtype=np.uint8) for n in (16, 24))
-    real = measures.real_pictures(Parts(SimpleNamespace(images=learned), np.arange(24), learned[:0], ""), 0, 16, [])
-    extractor = fidelity.make_extractor("pixels", images=learned)
-    floor, apart = (
-        fidelity.features_of(extractor, pixels) for pixels in (learned[::2], np.delete(learned, np.s_[::2], 0))
-    )
+    real = measures.real_pictures(DataSplit(SimpleNamespace(images=learned), np.arange(24), learned[:0], ""), 0, 16, [])
+    extractor = make_extractor("pixels", images=learned)
+    floor, apart = (extract_features(extractor, pixels) for pixels in (learned[::2], np.delete(learned, np.s_[::2], 0)))
     wanted = {
         "frechet_distance": fidelity.frechet_distance(floor, apart),
         "kernel_distance": fidelity.kernel_distance(floor, apart).value,

@@ -11,14 +11,13 @@ from PIL import Image
 from scipy import linalg, stats
 from torch import nn
 
-from ddpm_pipeline import fidelity
+from ddpm_pipeline import classifier, features, fidelity
+from ddpm_pipeline.features import extract_features, make_extractor
 from ddpm_pipeline.fidelity import (
     density_coverage,
-    features_of,
     frechet_distance,
     jackknife,
     kernel_distance,
-    make_extractor,
     memorisation,
     nearest,
     precision_recall,
@@ -87,9 +86,9 @@ def test_frechet_of_gaussians_is_the_closed_form():
             2 * 9.25 - 2 * math.sqrt((torch.diag(ellipse.square()) @ turned).trace().item() + 2 * 1.5**2),
         ),
     )
-    for features, reference, truth in cases:
-        there = jackknife(frechet_distance, features, reference, groups=20)
-        back = jackknife(frechet_distance, reference, features, groups=20)
+    for samples, reference, truth in cases:
+        there = jackknife(frechet_distance, samples, reference, groups=20)
+        back = jackknife(frechet_distance, reference, samples, groups=20)
         error = math.hypot(there.standard_error, back.standard_error)
         assert error < 0.06 and abs(there.value - truth) < 4 * error
 
@@ -431,11 +430,11 @@ def test_images_that_cannot_be_compared_are_refused():
             with pytest.raises(ValueError, match=message):
                 fidelity.channel_shift(x, y)
     with pytest.raises(ValueError, match="float32"):
-        features_of(make_extractor("pixels"), good.astype(np.float32))
+        extract_features(make_extractor("pixels"), good.astype(np.float32))
     with pytest.raises(ValueError, match="at least 1"):
-        features_of(make_extractor("pixels"), good[:0])
+        extract_features(make_extractor("pixels"), good[:0])
     with pytest.raises(ValueError, match="batch_size is 0"):
-        features_of(make_extractor("pixels"), good, batch_size=0)
+        extract_features(make_extractor("pixels"), good, batch_size=0)
     with pytest.raises(ValueError, match="uint8 or uint16"):
         make_extractor("pixels")(torch.zeros(1, 1, 4, 4))
     for groups in (1, 21, 2.0):
@@ -446,7 +445,7 @@ def test_images_that_cannot_be_compared_are_refused():
 # ---- Features and their cache ----------------------------------------------------------------------------------------
 
 
-class Counted(fidelity.Extractor):
+class Counted(features.Extractor):
     """Sum and first pixel, and how many pictures were seen."""
 
     def __init__(self, key="a"):
@@ -461,22 +460,22 @@ class Counted(fidelity.Extractor):
 def test_features_come_from_the_cache(tmp_path, monkeypatch):
     images, cache = pictures(7, 1, 3, 3), tmp_path / "not" / "there"
     extractor = Counted()
-    first = features_of(extractor, images, cache_dir=cache, batch_size=3)
+    first = extract_features(extractor, images, cache_dir=cache, batch_size=3)
     assert first.shape == (7, 2) and first.dtype == torch.float32 and extractor.seen == 7
     np.testing.assert_allclose(first[:, 0], images.sum(axis=(1, 2, 3)) / 255, rtol=1e-6)
-    assert torch.equal(features_of(extractor, images, cache_dir=cache), first) and extractor.seen == 7
+    assert torch.equal(extract_features(extractor, images, cache_dir=cache), first) and extractor.seen == 7
     (file,) = cache.iterdir()  # and no temporary one
 
     memory_mapped = np.lib.format.open_memmap(tmp_path / "images.npy", "w+", images.dtype, images.shape)
     memory_mapped[:] = images
     monkeypatch.setattr(fidelity, "ENTRIES", 20)  # hashed in parts
-    assert torch.equal(features_of(extractor, memory_mapped, cache_dir=cache), first) and extractor.seen == 7
+    assert torch.equal(extract_features(extractor, memory_mapped, cache_dir=cache), first) and extractor.seen == 7
 
     whole = file.read_bytes()
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
     for number, damaged in enumerate((whole[:-1], b"", b"no such thing", flipped), start=2):
         file.write_bytes(damaged)
-        assert torch.equal(features_of(extractor, images, cache_dir=cache), first) and extractor.seen == 7 * number
+        assert torch.equal(extract_features(extractor, images, cache_dir=cache), first) and extractor.seen == 7 * number
         assert file.read_bytes() == whole
 
 
@@ -492,7 +491,7 @@ def test_the_cache_tells_extractors_and_pictures_apart(tmp_path):
         (Counted("a"), images.view(np.uint16)),  # the same bytes
         (Counted("a"), images[::-1]),
     ):
-        features_of(extractor, given, cache_dir=tmp_path)
+        extract_features(extractor, given, cache_dir=tmp_path)
         assert extractor.seen == 6
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -503,7 +502,7 @@ def test_a_failed_extractor_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fidelity.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        features_of(Counted(), pictures(2, 1, 2, 2), cache_dir=tmp_path)
+        extract_features(Counted(), pictures(2, 1, 2, 2), cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -518,18 +517,18 @@ def test_pixels():
     extractor = make_extractor("pixels")
     assert extractor.name == "pixels-16x16" and not extractor.is_inception and extractor.accuracy is None
     images = pictures(5, 3, 32, 48)
-    features = features_of(extractor, images)
+    features = extract_features(extractor, images)
     means = images.reshape(5, 3, 16, 2, 16, 3).mean(axis=(3, 5)) / 127.5 - 1
     np.testing.assert_allclose(features, means.reshape(5, -1), rtol=0, atol=1e-6)
-    assert torch.equal(features_of(extractor, images, batch_size=2), features)
-    assert torch.equal(features_of(extractor, images[::-1]), features.flip(0))
+    assert torch.equal(extract_features(extractor, images, batch_size=2), features)
+    assert torch.equal(extract_features(extractor, images[::-1]), features.flip(0))
     same_in_8_and_16_bits(extractor, images)
 
     small = pictures(4, 1, 9, 20)
     assert make_extractor("pixels", images=small).name == "pixels-9x16"
-    assert features_of(extractor, small).shape == (4, 9 * 16)
+    assert extract_features(extractor, small).shape == (4, 9 * 16)
     extremes = np.array([0, 255], dtype=np.uint8).reshape(1, 2, 1, 1)
-    assert features_of(extractor, extremes).tolist() == [[-1, 1]]
+    assert extract_features(extractor, extremes).tolist() == [[-1, 1]]
 
 
 def cifar10_test(folder):
@@ -548,23 +547,23 @@ def test_the_resnet_knows_cifar10(shared_data):
     assert torch.equal(torch.get_rng_state(), before)
     assert extractor.name == "cifar10-resnet56" and not extractor.is_inception
     images, labels = cifar10_test(folder)
-    features = features_of(extractor, images)
+    features = extract_features(extractor, images)
     assert features.shape == (1000, 64)
     weights = torch.load(file, weights_only=True, map_location="cpu")["state_dict"]
     answers = (features @ weights["module.linear.weight"].T + weights["module.linear.bias"]).argmax(dim=1)
     assert (answers.numpy() == labels).mean() == pytest.approx(0.926, abs=0.0015)
-    torch.testing.assert_close(features_of(extractor, images[::-1][-90:], batch_size=7).flip(0), features[:90])
+    torch.testing.assert_close(extract_features(extractor, images[::-1][-90:], batch_size=7).flip(0), features[:90])
     same_in_8_and_16_bits(extractor, images[:4])
 
     gray = images[:3, :1]
-    assert torch.equal(features_of(extractor, gray), features_of(extractor, gray.repeat(3, axis=1)))
+    assert torch.equal(extract_features(extractor, gray), extract_features(extractor, gray.repeat(3, axis=1)))
     # Larger pictures are seen smaller: doubled ones nearly as they were, and not cropped.
     likeness = torch.cosine_similarity(
-        features_of(extractor, images[:50].repeat(2, axis=2).repeat(2, axis=3)), features[:50]
+        extract_features(extractor, images[:50].repeat(2, axis=2).repeat(2, axis=3)), features[:50]
     )
     assert likeness.mean() > 0.9
     with pytest.raises(ValueError, match="4 channels"):
-        features_of(extractor, pictures(1, 4, 32, 32))
+        extract_features(extractor, pictures(1, 4, 32, 32))
 
 
 class InceptionV3(nn.Module):
@@ -593,22 +592,22 @@ def test_torchscript(tmp_path):
     inception = make_extractor(script(InceptionV3(), tmp_path / "any.pt"))
     assert inception.name == "inception" and inception.is_inception
     images = pictures(3, 3, 20, 31)
-    features = features_of(inception, images)
+    features = extract_features(inception, images)
     assert features.dtype == torch.float32
     np.testing.assert_array_equal(features[:, :1860], images.reshape(3, -1))  # its own size, 0..255, all values whole
     same_in_8_and_16_bits(inception, np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16))
     between = np.array([7 * 257 - 100, 7 * 257 + 100], dtype=np.uint16).reshape(1, 1, 1, 2)  # rounded, not cut off
-    assert features_of(inception, between)[0, :2].tolist() == [7, 7]
+    assert extract_features(inception, between)[0, :2].tolist() == [7, 7]
     np.testing.assert_array_equal(
-        features_of(inception, images[:, :1])[:, :1860], images[:, :1].repeat(3, axis=1).reshape(3, -1)
+        extract_features(inception, images[:, :1])[:, :1860], images[:, :1].repeat(3, axis=1).reshape(3, -1)
     )
     with pytest.raises(ValueError, match="2 channels"):
-        features_of(inception, images[:, :2])
+        extract_features(inception, images[:, :2])
 
     other = make_extractor(script(Half(), tmp_path / "half.pt"))
     assert other.name == "half.pt" and not other.is_inception and other.key != inception.key
     images = pictures(2, 5, 3, 4)
-    np.testing.assert_allclose(features_of(other, images), (images.reshape(2, -1) / 127.5 - 1) / 2, atol=1e-6)
+    np.testing.assert_allclose(extract_features(other, images), (images.reshape(2, -1) / 127.5 - 1) / 2, atol=1e-6)
     same_in_8_and_16_bits(other, images)
 
     class Images(nn.Module):  # no features
@@ -616,9 +615,9 @@ def test_torchscript(tmp_path):
             return x
 
     with pytest.raises(ValueError, match=r"images.pt makes of 2 images \(2, 5, 3, 4\): \(B, D\) is needed"):
-        features_of(make_extractor(script(Images(), tmp_path / "images.pt")), images)
+        extract_features(make_extractor(script(Images(), tmp_path / "images.pt")), images)
     with pytest.raises(ValueError, match="as if channels came last"):
-        features_of(other, np.zeros((2, 20, 20, 3), np.uint8))
+        extract_features(other, np.zeros((2, 20, 20, 3), np.uint8))
 
     class Inception(nn.Module):  # by name only
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -681,23 +680,23 @@ def test_the_classifier_learns(trained):
     assert extractor.accuracy == 1 and not extractor.is_inception
     assert extractor.name == f"classifier (2 labels, {extractor.key[:8]})"
     images, labels = blobs(100, seed=1)
-    features = features_of(extractor, images)
+    features = extract_features(extractor, images)
     assert features.shape == (100, 128) and not features.requires_grad
     between = torch.cdist(features, features)
     between.fill_diagonal_(math.inf)
     assert (labels[between.argmin(dim=1)] == labels).all()
-    torch.testing.assert_close(features_of(extractor, images[::-1], batch_size=7).flip(0), features)
+    torch.testing.assert_close(extract_features(extractor, images[::-1], batch_size=7).flip(0), features)
     same_in_8_and_16_bits(extractor, images)
     assert extractor(torch.zeros(2, 1, 5, 131, dtype=torch.uint8)).shape == (2, 128)
     with pytest.raises(ValueError, match="3 channels: the classifier was trained on 1"):
-        features_of(extractor, pictures(1, 3, 8, 8))
+        extract_features(extractor, pictures(1, 3, 8, 8))
 
 
 def test_the_classifier_is_trained_once(trained, monkeypatch):
     cache, extractor = trained
     images, labels = blobs(300)
     (file,) = cache.iterdir()
-    weights, calls = fidelity._load(file), []
+    weights, calls = classifier._load(file), []
 
     def train(*arguments):
         calls.append(arguments)
@@ -709,7 +708,7 @@ def test_the_classifier_is_trained_once(trained, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
     assert calls == []
     assert (again.key, again.name, again.accuracy) == (extractor.key, extractor.name, 1)
-    assert torch.equal(features_of(again, images), features_of(extractor, images))
+    assert torch.equal(extract_features(again, images), extract_features(extractor, images))
 
     file.write_bytes(file.read_bytes()[:-1])
     make_extractor("classifier", images=images, labels=labels, cache_dir=cache)

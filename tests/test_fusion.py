@@ -142,7 +142,7 @@ def test_an_image_does_not_depend_on_the_others():
         "inpaint": pipe.inpaint(x_0, mask, 5, seeds=seeds, output_type="latent", jump_length=2, resamples=2).images,
         "fuse": pipe.fuse(x_0, x_0.flip(0), path="noise", seeds=seeds, **five).images,
         "balance": pipe.fuse(x_0, x_0.flip(0), 0.3, balance=True, **five).images,
-        "walk": list(pipe.walk(image=x_0, seeds=seeds, num_inference_steps=5))[-1].x_0_pred,
+        "walk": list(pipe.trajectory(image=x_0, seeds=seeds, num_inference_steps=5))[-1].x_0_pred,
     }
     for i in range(8):
         one, other, seed = x_0[i : i + 1], x_0.flip(0)[i : i + 1], [i]
@@ -152,7 +152,7 @@ def test_an_image_does_not_depend_on_the_others():
             "inpaint": pipe.inpaint(one, mask, 5, seeds=seed, output_type="latent", jump_length=2, resamples=2).images,
             "fuse": pipe.fuse(one, other, path="noise", seeds=seed, **five).images,
             "balance": pipe.fuse(one, other, 0.3, balance=True, **five).images,
-            "walk": list(pipe.walk(image=one, seeds=seed, num_inference_steps=5))[-1].x_0_pred,
+            "walk": list(pipe.trajectory(image=one, seeds=seed, num_inference_steps=5))[-1].x_0_pred,
         }
         for name, image in alone.items():
             assert (image[0] - together[name][i]).abs().max() <= 1e-5, (name, i)
@@ -393,7 +393,7 @@ def test_variation_goes_from_the_picture_to_any():
 def test_a_walk_out_has_the_law_of_eq_4_and_goes_home_from_there():
     pipe = gaussian_pipe(size=32)
     x_0 = torch.full((2, 1, 32, 32), 0.7, dtype=torch.float64)
-    steps = list(pipe.walk(image=x_0, seeds=[1, 2], num_inference_steps=200, eta=0.0))
+    steps = list(pipe.trajectory(image=x_0, seeds=[1, 2], num_inference_steps=200, eta=0.0))
     out, back = steps[:200], steps[200:]
     assert [step.t for step in out] == [step.t for step in back][::-1]
     for step in out:

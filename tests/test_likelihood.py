@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from ddpm_pipeline import DDPMScheduler, chance, likelihood
+from ddpm_pipeline import DDPMScheduler, likelihood, rng
 from ddpm_pipeline.likelihood import (
     bits_per_dim,
     bound,
     decoder_nats,
     dequantised,
     discrete_nats,
-    flow_nats,
     gaussian_kl,
+    probability_flow_nats,
     rate_distortion,
 )
 
@@ -388,7 +388,7 @@ def test_the_flow_gives_the_density_of_a_mixture(prediction_type):
         ]
 
     x_0 = torch.linspace(-1.2, 1.2, 14, dtype=torch.float64).view(7, 1, 1, 2)
-    nats = flow_nats(network, walk, x_0, probes=None, rtol=1e-7, atol=1e-7)
+    nats = probability_flow_nats(network, walk, x_0, probes=None, rtol=1e-7, atol=1e-7)
     alpha_bar = walk.alphas_cumprod[0]
     scaled = x_0 * alpha_bar.sqrt()
     wanted = -mixture_log_density(scaled, alpha_bar) - 2 * alpha_bar.sqrt().log()  # as a density of x_0
@@ -403,11 +403,11 @@ def test_random_probes_give_the_same_on_average():
     def coupled(x, t):  # of the exact network the Jacobian is diagonal here, and one probe would be exact
         return mixture_network(walk)(x, t) + 0.3 * x.flip(-1) * x
 
-    exact = flow_nats(coupled, walk, x_0, probes=None, rtol=1e-5, atol=1e-5)
-    many = flow_nats(coupled, walk, x_0.expand(200, -1, -1, -1), probes=1, rtol=1e-5, atol=1e-5)
+    exact = probability_flow_nats(coupled, walk, x_0, probes=None, rtol=1e-5, atol=1e-5)
+    many = probability_flow_nats(coupled, walk, x_0.expand(200, -1, -1, -1), probes=1, rtol=1e-5, atol=1e-5)
     error = many.std() / math.sqrt(200)
     assert error > 0 and abs(many.mean() - exact) < 4 * error
-    both = flow_nats(coupled, walk, x_0.expand(200, -1, -1, -1), probes=8, rtol=1e-5, atol=1e-5)
+    both = probability_flow_nats(coupled, walk, x_0.expand(200, -1, -1, -1), probes=8, rtol=1e-5, atol=1e-5)
     assert both.std() < 0.6 * many.std()
 
 
@@ -420,7 +420,7 @@ def test_the_flow_of_gaussian_data_stands_still():
         return torch.lerp(log_snr[low], log_snr[low + 1], (t[0] - low).double()).neg().sigmoid().sqrt() * x
 
     x_0 = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nats = flow_nats(network, walk, x_0, probes=1)
+    nats = probability_flow_nats(network, walk, x_0, probes=1)
     wanted = ((x_0 * walk.alphas_cumprod[0].sqrt()).square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
     wanted = wanted - 2 * walk.alphas_cumprod[0].log()
     torch.testing.assert_close(nats, wanted, rtol=1e-6, atol=1e-6)
@@ -429,7 +429,7 @@ def test_the_flow_of_gaussian_data_stands_still():
 @pytest.mark.parametrize("probes", [0, -1])
 def test_probes_out_of_range_are_named(probes):
     with pytest.raises(ValueError, match=f"probes is {probes}"):
-        flow_nats(lambda x, t: x, scheduler(), torch.zeros(1, 1, 2, 2), probes=probes)
+        probability_flow_nats(lambda x, t: x, scheduler(), torch.zeros(1, 1, 2, 2), probes=probes)
 
 
 def test_a_network_of_diffusers_in_float32():
@@ -442,7 +442,7 @@ def test_a_network_of_diffusers_in_float32():
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), layers_per_block=1,
     ).eval()  # fmt: skip
     walk = DDPMScheduler()
-    pixels = (chance.uniform(3, torch.arange(128)) * 256).to(torch.uint8).view(2, 1, 8, 8)
+    pixels = (rng.uniform(3, torch.arange(128)) * 256).to(torch.uint8).view(2, 1, 8, 8)
 
     def network(x, t):
         return unet(x, t, return_dict=False)[0]
@@ -450,5 +450,5 @@ def test_a_network_of_diffusers_in_float32():
     found = bound(unet, walk, pixels.float() / 127.5 - 1, strata=4)  # which returns a UNet2DOutput
     alone = bound(network, walk, pixels[1:].float() / 127.5 - 1, strata=4, index=torch.tensor([1]))
     torch.testing.assert_close(alone.total, found.total[1:], rtol=1e-5, atol=0)
-    nats = discrete_nats(flow_nats(unet, walk, dequantised(pixels), rtol=1e-3, atol=1e-3), (1, 8, 8), 256)
+    nats = discrete_nats(probability_flow_nats(unet, walk, dequantised(pixels), rtol=1e-3, atol=1e-3), (1, 8, 8), 256)
     assert nats.isfinite().all() and (bits_per_dim(nats, (1, 8, 8)) > 6).all()

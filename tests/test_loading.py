@@ -96,7 +96,7 @@ for name in ("plain", "su"):
     use(f"{name} as anyone", lambda: DiffusionPipeline.from_pretrained(where), save_as=f"{name} built-in")
     pipe = use(f"{name} remote", lambda: DiffusionPipeline.from_pretrained(where, **trust), save_as=f"{name} 1")
     use(f"{name} again", lambda: DiffusionPipeline.from_pretrained(f"{work}/{name} 1", **trust), save_as=f"{name} 2")
-    steps = list(pipe.walk(seeds=[1, 2]))
+    steps = list(pipe.trajectory(seeds=[1, 2]))
     report[f"{name} remote"] |= {
         "walk": [step.t for step in steps],
         "arrived": torch.equal(steps[-1].x_0_pred, pipe(seeds=[1, 2], output_type="latent").images),

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ddpm_pipeline import chance, moons
+from ddpm_pipeline import moons, rng
 from ddpm_pipeline.moons import MoonDataset, lit_fraction, phase_of, render, strip
 
 TURN = 2 * math.pi
@@ -201,7 +201,7 @@ def test_phases_are_uniform_on_the_circle_and_independent():
     angles += [
         phases[1:] - phases[:-1],
         phases - other,
-        chance.uniform(chance.key(0, moons.TILT), torch.arange(n)) * TURN - phases,
+        rng.uniform(rng.key(0, rng.Stream.MOON_TILT), torch.arange(n)) * TURN - phases,
     ]
     for angle in angles:
         assert abs(angle.cos().mean()) < 4 * math.sqrt(0.5 / n)

@@ -30,7 +30,7 @@ def alpha_bar(scheduler, t):
 def test_x_t_and_target_are_the_formulas(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     x_0, eps, t = normal(5, 3, 4, 6), normal(5, 3, 4, 6, seed=1), torch.tensor([0, 1, 400, 998, 999])
-    x_t, same_t, target = objective.lesson(scheduler, x_0, t, eps)
+    x_t, same_t, target = objective.noised_batch(scheduler, x_0, t, eps)
     signal, noise_std = alpha_bar(scheduler, t).sqrt(), (1 - alpha_bar(scheduler, t)).sqrt()
     assert same_t is t
     torch.testing.assert_close(x_t, signal * x_0 + noise_std * eps, rtol=1e-10, atol=1e-10)
@@ -46,22 +46,24 @@ def test_x_t_and_target_are_the_formulas(prediction_type):
 def test_a_learned_variance_is_refused(variance_type):
     scheduler = DDPMScheduler(variance_type=variance_type)
     with pytest.raises(ValueError, match=variance_type):
-        objective.lesson(scheduler, normal(1, 1, 2, 2), torch.tensor([3]), normal(1, 1, 2, 2))
+        objective.noised_batch(scheduler, normal(1, 1, 2, 2), torch.tensor([3]), normal(1, 1, 2, 2))
 
 
 def test_the_lesson_is_float32_also_within_autocast():
     scheduler, index = DDPMScheduler(prediction_type="v_prediction"), torch.arange(8)
     x_0 = normal(8, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)
-    outside = objective.draw_lesson(scheduler, x_0, seed=0, step=0, index=index)
+    outside = objective.draw_noised_batch(scheduler, x_0, seed=0, step=0, index=index)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = objective.draw_lesson(scheduler, x_0, seed=0, step=0, index=index)
+        inside = objective.draw_noised_batch(scheduler, x_0, seed=0, step=0, index=index)
         loss = objective.simple_loss(outside.target.bfloat16(), outside.target)
     assert loss.dtype == torch.float32
     for a, b in zip(inside, outside):
         assert torch.equal(a, b)
     assert (inside.x_t.dtype, inside.t.dtype, inside.target.dtype) == (torch.float32, torch.int64, torch.float32)
     # The first step of noise, of standard deviation 0.01, is there; bfloat16 would round much of it away.
-    first = objective.lesson(scheduler, x_0, torch.zeros(8, dtype=torch.int64), normal(8, 1, 8, 8, dtype=torch.float32))
+    first = objective.noised_batch(
+        scheduler, x_0, torch.zeros(8, dtype=torch.int64), normal(8, 1, 8, 8, dtype=torch.float32)
+    )
     assert (first.x_t - x_0).std() == pytest.approx(0.01, rel=0.1)
 
 
@@ -71,13 +73,15 @@ def test_the_lesson_is_float32_also_within_autocast():
 def test_draws_are_functions_of_seed_step_and_place():
     scheduler, x_0 = DDPMScheduler(), normal(64, 1, 4, 4, dtype=torch.float32)
     index = torch.arange(64)
-    whole = objective.draw_lesson(scheduler, x_0, seed=3, step=9, index=index)
+    whole = objective.draw_noised_batch(scheduler, x_0, seed=3, step=9, index=index)
     for size in (1, 16, 48):  # one process or several, one forward pass or several
-        parts = [objective.draw_lesson(scheduler, x_0[part], seed=3, step=9, index=part) for part in index.split(size)]
-        for name in objective.Lesson._fields:
+        parts = [
+            objective.draw_noised_batch(scheduler, x_0[part], seed=3, step=9, index=part) for part in index.split(size)
+        ]
+        for name in objective.NoisedBatch._fields:
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     for other in ({"seed": 4, "step": 9}, {"seed": 3, "step": 10}):
-        changed = objective.draw_lesson(scheduler, x_0, index=index, **other)
+        changed = objective.draw_noised_batch(scheduler, x_0, index=index, **other)
         assert (changed.t != whole.t).sum() > 55
         assert abs((changed.target * whole.target).mean()) < 4 / math.sqrt(64 * 16)
     torch.testing.assert_close(scheduler.add_noise(x_0, whole.target, whole.t), whole.x_t)
@@ -86,7 +90,7 @@ def test_draws_are_functions_of_seed_step_and_place():
 def test_t_is_uniform_and_independent_of_the_noise():
     scheduler, n = DDPMScheduler(), 4096
     lessons = [
-        objective.draw_lesson(scheduler, torch.zeros(n, 1, 1, 2), seed=0, step=step, index=torch.arange(n))
+        objective.draw_noised_batch(scheduler, torch.zeros(n, 1, 1, 2), seed=0, step=step, index=torch.arange(n))
         for step in range(10)
     ]
     t = torch.cat([lesson.t for lesson in lessons]).numpy()
@@ -117,7 +121,7 @@ def test_eq_8_is_eq_12(variance_type):
     scheduler = DDPMScheduler(variance_type=variance_type, clip_sample=False)
     t = torch.tensor([1, 2, 10, 500, 998, 999])
     x_0, eps, eps_pred = (normal(6, 2, 3, 3, seed=seed) for seed in range(3))
-    x_t = objective.lesson(scheduler, x_0, t, eps).x_t
+    x_t = objective.noised_batch(scheduler, x_0, t, eps).x_t
     q = scheduler.q_posterior_mean_variance(x_0, x_t, t)
 
     def kl(prediction):

@@ -420,7 +420,7 @@ def test_a_callback_sees_every_step_and_changes_it():
     assert torch.equal(result, latent(pipe, **options))  # looking changes nothing
     assert [entry[:2] for entry in seen] == [(0, 3), (1, 2), (2, 1), (3, 0)]
     assert torch.equal(seen[-1][2], result)
-    starts = [step.x_t for step in pipe.walk(**options)]
+    starts = [step.x_t for step in pipe.trajectory(**options)]
     assert all(torch.equal(end, start) for (*_, end), start in zip(seen, starts[1:]))
 
     other = randn(2, 1, 8, 8, seed=9)
@@ -469,7 +469,7 @@ def test_no_gradients_are_kept_and_tuples_are_given(pipe):
     as_tuple = pipe(seeds=1, output_type="pt", return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1 and not as_tuple[0].requires_grad
     assert torch.equal(as_tuple[0], pipe(seeds=1, output_type="pt").images)
-    for step in pipe.walk(seeds=1):
+    for step in pipe.trajectory(seeds=1):
         assert not step.x_t.requires_grad and not step.x_0_pred.requires_grad
         assert torch.is_grad_enabled()  # between the steps of a walk the user's own state holds
 
@@ -480,7 +480,7 @@ def test_the_walk_is_wide_whatever_the_network_is(dtype, walk_dtype):
     noise = randn(2, 1, 8, 8, dtype=walk_dtype)
     actual = latent(pipe, latents=noise, eta=0.0)
     assert pipe.unet.dtype == dtype and actual.dtype == walk_dtype
-    assert all(step.x_t.dtype == step.x_0_pred.dtype == walk_dtype for step in pipe.walk(seeds=1))
+    assert all(step.x_t.dtype == step.x_0_pred.dtype == walk_dtype for step in pipe.trajectory(seeds=1))
     close(actual, walk_by_hand(pipe, noise, eta=0.0), atol=0)
     if dtype == torch.bfloat16:
         assert not torch.equal(actual, actual.to(dtype).float())  # more digits than the network has
@@ -494,7 +494,7 @@ def test_the_walk_is_wide_whatever_the_network_is(dtype, walk_dtype):
 
 def test_the_walk_goes_from_noise_to_the_picture():
     pipe = gaussian_pipe(DDPMScheduler(timestep_spacing="trailing", clip_sample=False), m=0.3, s=0.2)
-    steps = list(pipe.walk(64, generator=seeded(), num_inference_steps=200))
+    steps = list(pipe.trajectory(64, generator=seeded(), num_inference_steps=200))
     assert [step.t for step in steps] == list(range(999, 0, -5))
     assert all(isinstance(step.t, int) and step.x_t.shape == step.x_0_pred.shape == (64, 1, 8, 8) for step in steps)
     n = steps[0].x_t.numel()
@@ -527,10 +527,10 @@ def test_the_walk_takes_what_a_call_takes(class_pipe):
 
 def test_the_walk_of_schedulers_that_do_not_say_what_they_take_for_the_picture():
     pipe = make_pipe(scheduler=DPMSolverMultistepScheduler(100, timestep_spacing="trailing"))
-    steps = list(pipe.walk(seeds=1, num_inference_steps=5))
+    steps = list(pipe.trajectory(seeds=1, num_inference_steps=5))
     assert len(steps) == 5 and all(step.x_0_pred is None for step in steps)
     pipe.scheduler = DDIMScheduler(100, timestep_spacing="trailing")
-    assert all(step.x_0_pred.shape == (1, 1, 8, 8) for step in pipe.walk(seeds=1, num_inference_steps=5))
+    assert all(step.x_0_pred.shape == (1, 1, 8, 8) for step in pipe.trajectory(seeds=1, num_inference_steps=5))
 
 
 # ---- from_pipe -------------------------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def test_bad_input_is_named(pipe, options, words):
         pipe(**options)
     if not {"output_type", "callback_on_step_end_tensor_inputs"} & set(options):
         with pytest.raises(ValueError, match=words):
-            pipe.walk(**options)
+            pipe.trajectory(**options)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMSch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, publishing
-from training import hub
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from training.config import Config
+from training.hub import check, during_training, stage
 from training.publish import main
 
 BLOCKS = {
@@ -57,8 +57,8 @@ def run(tmp_path):
 def staged(run, folder, **options):
     """The folder that is published, its tag, and what was said."""
     said = []
-    tag = publishing.stage(run, folder, repo_id="alice/x", say=said.append, **options)
-    return publishing.files_of(folder), tag, said
+    tag = stage.stage(run, folder, repo_id="alice/x", say=said.append, **options)
+    return stage.files_of(folder), tag, said
 
 
 def card_of(run, folder, **options):
@@ -78,8 +78,8 @@ def test_only_what_is_on_the_list(run, tmp_path):
         (run / name).write_bytes(b"private")
     Image.new("L", (4, 4)).save(run / "pipeline" / "samples.png")
     files, _, _ = staged(run, tmp_path / "out", fp16=True)
-    assert set(files) <= set(publishing.PUBLISHED)
-    wanted = {*publishing.MODEL, publishing.HALF_WEIGHTS, "samples.png", "README.md", "config.yaml", "LICENSE"}
+    assert set(files) <= set(stage.PUBLISHED)
+    wanted = {*stage.MODEL, stage.HALF_WEIGHTS, "samples.png", "README.md", "config.yaml", "LICENSE"}
     assert set(files) == wanted
 
 
@@ -87,7 +87,7 @@ def test_the_tag_is_made_of_what_the_files_hold(run, tmp_path):
     _, tag, _ = staged(run, tmp_path / "one")
     _, again, _ = staged(run, tmp_path / "two")
     assert tag == again and re.fullmatch("sha256-[0-9a-f]{12}", tag)
-    file = run / "pipeline" / publishing.WEIGHTS
+    file = run / "pipeline" / stage.WEIGHTS
     weights = load_file(file)
     weights["conv_in.bias"][0] += 1
     save_file(weights, file, metadata={"format": "pt"})
@@ -104,11 +104,11 @@ def test_tags_that_git_might_refuse(run, tmp_path, tag):
 def test_half_precision(run, tmp_path):
     staged(run, tmp_path / "out", fp16=True)
     pipe = DDPMPipeline.from_pretrained(str(tmp_path / "out"), variant="fp16", torch_dtype=torch.float16)
-    whole = load_file(run / "pipeline" / publishing.WEIGHTS)
+    whole = load_file(run / "pipeline" / stage.WEIGHTS)
     for name, tensor in pipe.unet.state_dict().items():
         assert torch.equal(tensor, whole[name].half()), name
     whole["conv_in.bias"][0] = 1e5
-    save_file(whole, run / "pipeline" / publishing.WEIGHTS, metadata={"format": "pt"})
+    save_file(whole, run / "pipeline" / stage.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"conv_in\.bias has numbers above 65504"):
         staged(run, tmp_path / "large", fp16=True)
 
@@ -124,7 +124,7 @@ def test_settings_of_this_machine_stay_here(tmp_path):
         ({"dataset_name": "moons", "init_from": "user/model"}, {"init_from": "user/model"}),
     ):
         config = Config(output_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"), **given)
-        kept = publishing.shareable(config.as_dict())
+        kept = stage.shareable(config.as_dict())
         assert kept | wanted == kept and str(tmp_path) not in str(kept)
         Config(**kept)  # it is a whole configuration still
 
@@ -151,7 +151,7 @@ def test_secrets_stop_it(run, tmp_path, monkeypatch):
         (lambda run: shutil.rmtree(run / "pipeline"), "has no pipeline/"),
         (lambda run: (run / "pipeline" / "training.json").unlink(), "training.json"),
         (lambda run: (run / "pipeline" / "training.json").write_text("{"), "training.json is not JSON"),
-        (lambda run: (run / "pipeline" / publishing.WEIGHTS).write_bytes(b"half"), "not a whole safetensors file"),
+        (lambda run: (run / "pipeline" / stage.WEIGHTS).write_bytes(b"half"), "not a whole safetensors file"),
         (lambda run: (run / "pipeline" / "pipeline.py").unlink(), "pipeline.py"),
         (lambda run: (run / "report.json").write_text("[]"), "report.json does not hold an object"),
     ],
@@ -175,7 +175,7 @@ def measured(run, **more):
         "num_inference_steps": 50, "seed": 0, "weights": "EMA",
     }  # fmt: skip
     report = {
-        "weights_sha256": hashlib.sha256((run / "pipeline" / publishing.WEIGHTS).read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256((run / "pipeline" / stage.WEIGHTS).read_bytes()).hexdigest(),
         "command": "accelerate launch training/evaluate.py runs/moons",
         "measurements": [row, {**row, "weights": "raw", "value": 9.87}, {**row, **more}],
     }
@@ -291,14 +291,14 @@ def test_the_card_warns_of_networks_that_built_in_classes_cannot_sample(tmp_path
     run = make_run(tmp_path / "run", unet=network(**options))
     card, _ = card_of(run, tmp_path / "out")
     assert words in card
-    differences = publishing.check_loading(tmp_path / "out")
+    differences = check.check_loading(tmp_path / "out")
     assert differences["package, remote code"] == 0
 
 
 def test_built_in_classes_that_are_known_to_be_wrong_stop_nothing(tmp_path):
     run = make_run(tmp_path / "run", walk={"variance_type": "fixed_large"})
     staged(run, tmp_path / "out")
-    differences = publishing.check_loading(tmp_path / "out")
+    differences = check.check_loading(tmp_path / "out")
     assert differences["package, remote code"] == 0 and differences["package, built-in"] > 1e-3
 
 
@@ -311,11 +311,13 @@ def test_begin_from(run, tmp_path):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.zero_()
-    hub.begin_from(str(run / "pipeline"), ours, scheduler, said.append)
+    during_training.begin_from(str(run / "pipeline"), ours, scheduler, said.append)
     wanted = network().state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in ours.state_dict().items())
     assert said == [f"first weights: those of {run / 'pipeline'}"]
-    hub.begin_from(str(run / "pipeline"), ours, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), said.append)
+    during_training.begin_from(
+        str(run / "pipeline"), ours, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), said.append
+    )
     assert "another noise schedule" in said[1]
 
 
@@ -333,7 +335,7 @@ def test_weights_that_do_not_fit(run, unet, walk, message):
     ours = network(**unet)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        hub.begin_from(
+        during_training.begin_from(
             str(run / "pipeline"), ours, DDPMScheduler(**{"num_train_timesteps": 20, **walk}), lambda line: None
         )
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
@@ -341,7 +343,7 @@ def test_weights_that_do_not_fit(run, unet, walk, message):
 
 def test_no_model_to_begin_from(tmp_path):
     with pytest.raises(ValueError, match=r"init_from is '\./nowhere'"):
-        hub.begin_from("./nowhere", network(), DDPMScheduler(), lambda line: None)
+        during_training.begin_from("./nowhere", network(), DDPMScheduler(), lambda line: None)
 
 
 def test_settings_that_do_not_go_together():

@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_pipeline import DDPMPipeline, film, objective
+from ddpm_pipeline import DDPMPipeline, objective, visualize
 from tests.short_run import SHORT_RUN, run_here, run_in_child
-from training import checkpoint
+from training.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_SEED = 1_000_000
@@ -166,7 +166,9 @@ def test_the_pipeline_has_the_averaged_weights_and_loads_and_samples(whole):
 def test_the_sample_picture_is_drawn_with_the_averaged_weights(whole):
     def drawn():
         seeds = [SAMPLE_SEED, SAMPLE_SEED + 1, SAMPLE_SEED + 2]
-        return np.asarray(film.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(int)
+        return np.asarray(visualize.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(
+            int
+        )
 
     saved = np.asarray(Image.open(whole / "samples" / "step-000006.png")).astype(int)
     pipe = DDPMPipeline.from_pretrained(whole / "pipeline")

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, chance, fidelity, likelihood
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, rng
+from ddpm_pipeline.features import make_extractor
 from tests.short_run import SHORT_RUN, run_here
-from training import checkpoint, validation
-from training.data import load_parts
-from training.validation import EDGES, STEPS_OF_EACH, STRATA, Validation, bands, kernel_distance
+from training.data.split import load_data_split
+from training.run import checkpoint, validation
+from training.run.validation import EDGES, STEPS_OF_EACH, STRATA, Validation, bands, kernel_distance
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
 SHAPE = (2, 3, 5)
@@ -71,8 +72,8 @@ def slow_losses(pixels, scheduler, t):
     losses = torch.zeros(t.shape, dtype=torch.float64)
     for i, x_0 in enumerate(as_network_sees(pixels)):
         for k in range(STEPS_OF_EACH):
-            key = chance.key(validation.SEED, validation.NOISE, k)
-            eps = chance.normal(key, torch.tensor([i]), SHAPE)[0].double()
+            key = rng.key(validation.SEED, rng.Stream.VALIDATION_NOISE, k)
+            eps = rng.normal(key, torch.tensor([i]), SHAPE)[0].double()
             alpha_bar = scheduler.alphas_cumprod[t[i, k]]
             signal, noise_std = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
             x_t = signal * x_0 + noise_std * eps
@@ -162,7 +163,9 @@ def test_a_band_without_a_step_is_not_named():
 def test_the_bits_are_those_of_the_bound(dtype, levels, num_steps):
     scheduler, pixels = walk(num_steps), pictures(7, dtype)
     strata = min(STRATA, max(1, num_steps - 1))
-    bound = likelihood.bound(network, scheduler, as_network_sees(pixels).float(), strata=strata, levels=levels)
+    bound = likelihood.variational_bound(
+        network, scheduler, as_network_sees(pixels).float(), strata=strata, levels=levels
+    )
     each = bound.total / (math.prod(SHAPE) * math.log(2))
     found = validate(pixels, scheduler, batch_size=3)
     assert found["bits_per_dim"] == pytest.approx(each.mean().item(), rel=1e-5)
@@ -217,8 +220,10 @@ def test_the_values_of_several_processes_are_those_of_one(number, processes):
         validate(pixels, scheduler, share=(process, processes), gather=collect)
     gathered = [[part for values in calls[kind::2] for part in values] for kind in (0, 1)]
     for process in range(processes):
-        answers = iter(gathered)
-        found = validate(pixels, scheduler, share=(process, processes), gather=lambda _: next(answers))
+        answers = list(gathered)
+        found = validate(
+            pixels, scheduler, share=(process, processes), gather=lambda _, answers=answers: answers.pop(0)
+        )
         assert found == pytest.approx(validate(pixels, scheduler), rel=1e-5)
 
 
@@ -236,7 +241,7 @@ def test_the_standard_error_keeps_its_digits_beside_a_large_mean():
 
 
 def test_the_kernel_distance_is_that_of_the_features(tmp_path):
-    extractor, held_out = fidelity.make_extractor("pixels", images=pictures(1)), pictures(12, seed=2)
+    extractor, held_out = make_extractor("pixels", images=pictures(1)), pictures(12, seed=2)
     samples = as_network_sees(pictures(8)) * 1.5  # some beyond black and white
     found = kernel_distance(samples, held_out, extractor, tmp_path)
     clipped = ((samples.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -248,7 +253,7 @@ def test_the_kernel_distance_is_that_of_the_features(tmp_path):
 
 @pytest.mark.parametrize(("number", "held_out"), [(8, pictures(1)), (1, pictures(8))])
 def test_where_there_is_no_distance_there_is_a_warning(tmp_path, capsys, number, held_out):
-    extractor = fidelity.make_extractor("pixels", images=held_out)
+    extractor = make_extractor("pixels", images=held_out)
     alike = as_network_sees(pictures(number)).expand(8, -1, -1, -1)
     assert kernel_distance(alike, held_out, extractor, tmp_path) == {}
     assert "WARNING: no kernel distance" in capsys.readouterr().err
@@ -315,8 +320,8 @@ def test_a_run_logs_the_held_out_pictures_now_and_then_and_at_its_end(whole):
 
 
 def test_what_it_logs_is_of_the_averaged_weights_and_the_test_split(whole, work):
-    parts = load_parts(dataset_name="moons", resolution=16, cache_dir=work / "cache")
-    assert len(parts.rows) == 8192 and len(parts.held_out) == 1024
+    parts = load_data_split(dataset_name="moons", resolution=16, cache_dir=work / "cache")
+    assert len(parts.train_indices) == 8192 and len(parts.held_out) == 1024
     pipe = DDPMPipeline.from_pretrained(whole / "pipeline")
     pipe.set_progress_bar_config(disable=True)
 
@@ -324,7 +329,7 @@ def test_what_it_logs_is_of_the_averaged_weights_and_the_test_split(whole, work)
         held_out = Validation(parts.held_out, 8, pipe.scheduler, device=CPU, batch_size=4)
         found = held_out.measure(lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0])
         samples = pipe(seeds=list(range(1_000_000, 1_000_016)), num_inference_steps=3, output_type="latent").images
-        extractor = fidelity.make_extractor("pixels", images=parts.training)
+        extractor = make_extractor("pixels", images=parts.training)
         return found | kernel_distance(samples, parts.held_out, extractor, work / "cache" / "features")
 
     last = {name: value for name, value in lines(whole)[-1].items() if name not in ("step", "images")}

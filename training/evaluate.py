@@ -27,8 +27,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 from training.config import METRICS, OF_FEATURES, OF_HELD_OUT, OF_SAMPLES, Config  # noqa: E402
 
 if TYPE_CHECKING:
-    from training.data import Parts
-    from training.samples import Model
+    from training.data.split import DataSplit
+    from training.evaluation.samples import Model
 
 WEIGHTS = ("ema", "raw")
 
@@ -129,13 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(given: argparse.Namespace) -> None:
     # ---- What there is: processes, model, pictures -------------------------------------------------------------------
-    from ddpm_pipeline import fidelity
-    from training import checkpoint, machine, measures, mishaps, report
-    from training.samples import Setting, Shards, load_models, sample
+    from ddpm_pipeline.features import make_extractor
+    from training.evaluation import measures, report
+    from training.evaluation.samples import Setting, Shards, load_models, sample
+    from training.run import checkpoint, failures, runtime
 
     began = time.monotonic()
-    processes = machine.start(given.mixed_precision, given.cpu_threads)
-    mishaps.check_processes(processes.num_processes)
+    processes = runtime.start(given.mixed_precision, given.cpu_threads)
+    failures.check_processes(processes.num_processes)
     say, main_process = processes.print, processes.is_main_process
     with processes.main_process_first():  # which downloads for all
         models = load_models(given.model, given.weights, given.revision)
@@ -182,7 +183,7 @@ def evaluate(given: argparse.Namespace) -> None:
         with processes.main_process_first():  # which trains the classifier, and keeps it
             learned_from = {"images": parts.training, "labels": parts.labels(), "cache_dir": cache_dir}
             extractors = [
-                fidelity.make_extractor(which, device=processes.device, **learned_from)
+                make_extractor(which, device=processes.device, **learned_from)
                 for which in given.extractor or ["classifier"]
             ]
 
@@ -261,26 +262,26 @@ def evaluate(given: argparse.Namespace) -> None:
             "precision": precision,
             "seconds": round(time.monotonic() - began, 1),
             "num_processes": processes.num_processes,
-            "device": machine.name(processes.device),
+            "device": runtime.name(processes.device),
             "date": time.strftime("%Y-%m-%d"),
             "commit": checkpoint.commit(),
-            "versions": machine.versions(),
+            "versions": runtime.versions(),
         }
         report.write(output_dir, folder, whole)
         for warning in warnings:
             say(f"WARNING: {warning}.")
         say(f"\nThe report: {output_dir / 'report.json'} and {output_dir / 'report.md'}; its plots: {folder}.")
     processes.wait_for_everyone()
-    mishaps.part()
+    failures.part()
 
 
-def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
+def load_pictures(given: argparse.Namespace, model: Model) -> DataSplit:
     """What the model was trained on and what was held out, made as for training; the test split if there is one.
 
     Raises:
         ValueError: it is not known what the model was trained on, or that is of another kind.
     """
-    from training.data import load_parts
+    from training.data.split import load_data_split
 
     settings = {field.name: field.default for field in dataclasses.fields(Config)} | model.trained.get("config", {})
     if given.dataset_name or given.train_data_dir:
@@ -296,18 +297,21 @@ def load_pictures(given: argparse.Namespace, model: Model) -> Parts:
     options = {name: settings[name] for name in names.split()}
     options |= {"resolution": size if isinstance(size, int) else tuple(size), "cache_dir": given.cache_dir.expanduser()}
     # Of a run that held nothing out no picture of a folder is new to the model.
-    parts = load_parts(settings["validation_split"] if settings["validation_steps"] else "none", **options)
+    parts = load_data_split(settings["validation_split"] if settings["validation_steps"] else "none", **options)
     if "test" in parts.data.splits:  # others may have been looked at while training
-        parts = load_parts("test", **options)
+        parts = load_data_split("test", **options)
     channels = model.pipe.unet.config.in_channels
     if parts.data.channels != channels:
         raise ValueError(f"the pictures have {parts.data.channels} channels, the model {channels}: give its own data")
     return parts
 
 
-def trained_on(model: Model, parts: Parts) -> bool:
+def trained_on(model: Model, parts: DataSplit) -> bool:
     """Are these the pictures that the model was trained on, as far as its record tells?"""
-    return (model.trained.get("source"), model.trained.get("num_images")) == (parts.data.source, len(parts.rows))
+    return (model.trained.get("source"), model.trained.get("num_images")) == (
+        parts.data.source,
+        len(parts.train_indices),
+    )
 
 
 def command(given: argparse.Namespace) -> str:

@@ -35,20 +35,20 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.hub_timeout > 0:
         print(f"publish.py: hub_timeout is {given.hub_timeout:g}: give seconds, more than 0", file=sys.stderr)
         return 2
-    from ddpm_pipeline import publishing
+    from training.hub import check, client, push
 
     options = {"revision_tag": given.revision_tag, "license": given.license, "fp16": given.fp16}
     try:
         if given.dry_run:
             show(given.run, given.hub_model_id, options)
         else:
-            publishing.publish(
+            push.publish(
                 given.run, given.hub_model_id, private=given.hub_private_repo, seconds=given.hub_timeout, **options
             )
-    except publishing.HubError as error:
+    except client.HubError as error:
         print(f"publish.py: {error}\nThe run is as it was. To publish it later:\n    {later()}", file=sys.stderr)
         return 3
-    except publishing.LoadingError as error:
+    except check.LoadingError as error:
         print(f"publish.py: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
@@ -59,17 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(run: str, repo_id: str, options: dict[str, object]) -> None:
     """What would be published: the files with their sizes, and the card."""
-    from ddpm_pipeline import publishing
+    from training.hub import check, stage
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tag = publishing.stage(run, folder, repo_id=repo_id, **options)  # type: ignore[arg-type]
-        names = publishing.files_of(folder)
+        tag = stage.stage(run, folder, repo_id=repo_id, **options)  # type: ignore[arg-type]
+        names = stage.files_of(folder)
         sizes = [(folder / name).stat().st_size for name in names]
         print("\n".join(f"{size:>13,}  {name}" for size, name in zip(sizes, names)))
         print(f"{sum(sizes):>13,}  bytes in {len(names)} files, for {repo_id} with the tag {tag}\n")
-        print("It loads in three ways: " + publishing.told(publishing.check_loading(folder)) + "\n")
-        print((folder / publishing.CARD).read_text(encoding="utf-8"))
+        print("It loads in three ways: " + check.told(check.check_loading(folder)) + "\n")
+        print((folder / stage.CARD).read_text(encoding="utf-8"))
 
 
 def later() -> str:

@@ -23,12 +23,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from training import checkpoint, hub, machine, mishaps  # noqa: E402
 from training.config import Config, parse  # noqa: E402
-from training.log import Log  # noqa: E402
-from training.stopping import EXIT_CODE, Stop  # noqa: E402
+from training.hub import during_training  # noqa: E402
+from training.run import checkpoint, failures, runtime  # noqa: E402
+from training.run.log import Log  # noqa: E402
+from training.run.signals import EXIT_CODE, Stop  # noqa: E402
 
-DROPOUT, NEW_WEIGHTS = 5, 6  # purposes of random numbers, besides those of objective.py and batches.py
 SAMPLE_SEED = 1_000_000  # sample picture i is drawn from seed SAMPLE_SEED + i, so one sees the same pictures get better
 
 
@@ -39,8 +39,8 @@ def main(config: Config, stop: Stop) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    accelerator = machine.start(config.mixed_precision, config.cpu_threads)
-    mishaps.check_processes(accelerator.num_processes)
+    accelerator = runtime.start(config.mixed_precision, config.cpu_threads)
+    failures.check_processes(accelerator.num_processes)
     device, main_process = accelerator.device, accelerator.is_main_process
     per_process, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     global_batch = per_process * accelerator.num_processes * accumulation
@@ -51,12 +51,12 @@ def main(config: Config, stop: Stop) -> int:
     if main_process:
         checkpoint.clear(output_dir)
         if config.push_to_hub:
-            hub.check(config)
+            during_training.check(config)
     accelerator.wait_for_everyone()
 
     # ---- Data: files to a memory-mapped array, decoded once ----------------------------------------------------------
-    from training.batches import Batches
-    from training.data import load_parts
+    from training.data.batches import Batches
+    from training.data.split import load_data_split
     from training.denoiser import check_size, choose_attention, make_denoiser
 
     if config.height_width is not None:  # before all is decoded for nothing
@@ -66,7 +66,7 @@ def main(config: Config, stop: Stop) -> int:
         path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, say)
     cache_dir = Path(config.cache_dir).expanduser()
     with accelerator.main_process_first():
-        parts = load_parts(
+        parts = load_data_split(
             config.validation_split if config.validation_steps else "none",
             dataset_name=config.dataset_name,
             dataset_config_name=config.dataset_config_name,
@@ -82,21 +82,21 @@ def main(config: Config, stop: Stop) -> int:
     data = parts.data
     batches = Batches(
         data.images,
-        rows=parts.rows,
+        train_indices=parts.train_indices,
         batch_size=global_batch,
         seed=config.seed,
         random_flip=config.random_flip,
         device=device,
     )
     say(
-        f"{len(parts.rows)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from "
+        f"{len(parts.train_indices)} images, {data.channels} x {data.height} x {data.width}, {data.images.dtype}, from "
         f"{data.source}"
     )
     if len(parts.held_out):
         say(f"held out: {len(parts.held_out)} images, {parts.source}")
 
     # ---- Walk, network, average, optimizer ---------------------------------------------------------------------------
-    from ddpm_pipeline import chance, objective
+    from ddpm_pipeline import objective, rng
     from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
     from training.ema import FlatEMA
 
@@ -107,12 +107,12 @@ def main(config: Config, stop: Stop) -> int:
         variance_type=config.variance_type,
         timestep_spacing="trailing",
     )
-    torch.manual_seed(chance.key(config.seed, NEW_WEIGHTS))
+    torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
     unet = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels).to(device)
-    computes_in = machine.dtype(accelerator)
+    computes_in = runtime.dtype(accelerator)
     if config.init_from and not config.resume_from_checkpoint:
         with accelerator.main_process_first():  # which downloads it for all
-            hub.begin_from(config.init_from, unet, scheduler, say)
+            during_training.begin_from(config.init_from, unet, scheduler, say)
     choose_attention(unet, device.type, computes_in)
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     parameters = list(unet.parameters())
@@ -132,7 +132,7 @@ def main(config: Config, stop: Stop) -> int:
     # ---- Resume ------------------------------------------------------------------------------------------------------
     done, seconds_before = 0, 0.0
     if config.resume_from_checkpoint:
-        mishaps.check_same_run(path, manifest, config, global_batch, len(parts.rows), data.source)
+        failures.check_same_run(path, manifest, config, global_batch, len(parts.train_indices), data.source)
         weights, average, optimizer_state = checkpoint.load(path)
         ema.load_state_dict(average)  # first, since it names what is of another network
         unet.load_state_dict(weights)
@@ -153,13 +153,13 @@ def main(config: Config, stop: Stop) -> int:
     facts = {
         "global_batch": global_batch,
         "num_processes": accelerator.num_processes,
-        "device": machine.name(device),
+        "device": runtime.name(device),
         "mixed_precision": accelerator.mixed_precision,
-        "num_images": len(parts.rows),
+        "num_images": len(parts.train_indices),
         "source": data.source,
         "held_out": parts.source,
         "sample_seed": SAMPLE_SEED,
-        "versions": machine.versions(),
+        "versions": runtime.versions(),
         "commit": checkpoint.commit(),
         "config": config.as_dict(),
     }
@@ -230,7 +230,7 @@ def main(config: Config, stop: Stop) -> int:
                         callback_on_step_end=end_early,
                     )
             except (RuntimeError, MemoryError) as error:
-                if not mishaps.is_out_of_memory(error):
+                if not failures.is_out_of_memory(error):
                     raise
                 no_memory = error
         unet.train()
@@ -245,11 +245,11 @@ def main(config: Config, stop: Stop) -> int:
         return gathered.unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:number]
 
     def save_samples(step: int) -> Tensor | None:
-        from ddpm_pipeline import film
+        from ddpm_pipeline import visualize
 
         samples = draw_samples(step, config.num_sample_images)
         if log is not None and samples is not None:
-            log.picture(step, film.grid(samples))
+            log.picture(step, visualize.grid(samples))
         return samples
 
     def validate(step: int) -> str:
@@ -282,19 +282,19 @@ def main(config: Config, stop: Stop) -> int:
         samples = save_samples(step)
         if log is None:
             return samples
-        from ddpm_pipeline import DDPMPipeline, film
+        from ddpm_pipeline import DDPMPipeline, visualize
 
-        drawn = {"samples.png": film.grid(samples)} if samples is not None else {}
+        drawn = {"samples.png": visualize.grid(samples)} if samples is not None else {}
         with ema.applied():
             pipe = DDPMPipeline(unet.eval(), scheduler)
             pipe.set_progress_bar_config(disable=True)
             x_0 = batches.images(0, torch.zeros(1, dtype=torch.int64))
             steps = config.ddpm_num_inference_steps
             try:
-                drawn["walk.png"] = film.walk_picture(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
+                drawn["walk.png"] = visualize.trajectory_grid(pipe, x_0, num_inference_steps=steps, seed=SAMPLE_SEED)
                 log.save(drawn["walk.png"], "walk.png")
             except (RuntimeError, MemoryError) as error:
-                if not mishaps.is_out_of_memory(error):
+                if not failures.is_out_of_memory(error):
                     raise
                 say("WARNING: no picture of the walk, for there is not enough memory. The model is not touched by it.")
             save_pipeline(pipe, output_dir / "pipeline", trained, drawn)
@@ -302,7 +302,7 @@ def main(config: Config, stop: Stop) -> int:
         return samples
 
     # ---- Validation --------------------------------------------------------------------------------------------------
-    from training.validation import Validation, kernel_distance
+    from training.run.validation import Validation, kernel_distance
 
     validation = Validation(
         parts.held_out,
@@ -314,9 +314,9 @@ def main(config: Config, stop: Stop) -> int:
     )
     extractor = None
     if config.validation_samples and main_process and validation.number:
-        from ddpm_pipeline import fidelity
+        from ddpm_pipeline.features import make_extractor
 
-        extractor = fidelity.make_extractor(
+        extractor = make_extractor(
             config.extractor,
             images=parts.training,
             labels=parts.labels(),
@@ -333,13 +333,13 @@ def main(config: Config, stop: Stop) -> int:
     started = logged_at = time.monotonic()
     step, counted, skipped = done, 0, 0
     stopping = out_of_time = False
-    pushes = hub.Pushes(config) if main_process and config.push_to_hub else None
+    pushes = during_training.Pushes(config) if main_process and config.push_to_hub else None
     stop.in_loop = True
     while step < config.max_train_steps and not out_of_time and not stopping:
         learning_rate = config.learning_rate_at(step + 1)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        torch.manual_seed(chance.key(config.seed, DROPOUT, step, accelerator.process_index))
+        torch.manual_seed(rng.key(config.seed, rng.Stream.DROPOUT, step, accelerator.process_index))
 
         step_loss = torch.zeros((), device=device)
         shown: list[tuple[Tensor, Tensor, Tensor]] = []  # places, predictions and targets of this process
@@ -347,9 +347,9 @@ def main(config: Config, stop: Stop) -> int:
             first = (part * accelerator.num_processes + accelerator.process_index) * per_process
             place = torch.arange(first, first + per_process)
             last = part == accumulation - 1
-            with mishaps.memory_explained(config, step + 1, saved):
+            with failures.memory_explained(config, step + 1, saved):
                 x_0 = batches.images(step, place)
-                lesson = objective.draw_lesson(scheduler, x_0, seed=config.seed, step=step, index=place)
+                lesson = objective.draw_noised_batch(scheduler, x_0, seed=config.seed, step=step, index=place)
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     prediction = model(lesson.x_t, lesson.t, return_dict=False)[0]
                     loss = objective.simple_loss(prediction, lesson.target) / accumulation
@@ -366,11 +366,11 @@ def main(config: Config, stop: Stop) -> int:
             message = (
                 f"loss or gradient of step {step + 1} is not a number: loss {step_loss.item():g} in this process, norm "
                 f"of the gradient {float(norm):g}, learning rate {learning_rate:g}; images "
-                + mishaps.named(accelerator, mishaps.suspects(shown, batches, step), data)
+                + failures.named(accelerator, failures.suspects(shown, batches, step), data)
             )
             if config.on_nonfinite == "stop":
                 raise FloatingPointError(
-                    f"{message}. The step is not done. {mishaps.last(saved)} Lower learning_rate, or look at the "
+                    f"{message}. The step is not done. {failures.last(saved)} Lower learning_rate, or look at the "
                     "images; --on_nonfinite skip leaves such steps out"
                 )
             say(f"WARNING: {message}. The step is left out")
@@ -434,11 +434,11 @@ def main(config: Config, stop: Stop) -> int:
     samples = save_model(step)
     if log is not None:
         if config.dataset_name == "moons" and samples is not None:
-            from training import moons_report
+            from training.evaluation import moons
 
-            say(moons_report.measure_samples(log, step, samples))
+            say(moons.measure_samples(log, step, samples))
             with ema.applied():
-                say(moons_report.fuse_moons(unet.eval(), scheduler, output_dir, config.ddpm_num_inference_steps))
+                say(moons.fuse_moons(unet.eval(), scheduler, output_dir, config.ddpm_num_inference_steps))
         log.close()
         say(
             f"\nThe model is in {output_dir / 'pipeline'}, its pictures in {output_dir / 'samples'}. To load it:\n"
@@ -447,7 +447,7 @@ def main(config: Config, stop: Stop) -> int:
         )
     if locked is not None:
         locked.close()
-    mishaps.part()  # the other processes need not wait for the Hub
+    failures.part()  # the other processes need not wait for the Hub
     return pushes.last() if pushes is not None else 0
 
 
@@ -478,11 +478,11 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 2
-    except (FloatingPointError, mishaps.OutOfMemoryError, checkpoint.NoRoomError) as error:
+    except (FloatingPointError, failures.OutOfMemoryError, checkpoint.NoRoomError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
-    except hub.HubError as error:
+    except during_training.HubError as error:
         print(f"train.py: {error}. Nothing was trained. Without --push_to_hub one can publish later", file=sys.stderr)
         code = 3
-    mishaps.part()
+    failures.part()
     sys.exit(code)

@@ -166,13 +166,13 @@ def slow_steps(rank):
 def slow_end(rank):
     """A step takes longer, and so does parting from the other processes, at the very end."""
     slow_steps(rank)
-    from training import mishaps
+    from training.run import failures
 
     def part():
         print("[parting]", flush=True)
         time.sleep(1.5)
 
-    mishaps.part = part
+    failures.part = part
 
 
 def slow_samples(rank):
@@ -191,7 +191,7 @@ def slow_samples(rank):
 
 def slow_checkpoints(rank):
     """Each file of a checkpoint takes a third of a second more."""
-    from training import checkpoint
+    from training.run import checkpoint
 
     write = checkpoint._write
 
@@ -244,7 +244,7 @@ def no_room_for_logs(rank):
 
 def _disk_full_at(name):
     """In the second checkpoint the disk is filled by another when this file is to be written."""
-    from training import checkpoint
+    from training.run import checkpoint
 
     write, calls = checkpoint._write, []
 

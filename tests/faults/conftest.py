@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # child.py, which the processes 
 from child import Run
 
 from tests.short_run import SHORT_RUN
-from training import checkpoint
+from training.run import checkpoint
 
 # All repeats, as `make test-faults` wants it; without it the tests that repeat do it a few times.
 FULL = os.environ.get("DDPM_FAULTS") == "full"

@@ -7,7 +7,7 @@ import pytest
 from child import ended
 from conftest import FULL
 
-from training import checkpoint
+from training.run import checkpoint
 
 # Where it is killed, in the checkpoint of step 4 (step 6 for the last), and the step it then goes on from.
 PHASES = [

@@ -10,7 +10,7 @@ import torch
 from child import TRAIN, ended
 from safetensors.torch import load_file
 
-from training import checkpoint
+from training.run import checkpoint
 
 
 def metrics(place, name):
@@ -201,8 +201,8 @@ def test_the_picture_is_named(place):
     assert run.wait() == [1], run.text()
     from pathlib import Path
 
-    from training.batches import Batches
-    from training.data import load_images
+    from training.data.batches import Batches
+    from training.data.cache import load_images
 
     data = load_images(train_data_dir=place.pictures / "pictures", cache_dir=place.pictures / "cache")
     batches = Batches(data.images, batch_size=4, seed=0, random_flip=True, device=torch.device("cpu"))

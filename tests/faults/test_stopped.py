@@ -9,7 +9,7 @@ import time
 import pytest
 from child import TRAIN, ended
 
-from training import checkpoint
+from training.run import checkpoint
 
 IN_TIME = 20  # seconds
 

@@ -19,8 +19,9 @@ import yaml
 from PIL import Image
 from server import Hub, check_card
 
-from ddpm_pipeline import publishing
+from ddpm_pipeline.loading import check_folder
 from tests.short_run import SHORT_RUN
+from training.hub import stage
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -147,7 +148,7 @@ def test_the_card(published):
         "![The walk out of a picture, and home to a new one](walk.png)",
     ):
         assert words in card, words
-    parameters = publishing.parameters_in(run / "pipeline" / publishing.WEIGHTS)
+    parameters = card.parameters_in(run / "pipeline" / stage.WEIGHTS)
     assert f"| parameters of the network | {parameters:,} |" in card
 
 
@@ -169,7 +170,7 @@ def test_a_tag_and_half_precision(published, tmp_path):
         hub, tmp_path, "publish.py", run, "--hub_model_id", "tagged", "--revision_tag", "v1", "--fp16"
     )
     assert code == 0 and list(repo.tags) == ["v1"], err
-    assert set(repo.head.files) == ALL | {publishing.HALF_WEIGHTS, ".gitattributes"}
+    assert set(repo.head.files) == ALL | {stage.HALF_WEIGHTS, ".gitattributes"}
     assert "license: unknown" in repo.head.files["README.md"].decode()
     code, _, err = command(hub, tmp_path, "publish.py", run, "--hub_model_id", "alice/tagged", "--revision_tag", "v1")
     assert code == 3 and "tag v1 already" in err and len(repo.commits) == 2
@@ -183,8 +184,8 @@ def test_a_dry_run_sends_nothing(published, tmp_path):
     with Hub({}) as hub:
         code, out, err = command(hub, tmp_path, "publish.py", run, "--hub_model_id", "alice/x", "--dry_run", token=None)
         assert code == 0 and hub.requests == [], err
-    size = (run / "pipeline" / publishing.WEIGHTS).stat().st_size
-    assert f"{size:,}  {publishing.WEIGHTS}" in out
+    size = (run / "pipeline" / stage.WEIGHTS).stat().st_size
+    assert f"{size:,}  {stage.WEIGHTS}" in out
     assert "# x" in out and "in 10 files, for alice/x with the tag sha256-" in out
     assert "package, remote code: pictures differ by 0 of 255" in out
 
@@ -284,7 +285,7 @@ def test_weights_to_begin_from(published, work, tmp_path):
     code, out, err = command(hub, tmp_path, "train.py", *options)
     assert code == 0 and "first weights: those of alice/pictures" in out, err
     begun = load_file(work / "tuned" / "checkpoint-000001" / "model.safetensors")
-    taken = load_file(run / "pipeline" / publishing.WEIGHTS)
+    taken = load_file(run / "pipeline" / stage.WEIGHTS)
     assert begun.keys() == taken.keys()
     for name, tensor in taken.items():
         np.testing.assert_allclose(begun[name], tensor, atol=1e-7, rtol=0, err_msg=name)
@@ -324,13 +325,13 @@ from ddpm_pipeline import publishing
 def push(repo):
     begin = time.monotonic()
     try:
-        hub = publishing.Hub(12)
-        publishing.check_access(hub, repo)
-        seen, folder = publishing.look(hub, repo), Path(sys.argv[1])
-        publishing.check_tag(seen, "v1", "a run, step 6")
-        commit = publishing.push(hub, folder, seen, tag="v1", title="a run, step 6")
+        hub = client.Hub(12)
+        push.check_access(hub, repo)
+        seen, folder = push.look(hub, repo), Path(sys.argv[1])
+        push.check_tag(seen, "v1", "a run, step 6")
+        commit = push.push(hub, folder, seen, tag="v1", title="a run, step 6")
         return {"error": None, "commit": commit, "seconds": time.monotonic() - begin}
-    except publishing.HubError as error:
+    except client.HubError as error:
         return {"error": str(error), "seconds": time.monotonic() - begin}
 
 with ThreadPoolExecutor(40) as pool:
@@ -358,7 +359,7 @@ def folder(tmp_path):
     """A folder to push; the Hub does not look into it."""
     folder = tmp_path / "staged"
     (folder / "unet").mkdir(parents=True)
-    for name in ("model_index.json", "pipeline.py", publishing.WEIGHTS):
+    for name in ("model_index.json", "pipeline.py", stage.WEIGHTS):
         (folder / name).write_text(name)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
     return folder
@@ -455,7 +456,7 @@ def test_training_outlives_the_hub(hub, work, tmp_path):
     assert code == 3, err
     assert "WARNING: the model was not published" in err and "The run goes on" in err
     assert "The run is as it was. To publish it later:" in err
-    assert publishing.check_folder(work / "later" / "pipeline") is None
+    assert check_folder(work / "later" / "pipeline") is None
     printed = re.search(r"^ {4}python (.*)$", err, re.MULTILINE)[1]
     hub.end_fault(fault)
     environment = hub.environment(tmp_path, "tok-a")

@@ -7,6 +7,7 @@ a GPU use the same numbers (but for the rounding of a logarithm and a cosine in 
 (Steele, Lea and Flood 2014): a counter times an odd number, then mixed.
 """
 
+import enum
 import math
 
 import torch
@@ -15,6 +16,29 @@ from torch import Tensor
 GAMMA = 0x9E3779B97F4A7C15  # the step of SplitMix64's counter: 2^64 over the golden ratio, made odd
 MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of its mixing function
 MASK = 2**64 - 1
+
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """What random numbers are for: the second number of a key, so that no two purposes share numbers.
+
+    Never change a number: runs that were begun with it resume with it.
+    """
+
+    MOON_PHASE = 0
+    TIMESTEP = 1
+    NOISE = 2
+    SAMPLE_ORDER = 3
+    FLIP = 4
+    DROPOUT = 5
+    INITIAL_WEIGHTS = 6
+    BOUND_NOISE = 7
+    BOUND_TIMESTEP = 8
+    DEQUANTISATION = 9
+    DIVERGENCE_PROBE = 10
+    VALIDATION_NOISE = 11
+    VALIDATION_TIMESTEP = 12
+    MOON_TILT = 13
 
 
 def key(*numbers: int) -> int:

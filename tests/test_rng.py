@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpm_pipeline import chance
+from ddpm_pipeline import rng
 
 N = 200_000
 LEAST_P = 1e-3  # fixed seeds: a right generator fails here once in a thousand choices of the key, and this one does not
@@ -44,26 +44,26 @@ def correlation(a, b):
 @pytest.mark.parametrize("seed", PUBLISHED)
 def test_bits_are_the_published_ones(seed):
     expected = PUBLISHED[seed]
-    assert unsigned(chance.bits(seed, torch.arange(len(expected)))) == expected
+    assert unsigned(rng.bits(seed, torch.arange(len(expected)))) == expected
 
 
 def test_bits_wrap_around_as_64_bit_numbers_do():
     indices = [0, 1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 2]
-    for key in (0, 1, 2**63 - 1, 2**63, 2**64 - 1, chance.key(3, 1, 4)):
-        assert unsigned(chance.bits(key, torch.tensor(indices))) == [by_hand(key, i) for i in indices]
+    for key in (0, 1, 2**63 - 1, 2**63, 2**64 - 1, rng.key(3, 1, 4)):
+        assert unsigned(rng.bits(key, torch.tensor(indices))) == [by_hand(key, i) for i in indices]
 
 
 def test_a_key_depends_on_each_number_and_on_their_order():
     tuples = [(a, b, c) for a in (-1, 0, 1, 2) for b in range(10) for c in range(100)]
     tuples += [(2**63, 0, 0), (2**64 - 2, 0, 0), (0, 2**63, 0)]
-    keys = [chance.key(*numbers) for numbers in tuples]
+    keys = [rng.key(*numbers) for numbers in tuples]
     assert all(0 <= key < 2**64 for key in keys)
     assert len(set(keys)) == len(keys)
-    assert chance.key(-2, 5) == chance.key(2**64 - 2, 5)  # any int is taken, and these two are one number in 64 bits
+    assert rng.key(-2, 5) == rng.key(2**64 - 2, 5)  # any int is taken, and these two are one number in 64 bits
 
 
 def test_each_bit_is_set_half_of_the_time():
-    bits = chance.bits(chance.key(0, 1), torch.arange(N))
+    bits = rng.bits(rng.key(0, 1), torch.arange(N))
     for place in range(64):
         share = (bits >> place & 1).double().mean().item()
         assert abs(share - 0.5) < 4.5 * 0.5 / math.sqrt(N)  # 64 shares within 4.5 standard errors
@@ -73,7 +73,7 @@ def test_each_bit_is_set_half_of_the_time():
 
 
 def test_uniform_is_uniform():
-    values = chance.uniform(chance.key(0, 2), torch.arange(N))
+    values = rng.uniform(rng.key(0, 2), torch.arange(N))
     assert values.dtype == torch.float64
     assert values.min() >= 0 and values.max() < 1
     assert stats.kstest(values.numpy(), "uniform").pvalue > LEAST_P
@@ -81,7 +81,7 @@ def test_uniform_is_uniform():
 
 @pytest.mark.parametrize("high", [1, 2, 7, 1000])
 def test_integers_come_equally_often(high):
-    values = chance.integers(chance.key(0, 3), torch.arange(N), high)
+    values = rng.integers(rng.key(0, 3), torch.arange(N), high)
     assert values.dtype == torch.int64
     counts = torch.bincount(values, minlength=high)
     assert len(counts) == high
@@ -90,7 +90,7 @@ def test_integers_come_equally_often(high):
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (3, 5, 7)])
 def test_normal_is_normal(shape):
-    values = chance.normal(chance.key(0, 4, *shape), torch.arange(N // math.prod(shape)), shape)
+    values = rng.normal(rng.key(0, 4, *shape), torch.arange(N // math.prod(shape)), shape)
     assert values.dtype == torch.float32
     assert values.shape[1:] == shape
     flat = values.double().flatten().numpy()
@@ -100,7 +100,7 @@ def test_normal_is_normal(shape):
 
 
 def test_both_halves_of_a_pair_are_normal_and_independent():
-    first, second = chance.normal(chance.key(7), torch.arange(N), (2,)).double().T.numpy()
+    first, second = rng.normal(rng.key(7), torch.arange(N), (2,)).double().T.numpy()
     for half in (first, second, (first + second) / math.sqrt(2), (first - second) / math.sqrt(2)):
         assert stats.kstest(half, "norm").pvalue > LEAST_P
     assert abs(correlation(first**2, second**2)) < 4 / math.sqrt(N)
@@ -108,14 +108,14 @@ def test_both_halves_of_a_pair_are_normal_and_independent():
 
 def test_no_number_is_infinite_or_out_of_range_at_the_extreme_bits(monkeypatch):
     extreme = torch.tensor([0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32), 1, 2**32])
-    monkeypatch.setattr(chance, "bits", lambda key, index: extreme.expand_as(index))
+    monkeypatch.setattr(rng, "bits", lambda key, index: extreme.expand_as(index))
     index = torch.arange(8)
-    uniform = chance.uniform(0, index)
+    uniform = rng.uniform(0, index)
     assert uniform.min() >= 0 and uniform.max() < 1
     for high in (1, 1000, 1023, 1024, 1025, 2**31, 2**40 + 1):
-        integers = chance.integers(0, index, high)
+        integers = rng.integers(0, index, high)
         assert integers.min() >= 0 and integers.max() <= high - 1
-    normal = chance.normal(0, index[:1], (16,))
+    normal = rng.normal(0, index[:1], (16,))
     assert normal.isfinite().all()
     assert 6 < normal.abs().max() < 7  # sqrt(-2 log 2^-33) = 6.76, the largest there is
 
@@ -137,8 +137,8 @@ def test_no_number_is_infinite_or_out_of_range_at_the_extreme_bits(monkeypatch):
 )
 def test_streams_are_independent(name, other_key, other_index):
     index = torch.arange(1, N + 1)
-    first = chance.uniform(chance.key(5, 1, 10), index).numpy()
-    second = chance.uniform(chance.key(*other_key), index + other_index).numpy()
+    first = rng.uniform(rng.key(5, 1, 10), index).numpy()
+    second = rng.uniform(rng.key(*other_key), index + other_index).numpy()
     assert stats.kstest((first + second) % 1, "uniform").pvalue > LEAST_P
     assert stats.kstest((first - second) % 1, "uniform").pvalue > LEAST_P
     for a, b in ((first, second), (np.cos(2 * np.pi * first), np.cos(2 * np.pi * second))):
@@ -146,8 +146,8 @@ def test_streams_are_independent(name, other_key, other_index):
 
 
 def test_images_have_noise_of_their_own():
-    noise = chance.normal(chance.key(0, 2, 0), torch.arange(64), (1, 32, 32)).flatten(1).double()
-    next_step = chance.normal(chance.key(0, 2, 1), torch.arange(64), (1, 32, 32)).flatten(1).double()
+    noise = rng.normal(rng.key(0, 2, 0), torch.arange(64), (1, 32, 32)).flatten(1).double()
+    next_step = rng.normal(rng.key(0, 2, 1), torch.arange(64), (1, 32, 32)).flatten(1).double()
     both = torch.cat([noise, next_step])
     correlations = both @ both.T / 1024 - torch.eye(128)
     assert correlations.fill_diagonal_(0).abs().max() < 5.5 / math.sqrt(1024)  # 8128 of them, standard error 1 / 32
@@ -158,12 +158,12 @@ def test_images_have_noise_of_their_own():
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)])
 def test_a_batch_of_any_size_has_the_same_numbers(shape):
-    key, index = chance.key(1, 2, 3), torch.arange(70)
+    key, index = rng.key(1, 2, 3), torch.arange(70)
     functions = {
-        "bits": lambda i: chance.bits(key, i),
-        "uniform": lambda i: chance.uniform(key, i),
-        "integers": lambda i: chance.integers(key, i, 1000),
-        "normal": lambda i: chance.normal(key, i, shape),
+        "bits": lambda i: rng.bits(key, i),
+        "uniform": lambda i: rng.uniform(key, i),
+        "integers": lambda i: rng.integers(key, i, 1000),
+        "normal": lambda i: rng.normal(key, i, shape),
     }
     for name, function in functions.items():
         whole = function(index)
@@ -176,14 +176,14 @@ def test_a_batch_of_any_size_has_the_same_numbers(shape):
 
 def test_indices_keep_their_shape():
     index = torch.arange(12).view(3, 4)
-    for function in (chance.bits, chance.uniform):
+    for function in (rng.bits, rng.uniform):
         assert torch.equal(function(9, index), function(9, index.flatten()).view(3, 4))
 
 
 def test_torch_and_its_generator_are_left_alone():
     before = torch.get_rng_state()
-    chance.normal(1, torch.arange(4), (3, 3))
+    rng.normal(1, torch.arange(4), (3, 3))
     assert torch.equal(torch.get_rng_state(), before)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = chance.normal(1, torch.arange(4), (3, 3))
-    assert torch.equal(inside, chance.normal(1, torch.arange(4), (3, 3)))
+        inside = rng.normal(1, torch.arange(4), (3, 3))
+    assert torch.equal(inside, rng.normal(1, torch.arange(4), (3, 3)))

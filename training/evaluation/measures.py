@@ -18,10 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
+from ddpm_pipeline.features import extract_features
+from ddpm_pipeline.pixels import from_pixels, num_levels
 from training.config import OF_FEATURES
-from training.data import Parts, evenly
-from training.machine import dtype
-from training.samples import Model, to_images
+from training.data.split import DataSplit, evenly
+from training.evaluation.samples import Model
+from training.run.runtime import dtype
 
 FEWEST = 6  # pictures in a floor: density and coverage look at the five nearest neighbours of one
 
@@ -43,7 +45,7 @@ class Real(NamedTuple):
 
 
 def real_pictures(
-    parts: Parts, num_reference: int, number: int, warnings: list[str], kind: str = "training pictures"
+    parts: DataSplit, num_reference: int, number: int, warnings: list[str], kind: str = "training pictures"
 ) -> Real:
     """The reference, num_reference of the training pictures (0: all), and `number` others for the floor.
 
@@ -53,7 +55,7 @@ def real_pictures(
     Args:
         kind: what the pictures are called in the report.
     """
-    rows, held_out = parts.rows, parts.held_out
+    rows, held_out = parts.train_indices, parts.held_out
     chosen = rows if not num_reference or num_reference >= len(rows) else rows[evenly(len(rows), num_reference)]
     if len(held_out) >= number:
         floor, words, apart = held_out[evenly(len(held_out), number)], "held-out pictures", np.ones(len(chosen), bool)
@@ -85,10 +87,10 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
     """Rows of measures between samples and the reference."""
     if not set(metrics) & set(OF_FEATURES):
         return
-    features = fidelity.features_of(extractor, pixels)
-    reference = fidelity.features_of(extractor, real.reference, cache_dir=cache_dir)
+    features = extract_features(extractor, pixels)
+    reference = extract_features(extractor, real.reference, cache_dir=cache_dir)
     apart = reference[torch.from_numpy(real.apart)]
-    floor = fidelity.features_of(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) else None
+    floor = extract_features(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) else None
 
     def row(measure: str, name: str, found: fidelity.Estimate, floor: float | None) -> Row:
         return _row(measure, name, found, floor, len(pixels)) | {"extractor": extractor.name}
@@ -112,7 +114,7 @@ def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[st
             for measure, found, best in zip(measures, fidelity.jackknives(statistic, features, equal), best_of):
                 yield row(measure, measure, found, best)
     if "memorisation" in metrics and len(real.held_out) > 1:
-        held_out = fidelity.features_of(extractor, real.held_out, cache_dir=cache_dir)
+        held_out = extract_features(extractor, real.held_out, cache_dir=cache_dir)
         found = fidelity.memorisation(features, reference, held_out)
         yield row("memorisation", "nearer to a training picture than held-out ones are", found, 0.5)
 
@@ -150,7 +152,7 @@ class HeldOut:
     def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, processes: Any) -> None:
         self._images, self._batch_size, self._seed, self._processes = images, batch_size, seed, processes
         self.shape = images.shape[1:]
-        self.levels = likelihood.levels_of(images)
+        self.levels = num_levels(images.dtype)
 
     def _batches(self, number: int, title: str) -> Iterator[tuple[Tensor, np.ndarray]]:
         """Of `number` pictures those of this process: their places in the row, and they."""
@@ -182,12 +184,14 @@ class HeldOut:
 
         found = []
         for index, pixels in self._batches(number, f"bound, {model.weights}, {variance_type}"):
-            x_0 = to_images(pixels, device)
-            part = likelihood.bound(network, walk, x_0, index=index, seed=self._seed, strata=few, levels=self.levels)
+            x_0 = from_pixels(pixels, device)
+            part = likelihood.variational_bound(
+                network, walk, x_0, index=index, seed=self._seed, strata=few, levels=self.levels
+            )
             found.append({name: value.cpu() for name, value in part._asdict().items()})
         found = self._gathered(found)
         whole = {name: torch.cat([part[name] for part in found]) for name in found[0] if name != "share"}
-        bound = likelihood.Bound(**whole, share=found[0]["share"])
+        bound = likelihood.VariationalBound(**whole, share=found[0]["share"])
         steps = f"{few} steps of each picture" if few else "all steps"
         name = f"bits per dimension, bound, {variance_type}, {steps}"
         return self._row("bits_per_dim", name, bound.total, model, began), self._curves(bound, model, variance_type)
@@ -199,7 +203,7 @@ class HeldOut:
         found = []
         for index, pixels in self._batches(number, f"flow, {model.weights}"):
             x_0 = likelihood.dequantised(torch.from_numpy(pixels), index=index, seed=self._seed)
-            nats = likelihood.flow_nats(
+            nats = likelihood.probability_flow_nats(
                 unet,
                 model.pipe.scheduler,
                 x_0.to(self._processes.device),
@@ -220,7 +224,7 @@ class HeldOut:
                  "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         return _row(measure, name, found, None, len(each)) | about
 
-    def _curves(self, bound: likelihood.Bound, model: Model, variance_type: str) -> Row:
+    def _curves(self, bound: likelihood.VariationalBound, model: Model, variance_type: str) -> Row:
         """The bound step by step and the rate-distortion curve, as lists of numbers."""
         in_bits = {
             "prior": likelihood.bits_per_dim(bound.prior.mean(), self.shape),

@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_pipeline import DDPMScheduler, chance, likelihood, objective
-from training.data import evenly
-from training.samples import to_images, to_pixels
+from ddpm_pipeline import DDPMScheduler, likelihood, objective, rng
+from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
+from training.data.split import evenly
 
 EDGES = (-4.0, -1.0, 1.0, 4.0)  # of log SNR
 STEPS_OF_EACH = 4  # t for one picture
 STRATA = 8  # steps of the bound for one picture
-NOISE, PAIRING = 11, 12  # purposes of random numbers, besides those of the package and of batches.py
 SEED = 0  # not the run's: another seed shall be compared by the same noise
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -58,7 +57,7 @@ class Validation:
         self._index = torch.arange(self.number)[share[0] :: share[1]]
         # Evenly spaced over the walk, each picture with t of its own: a random one of them for each.
         pairs = self.number * STEPS_OF_EACH
-        shuffled = chance.bits(chance.key(SEED, PAIRING), torch.arange(pairs)).argsort(stable=True)
+        shuffled = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs)).argsort(stable=True)
         places = (torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps
         self._t = places.long()[shuffled.argsort()].view(self.number, STEPS_OF_EACH)
 
@@ -75,17 +74,19 @@ class Validation:
         for index in self._index.split(self._batch_size):
             if not len(index):  # more processes than images
                 continue
-            x_0 = to_images(self.pixels[index.numpy()], self._device)
+            x_0 = from_pixels(self.pixels[index.numpy()], self._device)
             losses = []
             for k in range(STEPS_OF_EACH):
-                eps = chance.normal(chance.key(SEED, NOISE, k), index.to(self._device), tuple(x_0.shape[1:]))
-                lesson = objective.lesson(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
+                eps = rng.normal(
+                    rng.key(SEED, rng.Stream.VALIDATION_NOISE, k), index.to(self._device), tuple(x_0.shape[1:])
+                )
+                lesson = objective.noised_batch(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
                 prediction = network(lesson.x_t, lesson.t).float()
                 losses.append((prediction - lesson.target).square().flatten(1).mean(1).double().cpu())
             loss_parts.append((index.tolist(), torch.stack(losses, dim=1).tolist()))
             strata = min(STRATA, max(1, self._scheduler.num_steps - 1))
-            levels = likelihood.levels_of(self.pixels)
-            bound = likelihood.bound(
+            levels = num_levels(self.pixels.dtype)
+            bound = likelihood.variational_bound(
                 network, self._scheduler, x_0, index=index, seed=SEED, strata=strata, levels=levels
             )
             bits.append((index.tolist(), likelihood.bits_per_dim(bound.total, x_0.shape[1:]).tolist()))
@@ -122,11 +123,12 @@ def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Any, cache
     Nothing, and a warning, if there is none: of a single held-out picture, or of samples that are all alike.
     """
     from ddpm_pipeline import fidelity
+    from ddpm_pipeline.features import extract_features
 
     drawn = to_pixels(samples, held_out.dtype)
-    features = fidelity.features_of(extractor, drawn)
+    features = extract_features(extractor, drawn)
     try:
-        found = fidelity.kernel_distance(features, fidelity.features_of(extractor, held_out, cache_dir=cache_dir))
+        found = fidelity.kernel_distance(features, extract_features(extractor, held_out, cache_dir=cache_dir))
     except ValueError as error:
         print(f"WARNING: no kernel distance: {error}. Training is not touched by it.", file=sys.stderr)
         return {}

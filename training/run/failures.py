@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.checkpoint import CheckpointError
 from training.config import Config
+from training.run.checkpoint import CheckpointError
 
 
 class OutOfMemoryError(RuntimeError):

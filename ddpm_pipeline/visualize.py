@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .pipeline_ddpm import DDPMPipeline, WalkStep
+    from .pipeline_ddpm import DDPMPipeline, TrajectoryStep
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -40,11 +40,11 @@ def grid(images: Tensor, columns: int | None = None, margin: int = 2, side: int 
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def strip(steps: Iterable["WalkStep"], columns: int = 10) -> Image.Image:
+def strip(steps: Iterable["TrajectoryStep"], columns: int = 10) -> Image.Image:
     """A walk as a film strip: for each picture a row of x_t, and below it one of x_0_pred, what it is taken for.
 
     Args:
-        steps: what `pipe.walk` yields.
+        steps: what `pipe.trajectory` yields.
         columns: so many moments of it, evenly spaced, the first and the last among them.
     """
     walk = list(steps)
@@ -58,11 +58,11 @@ def strip(steps: Iterable["WalkStep"], columns: int = 10) -> Image.Image:
     return grid(torch.stack(rows), columns=len(shown))
 
 
-def animate(steps: Iterable["WalkStep"], path: str | Path, *, seconds: float = 4.0, hold: float = 1.5) -> None:
+def animate(steps: Iterable["TrajectoryStep"], path: str | Path, *, seconds: float = 4.0, hold: float = 1.5) -> None:
     """A walk as an animation, GIF or WebP by the name of the file: x_t on the left, x_0_pred on the right.
 
     Args:
-        steps: what `pipe.walk` yields.
+        steps: what `pipe.trajectory` yields.
         seconds: from the first step to the last.
         hold: seconds for which the last picture stays.
     """
@@ -71,7 +71,7 @@ def animate(steps: Iterable["WalkStep"], path: str | Path, *, seconds: float = 4
         raise ValueError(f"path is {path}: give a name that ends in .gif or .webp")
     walk = list(steps)
     if not walk:
-        raise ValueError("steps is empty: give what pipe.walk yields")
+        raise ValueError("steps is empty: give what pipe.trajectory yields")
     frames = [grid(_side_by_side(step), columns=1 if step.x_0_pred is None else 2, side=512) for step in walk]
     last = walk[-1].x_0_pred if walk[-1].x_0_pred is not None else walk[-1].x_t
     frames.append(grid(_side_by_side(walk[-1]._replace(x_t=last)), columns=2, side=512))
@@ -79,14 +79,14 @@ def animate(steps: Iterable["WalkStep"], path: str | Path, *, seconds: float = 4
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def _side_by_side(step: "WalkStep") -> Tensor:
+def _side_by_side(step: "TrajectoryStep") -> Tensor:
     """x_t and x_0_pred of each picture, by turns."""
     if step.x_0_pred is None:
         return step.x_t
     return torch.stack([step.x_t, step.x_0_pred.to(step.x_t)], dim=1).flatten(0, 1)
 
 
-def walk_picture(
+def trajectory_grid(
     pipe: "DDPMPipeline", x_0: Tensor, *, num_inference_steps: int, seed: int, columns: int = 10
 ) -> Image.Image:
     """The walk out of a real picture x_0 (1, C, H, W), and below it a walk home to a new one.
@@ -100,7 +100,7 @@ def walk_picture(
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
     out = pipe.scheduler.add_noise(x_0.expand(columns, -1, -1, -1), noise, t.to(x_0.device))
     out[0] = x_0[0]
-    home = list(pipe.walk(seeds=[seed], num_inference_steps=num_inference_steps))
+    home = list(pipe.trajectory(seeds=[seed], num_inference_steps=num_inference_steps))
     shown = [home[i] for i in ((1 - (1 - along) ** 2) * (len(home) - 1)).round().astype(int)]
     guesses = [step.x_0_pred for step in shown if step.x_0_pred is not None]
     x_t = torch.cat([*(step.x_t for step in shown[:-1]), guesses[-1]])  # the last guess is where the walk ends

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
-from ddpm_pipeline.film import grid, to_uint8, walk_picture
+from ddpm_pipeline.visualize import grid, to_uint8, trajectory_grid
 from training.denoiser import make_denoiser
 
 MARGIN = 2
@@ -45,7 +45,7 @@ def test_the_walk_goes_out_from_the_picture_and_home_to_another():
     pipe = DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing"))
     pipe.set_progress_bar_config(disable=True)
     x_0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
-    out, x_t, guesses = tiles(walk_picture(pipe, x_0, num_inference_steps=20, seed=5), 3, 10, 8)
+    out, x_t, guesses = tiles(trajectory_grid(pipe, x_0, num_inference_steps=20, seed=5), 3, 10, 8)
     assert (out[0] == to_uint8(x_0)[0, ..., 0]).all()
     away = [np.corrcoef(image.ravel(), out[0].ravel())[0, 1] for image in out]
     assert away[1] > 0.9  # still the picture

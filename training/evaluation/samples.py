@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_pipeline import DDPMPipeline
-from training import checkpoint
-from training.batches import scaled
-from training.machine import dtype
+from ddpm_pipeline.pixels import to_pixels
+from training.run import checkpoint
+from training.run.runtime import dtype
 
 SHARD = 64  # samples in a file; a whole one is made or none
 
@@ -173,14 +173,3 @@ def sample(
         shards.save(k, to_pixels(torch.cat(drawn), pixel_type))
     processes.wait_for_everyone()
     return time.monotonic() - began if missing else 0.0
-
-
-def to_pixels(samples: Tensor, pixel_type: Any) -> np.ndarray:
-    """Samples in [-1, 1] to whole values of this type, uint8 or uint16: (B, C, H, W)."""
-    white = np.iinfo(pixel_type).max
-    return ((samples.double().clamp(-1, 1) + 1) * (white / 2)).round().cpu().numpy().astype(pixel_type)
-
-
-def to_images(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """And back: float32 in [-1, 1], on the device."""
-    return scaled(torch.from_numpy(pixels).to(device))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from training.samples import to_images
+from ddpm_pipeline.pixels import from_pixels
 
 Row = dict[str, Any]
 
@@ -109,13 +109,14 @@ def nearest_picture(
     pixels: np.ndarray, reference: np.ndarray, extractor: Any, cache_dir: Path, number: int = 12
 ) -> Image.Image:
     """The samples that are nearest to a training picture, and below each that picture."""
-    from ddpm_pipeline import fidelity, film
+    from ddpm_pipeline import fidelity, visualize
+    from ddpm_pipeline.features import extract_features
 
-    features = fidelity.features_of(extractor, pixels)
-    distance, index = fidelity.nearest(features, fidelity.features_of(extractor, reference, cache_dir=cache_dir))
+    features = extract_features(extractor, pixels)
+    distance, index = fidelity.nearest(features, extract_features(extractor, reference, cache_dir=cache_dir))
     closest = distance.argsort()[:number]
     both = np.concatenate([pixels[closest.numpy()], reference[index[closest].numpy()]])
-    return film.grid(to_images(both), columns=len(closest))
+    return visualize.grid(from_pixels(both), columns=len(closest))
 
 
 def plot_quality(folder: Path, rows: Sequence[Row]) -> list[str]:

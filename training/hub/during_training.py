@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ddpm_pipeline import DDPMScheduler
 
-SCRIPT = Path(__file__).with_name("publish.py")
+SCRIPT = Path(__file__).parents[1] / "publish.py"
 EXIT_CODE = 3  # the model is whole, and is not on the Hub
 SECONDS_TO_CHECK = 60
 
@@ -35,16 +35,16 @@ def check(config: Config) -> None:
 
     The repository is made, private if that is wanted.
     """
-    from ddpm_pipeline import publishing
+    from training.hub import client, push
 
     try:
-        publishing.check_access(
-            publishing.Hub(SECONDS_TO_CHECK),
+        push.check_access(
+            client.Hub(SECONDS_TO_CHECK),
             str(config.hub_model_id),
             private=config.hub_private_repo,
             license=config.license,
         )
-    except publishing.HubError as error:
+    except client.HubError as error:
         raise HubError(str(error)) from error
 
 

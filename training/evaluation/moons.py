@@ -11,9 +11,9 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, film
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
 from ddpm_pipeline.moons import lit_fraction, phase_of, render
-from training.log import Log
+from training.run.log import Log
 
 HALF, FULL = math.pi / 2, math.pi  # phases
 STRIP = 9  # pictures from the half moon to the full one
@@ -58,7 +58,7 @@ def fuse_moons(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, num_in
             "lit": [round(lit, 4) for lit in lit_fraction(match.phase).tolist()],
             "distance": [round(distance, 5) for distance in match.distance.tolist()],
         }
-    film.grid(torch.cat([images.cpu() for images in rows.values()]), columns=STRIP).save(folder / "fusion.png")
+    visualize.grid(torch.cat([images.cpu() for images in rows.values()]), columns=STRIP).save(folder / "fusion.png")
     (folder / "fusion.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     middle = {name: [found[name][what][STRIP // 2] for what in ("lit", "distance")] for name in rows}
     lit, distance = middle["balanced"]

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_pipeline import chance
-
-ORDER, FLIP = 3, 4  # the purposes of random numbers here; 1 and 2 are those of objective.py
+from ddpm_pipeline import rng
+from ddpm_pipeline.pixels import from_pixels
 
 MAX_ON_DEVICE = 4 * 2**30  # bytes of pictures that are moved to an accelerator once and for all
 
@@ -18,7 +17,7 @@ class Batches:
 
     Args:
         images: (M, C, H, W) uint8 or uint16, in memory or memory-mapped.
-        rows: which of them, (N,) int64; all by default.
+        train_indices: which of them, (N,) int64; all by default.
         batch_size: B, of the global batch.
         seed: of order and flips.
         random_flip: mirror half of the pictures, left to right.
@@ -29,14 +28,14 @@ class Batches:
         self,
         images: np.ndarray,
         *,
-        rows: np.ndarray | None = None,
+        train_indices: np.ndarray | None = None,
         batch_size: int,
         seed: int,
         random_flip: bool,
         device: torch.device,
     ) -> None:
         self._images = images
-        self._rows = np.arange(len(images)) if rows is None else rows
+        self._train_indices = np.arange(len(images)) if train_indices is None else train_indices
         self._batch_size, self._seed, self._random_flip, self._device = batch_size, seed, random_flip, device
         self._pass, self._order = -1, np.empty(0, dtype=np.int64)
         self._on_device: Tensor | None = None
@@ -46,7 +45,7 @@ class Batches:
     def indices(self, step: int, place: Tensor) -> np.ndarray:
         """Which pictures are at these places, (b,) int64 in [0, B), on the CPU, of the batch of this step, 0, 1, ..."""
         position = step * self._batch_size + place.numpy()
-        passes, within = np.divmod(position, len(self._rows))
+        passes, within = np.divmod(position, len(self._train_indices))
         return np.array([self._shuffled(number)[i] for number, i in zip(passes.tolist(), within.tolist())])
 
     def images(self, step: int, place: Tensor) -> Tensor:
@@ -56,22 +55,19 @@ class Batches:
             batch = self._on_device[torch.from_numpy(indices).to(self._device, non_blocking=True)]
         else:
             batch = torch.from_numpy(self._images[indices]).to(self._device, non_blocking=True)
-        x_0 = scaled(batch)
+        x_0 = from_pixels(batch)
         if self._random_flip:
-            mirrored = chance.bits(chance.key(self._seed, FLIP, step), place.to(self._device)) < 0
+            mirrored = rng.bits(rng.key(self._seed, rng.Stream.FLIP, step), place.to(self._device)) < 0
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         return x_0
 
     def _shuffled(self, number: int) -> np.ndarray:
         """The order of the pictures in pass 0, 1, ...: sorted by a random number for each."""
         if number != self._pass:
-            index = torch.arange(len(self._rows))
-            shuffled = chance.bits(chance.key(self._seed, ORDER, number), index).argsort(stable=True).numpy()
-            self._order = self._rows[shuffled]
+            index = torch.arange(len(self._train_indices))
+            shuffled = (
+                rng.bits(rng.key(self._seed, rng.Stream.SAMPLE_ORDER, number), index).argsort(stable=True).numpy()
+            )
+            self._order = self._train_indices[shuffled]
             self._pass = number
         return self._order
-
-
-def scaled(pixels: Tensor) -> Tensor:
-    """uint8 or uint16 to float32 in [-1, 1]."""
-    return pixels.float().mul_(2 / torch.iinfo(pixels.dtype).max).sub_(1)

@@ -1,0 +1,51 @@
+"""PIXELS: whole pixel values to images in [-1, 1] and back, and image sizes.
+
+x = 2 v / (levels - 1) - 1        v = 0 .. levels - 1, with 256 levels for uint8 and 65536 for uint16
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def from_pixels(pixels: Tensor | np.ndarray, device: torch.device | str | None = None) -> Tensor:
+    """uint8 or uint16 pixels of any shape to float32 in [-1, 1], on `device` (by default where the pixels are)."""
+    pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+    return pixels.to(device).float().mul_(2 / (num_levels(pixels.dtype) - 1)).sub_(1)
+
+
+def to_pixels(images: Tensor, dtype: Any = np.uint8) -> np.ndarray:
+    """Images in [-1, 1] of any shape to the nearest uint8 or uint16 pixels; values outside are clipped."""
+    white = num_levels(dtype) - 1
+    return ((images.double().clamp(-1, 1) + 1) * (white / 2)).round().cpu().numpy().astype(dtype)
+
+
+def num_levels(dtype: Any) -> int:
+    """How many brightness levels a pixel of this torch or numpy dtype has: 256 for uint8, 65536 for uint16.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
+    if name not in ("uint8", "uint16"):
+        raise ValueError(f"pixels are {name}: give uint8 or uint16")
+    return 256 if name == "uint8" else 65536
+
+
+def height_width(size: Any, name: str = "size") -> tuple[int, int]:
+    """(H, W) in pixels, of a side (64, "64"), of "HEIGHTxWIDTH" ("64x96"), or of a pair of integers.
+
+    Raises:
+        ValueError: anything else, or a side below 1; the message calls the value `name`.
+    """
+    sides: Any = size
+    if isinstance(size, str) and (match := re.fullmatch(r"(\d+)(?:x(\d+))?", size)):
+        sides = [int(side) for side in match.groups() if side]
+    sides = list(sides) if isinstance(sides, (list, tuple)) else [sides]
+    sides = sides * 2 if len(sides) == 1 else sides
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in sides):
+        raise ValueError(f"{name} is {size!r}: give a side in pixels, or height and width")
+    return int(sides[0]), int(sides[1])

@@ -1,0 +1,1 @@
+"""From files to batches: sources, decoding, the cache, the held-out split, batches."""

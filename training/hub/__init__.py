@@ -1,0 +1,1 @@
+"""Publishing a run: staging, the model card, the loading check, the Hub client, the push."""

@@ -1,0 +1,1 @@
+"""What a training run is made of: runtime, checkpoints, signals, failures, logging, sampling, validation."""
