@@ -136,7 +136,7 @@ def evaluate(given: argparse.Namespace) -> None:
 
     began = time.monotonic()
     processes = runtime.start(given.mixed_precision, given.cpu_threads)
-    failures.check_processes(processes.num_processes)
+    runtime.check_world_size(processes.num_processes)
     say, main_process = processes.print, processes.is_main_process
     with processes.main_process_first():  # which downloads for all
         models = load_models(given.model, given.weights, given.revision)

@@ -40,7 +40,7 @@ def main(config: Config, stop: Stop) -> int:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     accelerator = runtime.start(config.mixed_precision, config.cpu_threads)
-    failures.check_processes(accelerator.num_processes)
+    runtime.check_world_size(accelerator.num_processes)
     device, main_process = accelerator.device, accelerator.is_main_process
     per_process, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     global_batch = per_process * accelerator.num_processes * accumulation

@@ -280,6 +280,6 @@ def test_fewer_processes_than_asked_for_is_refused(place):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", str(TRAIN)]
     done = subprocess.run([*command, *place.arguments("run")], capture_output=True, text=True, timeout=120)
     assert done.returncode
-    assert "asked for 2 processes, and 1 started" in done.stderr and "torchrun --nproc-per-node" in done.stderr
+    assert "told to start 2 processes, but 1 started" in done.stderr and "torchrun --nproc-per-node" in done.stderr
     assert not (place.folder / "run").exists()
     assert os.environ.get("WORLD_SIZE") is None

@@ -1,9 +1,7 @@
-"""When things go wrong: a checkpoint of another run, a number that is none, too little memory, too few processes."""
+"""When things go wrong: a checkpoint of another run, a number that is none, too little memory."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,37 +17,6 @@ from training.run.checkpoint import CheckpointError
 
 class OutOfMemoryError(RuntimeError):
     """The message says which settings need less."""
-
-
-def check_processes(started: int) -> None:
-    """Raise ValueError if the launcher was asked for another number of processes, as far as this one can know."""
-    asked = os.environ.get("WORLD_SIZE") or (_asked_of_accelerate() if launched_alone() else None)
-    if asked not in (None, str(started)):
-        raise ValueError(
-            f"the launcher was asked for {asked} processes, and {started} started: give "
-            f"torchrun --nproc-per-node N training/{Path(sys.argv[0]).name}"
-        )
-
-
-def _asked_of_accelerate() -> str | None:
-    """On a CPU `accelerate launch --num_processes 2` starts one process: only its command line and settings tell."""
-    launcher = Path(f"/proc/{os.getppid()}")
-    try:
-        words = (launcher / "cmdline").read_text(errors="replace").replace("=", "\0").split("\0")
-        environment = (launcher / "environ").read_text(errors="replace").split("\0")
-    except OSError:  # not Linux
-        return None
-    for flag in ("--num_processes", "--num-processes"):
-        if flag in words[:-1]:
-            return words[words.index(flag) + 1]
-    if "MASTER_ADDR" in os.environ and not any(line.startswith("MASTER_ADDR=") for line in environment):
-        return "several"  # for which it sets this; the number is in its settings file
-    return None
-
-
-def launched_alone() -> bool:
-    """Has `accelerate launch` started this process, and no others beside it?"""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
 
 
 def check_same_run(

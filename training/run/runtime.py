@@ -1,56 +1,152 @@
-"""What a run runs on: processes, device, threads, precision, versions."""
+"""The runtime of a run: process group, device, threads, precision, versions."""
 
 from __future__ import annotations
 
 import os
 import platform
-from typing import TYPE_CHECKING
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 
-def start(mixed_precision: str, cpu_threads: int | None = None) -> Accelerator:
-    """Accelerate's view of the processes of this run, with the threads set that each may take on a CPU.
+
+class Runtime:
+    """The processes of this run, seen from one of them: accelerate's Accelerator and what we need of it.
+
+    On a CPU this also sets the number of threads: `accelerate launch` asks for one, which wastes the other cores.
 
     Args:
-        mixed_precision: no, fp16, bf16 or auto.
-        cpu_threads: of each process; by default they share out all cores.
+        mixed_precision: no, fp16, bf16 or auto (bf16 if the hardware multiplies it, else float32).
+        cpu_threads: threads of each process on a CPU; None divides the cores among the processes of this machine.
+    Attributes:
+        rank, world_size: index of this process and number of processes. `is_main` is rank 0.
+        dtype: what the network computes in, inside `autocast()`.
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a CUDA device; or the launcher was told to start another number of processes.
     """
-    from accelerate import Accelerator
 
-    # Without being told so, accelerate makes of several processes on CPUs as many runs that know nothing of each other.
-    only_cpus = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=precision(mixed_precision), cpu=only_cpus)
-    if accelerator.device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(cpu_threads or max(1, cpu_cores() // here))
-    return accelerator
+    def __init__(self, mixed_precision: str, cpu_threads: int | None = None) -> None:
+        from accelerate import Accelerator
+
+        # Several processes without an accelerator: unless cpu=True, accelerate makes each a run of its own.
+        cpu_only = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+        self.accelerator: Accelerator = Accelerator(
+            mixed_precision=resolve_mixed_precision(mixed_precision), cpu=cpu_only
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        self.mixed_precision: str = self.accelerator.mixed_precision
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
+        if self.device.type == "cpu":
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(cpu_threads or max(1, cpu_cores() // local_world_size))
+        check_world_size(self.world_size)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Around a call of the network outside of accelerate's own wrapper: it computes in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on some rank: the same answer on all ranks."""
+        if self.world_size == 1:
+            return list(flags)
+        total: Tensor = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.device), "sum")
+        return (total > 0).tolist()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the ranks."""
+        result: Tensor = self.accelerator.reduce(tensor, "mean")
+        return result
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, concatenated along the first dimension by rank; their shapes must be equal."""
+        result: Tensor = self.accelerator.gather(tensor)
+        return result
+
+    def gather_objects(self, items: list[T]) -> list[T]:
+        """The lists of all ranks as one list, in the order of the ranks."""
+        if self.world_size == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        result: list[T] = gather_object(items)
+        return result
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """The main process runs the block first, the others after it."""
+        return self.accelerator.main_process_first()
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """`print`, on the main process only."""
+        self.accelerator.print(*values, **options)
 
 
-def precision(asked: str) -> str:
-    """mixed_precision with "auto" decided: bf16 where the hardware multiplies it, else float32."""
-    if asked == "auto":
+def resolve_mixed_precision(requested: str) -> str:
+    """`requested`, where "auto" becomes what `accelerate launch` was told, else bf16 if the hardware multiplies it.
+
+    Raises:
+        ValueError: fp16 without a CUDA device.
+    """
+    resolved = requested
+    if requested == "auto":
         launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
         if launched_with != "no":
-            asked = launched_with
+            resolved = launched_with
         elif torch.cuda.is_available():
-            asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+            resolved = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
         else:
-            asked = "bf16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "no"
-    if asked == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision is fp16, which is very slow without a GPU: give bf16, or no")
-    return asked
+            on_cpu = not torch.backends.mps.is_available()
+            resolved = "bf16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "no"
+    if resolved == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision is 'fp16', which is very slow without a CUDA device: give bf16 or no")
+    return resolved
 
 
-def dtype(accelerator: Accelerator) -> torch.dtype:
-    """What the network computes in."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+def check_world_size(world_size: int) -> None:
+    """Raise ValueError if the launcher was told to start another number of processes, as far as this one can tell."""
+    requested = os.environ.get("WORLD_SIZE") or (_world_size_of_accelerate() if launched_alone() else None)
+    if requested not in (None, str(world_size)):
+        raise ValueError(
+            f"the launcher was told to start {requested} processes, but {world_size} started: use "
+            f"torchrun --nproc-per-node N training/{Path(sys.argv[0]).name}"
+        )
+
+
+def launched_alone() -> bool:
+    """Whether `accelerate launch` started this process and no other one."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+
+
+def _world_size_of_accelerate() -> str | None:
+    """The number of processes on the launcher's command line; "several" if it comes from accelerate's config file.
+
+    On a CPU `accelerate launch --num_processes 2` starts one process, and tells it nothing about the other.
+    """
+    launcher = Path(f"/proc/{os.getppid()}")
+    try:
+        arguments = (launcher / "cmdline").read_text(errors="replace").replace("=", "\0").split("\0")
+        environment = (launcher / "environ").read_text(errors="replace").split("\0")
+    except OSError:  # not Linux
+        return None
+    for flag in ("--num_processes", "--num-processes"):
+        if flag in arguments[:-1]:
+            return arguments[arguments.index(flag) + 1]
+    if "MASTER_ADDR" in os.environ and not any(line.startswith("MASTER_ADDR=") for line in environment):
+        return "several"  # accelerate sets MASTER_ADDR for more than one process
+    return None
 
 
 def cpu_cores() -> int:
@@ -61,13 +157,27 @@ def cpu_cores() -> int:
     return min(allowed, psutil.cpu_count(logical=False) or 1)
 
 
-def name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
     from importlib.metadata import version
 
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "diffusers", "accelerate", "safetensors", "numpy")
     }
+
+
+# Until all callers use Runtime.
+def start(mixed_precision: str, cpu_threads: int | None = None) -> Accelerator:
+    return Runtime(mixed_precision, cpu_threads).accelerator
+
+
+def dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def name(device: torch.device) -> str:
+    return device_name(device)

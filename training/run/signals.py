@@ -12,7 +12,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from training.run.failures import launched_alone
+from training.run.runtime import launched_alone
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell says it of a process that SIGTERM ended
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
