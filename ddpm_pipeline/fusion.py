@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .images import check_output_type, to_mask, to_output, to_tensor
-from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
+from .scheduling_ddpm import DDPMScheduler, check_int, compute_dtype
 
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (x_t, t) to (x_0_pred, eps_pred), nothing clipped
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures in [-1, 1] to (B,), each at least 0
@@ -99,7 +99,7 @@ def walk_home(predict: Predict, scheduler: DDPMScheduler, x_t: Tensor, timesteps
     """The walk home without noise and without clipping: DDIM, Eq. 12, with sigma 0. `walk_out` backwards."""
     for t, prev_t in zip(timesteps, [*timesteps[1:], -1]):
         alpha_bars = scheduler.alpha_bars(torch.tensor([t]), torch.tensor([prev_t]))
-        coef_x_0, coef_x_t, _ = (number.item() for number in scheduler._posterior(*alpha_bars, eta=0.0))
+        coef_x_0, coef_x_t, _ = (number.item() for number in scheduler.posterior_coefficients(*alpha_bars, eta=0.0))
         x_0_pred, _ = predict(x_t, t)
         x_t = coef_x_0 * x_0_pred + coef_x_t * x_t
     return x_t
@@ -279,7 +279,7 @@ class PictureMethods:
         """
         x_0, labels = self._pictures(images, "images", class_labels)
         steps = self._steps(num_inference_steps, timesteps)
-        refinements = _check_int("refinements", refinements, 0, 1000)
+        refinements = check_int("refinements", refinements, 0, 1000)
         if not tolerance > 0:
             raise ValueError(f"tolerance is {tolerance!r}: give a positive number")
         with self.progress_bar(total=len(steps) * (1 + refinements)) as bar:
@@ -386,7 +386,7 @@ class PictureMethods:
 
         else:
             t = self.scheduler.num_steps // 2 if timestep is None else timestep
-            steps = self._steps_from(_check_int("timestep", t, 0, self.scheduler.num_steps - 1), len(steps))
+            steps = self._steps_from(check_int("timestep", t, 0, self.scheduler.num_steps - 1), len(steps))
             each = self._seeds(generator, seeds, pairs)
 
             def draw(which: Tensor, weights: Tensor) -> Tensor:
@@ -499,8 +499,8 @@ class PictureMethods:
         known, labels = self._pictures(image, "image", class_labels)
         hidden = to_mask(mask, tuple(known.shape)).to(known.device)
         steps = self._steps(num_inference_steps, None)
-        jump_length = _check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
-        levels = repaint_levels(len(steps), jump_length, _check_int("resamples", resamples, 1, 1000))
+        jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
+        levels = repaint_levels(len(steps), jump_length, check_int("resamples", resamples, 1, 1000))
         options = _step_options(self._seeds(generator, seeds, len(known)), eta)
 
         def noise() -> Tensor:
@@ -551,7 +551,7 @@ class PictureMethods:
             there, here = (" x ".join(map(str, sides)) for sides in (x_0.shape[2:], wanted))
             raise ValueError(f"{name} is {there} pixels: this network draws {here} (height x width)")
         self._height_width(x_0.shape[2], x_0.shape[3], None)
-        return x_0.to(self._execution_device, _wide(self.unet.dtype))
+        return x_0.to(self._execution_device, compute_dtype(self.unet.dtype))
 
     def _steps(self: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> list[int]:
         """Set the scheduler's steps, 50 by default, and give them."""
@@ -562,7 +562,7 @@ class PictureMethods:
         else:
             longest = self.scheduler.num_steps
             number = min(50, longest) if num_inference_steps is None else num_inference_steps
-            self.scheduler.set_timesteps(_check_int("num_inference_steps", number, 1, longest))
+            self.scheduler.set_timesteps(check_int("num_inference_steps", number, 1, longest))
         return [int(t) for t in self.scheduler.timesteps]
 
     def _steps_from(self: Any, t: int, of_whole_walk: int) -> list[int]:
@@ -581,7 +581,7 @@ class PictureMethods:
                     f"seeds has {len(given)} entries, but there are {number} pictures: give one for each "
                     "(for several of one picture, give it several times)"
                 )
-            return [_check_int("seeds", seed, 0, 2**32 - 1) for seed in given]
+            return [check_int("seeds", seed, 0, 2**32 - 1) for seed in given]
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * number
         if len(generators) != number:
             raise ValueError(f"generator is a list of {len(generators)}, but there are {number} pictures")
@@ -624,7 +624,7 @@ class _Predictor:
 
     def __call__(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
         scheduler = self.pipe.scheduler
-        output, _ = scheduler._split(self.pipe._output(x_t, t, self.labels), x_t)
+        output, _ = scheduler.split_output(self.pipe._output(x_t, t, self.labels), x_t)
         self.calls += 1
         self.bar.update()
         at = torch.tensor([t])

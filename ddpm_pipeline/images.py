@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .scheduling_ddpm import _wide
+from .scheduling_ddpm import compute_dtype
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
@@ -72,7 +72,7 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
         return pixels.float() / 127.5 - 1
     if not pixels.is_floating_point():
         raise ValueError(f"{name} is {pixels.dtype}: give uint8, or floats in [-1, 1]")
-    pixels = pixels.to(_wide(pixels.dtype))
+    pixels = pixels.to(compute_dtype(pixels.dtype))
     if not (pixels.abs() <= 1 + 1e-4).all():  # a picture that a walk has made may be a rounding error outside
         raise ValueError(
             f"{name} goes from {pixels.min():g} to {pixels.max():g}: give floats in [-1, 1] (of 0..255 x / 127.5 - 1)"

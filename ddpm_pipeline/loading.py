@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 
-from .scheduling_ddpm import MAX_TRAIN_TIMESTEPS, DDPMScheduler, _check_int
+from .scheduling_ddpm import MAX_TRAIN_TIMESTEPS, DDPMScheduler, check_int
 
 MAX_JSON_BYTES = 10 * 2**20  # a configuration has a few thousand; trained_betas of the longest walk make 3 million
 MAX_SIDE, MAX_CHANNELS, MAX_BLOCKS, MAX_LAYERS = 2**16, 2**16, 16, 64  # of a U-net that somebody has trained
@@ -85,7 +85,7 @@ def _check_scheduler(file: Path, kind: type) -> None:
     if betas is not None and not (isinstance(betas, list) and 0 < len(betas) <= MAX_TRAIN_TIMESTEPS):
         raise ValueError(f"{file}: trained_betas is {_quoted(betas)}: a list of numbers or null")
     try:
-        _check_int("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TRAIN_TIMESTEPS)
+        check_int("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TRAIN_TIMESTEPS)
         if kind.__name__ == "DDPMScheduler":
             DDPMScheduler.from_config(config)  # small by now, and it looks at every field
     except (ValueError, TypeError) as error:
@@ -108,7 +108,7 @@ def _check_unet(folder: Path, variant: str | None) -> None:
         limits.append(("num_class_embeds", config["num_class_embeds"], 2**31))
     try:
         for name, value, greatest in limits:
-            _check_int(name, value, 1, greatest)
+            check_int(name, value, 1, greatest)
         with torch.device("meta"):  # tensors with shapes but without memory
             unet = UNet2DModel.from_config(config)
     except Exception as error:  # whatever a constructor meets

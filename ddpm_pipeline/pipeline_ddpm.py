@@ -31,7 +31,7 @@ from torch import Tensor
 from .fusion import PictureMethods
 from .images import check_output_type, to_output
 from .loading import check_finite, check_folder
-from .scheduling_ddpm import DDPMScheduler, _check_int, _wide
+from .scheduling_ddpm import DDPMScheduler, check_int, compute_dtype
 
 
 class TrajectoryStep(NamedTuple):
@@ -219,7 +219,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
         null = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
         both = self.unet(
             torch.cat([model_input, model_input]), t, class_labels=torch.cat([labels, null]), return_dict=False
-        )[0].to(_wide(model_input.dtype))
+        )[0].to(compute_dtype(model_input.dtype))
         with_class, without = both.chunk(2)
         channels = model_input.shape[1]  # what follows them is a learned variance, which is not guided
         guided = torch.lerp(without[:, :channels], with_class[:, :channels], scale)
@@ -267,14 +267,14 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
             if generator is not None:
                 raise ValueError(f"generator and seeds={list(seeds)} are both given: give one of the two")
             # of a larger seed torch's generator on the CPU takes the last 32 bits only
-            generator = [torch.Generator().manual_seed(_check_int("seeds", seed, 0, 2**32 - 1)) for seed in seeds]
+            generator = [torch.Generator().manual_seed(check_int("seeds", seed, 0, 2**32 - 1)) for seed in seeds]
         if isinstance(generator, (list, tuple)):
             generator = list(generator)  # diffusers takes a tuple for a single one
             if len(generator) != batch_size:
                 raise ValueError(f"generator is a list of {len(generator)}, but batch_size is {batch_size}")
         labels = self._checked_labels(class_labels, guidance_scale, batch_size)
 
-        device, dtype = self._execution_device, _wide(self.unet.dtype)  # the walk is float32 whatever the network is
+        device, dtype = self._execution_device, compute_dtype(self.unet.dtype)  # the walk is float32 whatever the network is
         shape = (batch_size, self.unet.config.in_channels, *self._height_width(height, width, latents))
         if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
             raise ValueError(
@@ -293,7 +293,7 @@ class DDPMPipeline(PictureMethods, BuiltInDDPMPipeline):
         else:
             num_train_timesteps = self.scheduler.config.num_train_timesteps
             steps = num_train_timesteps if num_inference_steps is None else num_inference_steps
-            self.scheduler.set_timesteps(_check_int("num_inference_steps", steps, 1, num_train_timesteps))
+            self.scheduler.set_timesteps(check_int("num_inference_steps", steps, 1, num_train_timesteps))
 
         takes = inspect.signature(self.scheduler.step).parameters
         step_options: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
@@ -447,7 +447,7 @@ def _config_as_given(scheduler: BuiltInDDPMScheduler) -> dict[str, Any]:
 
 def _batch_size(batch_size: int, **per_image: Any) -> int:
     """B, which a list with one entry for each image may say as well."""
-    size = _check_int("batch_size", batch_size, 1, 2**31)
+    size = check_int("batch_size", batch_size, 1, 2**31)
     lengths = {}
     for name, values in per_image.items():
         with contextlib.suppress(TypeError):  # None, or one label for all

@@ -120,12 +120,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         # The built-in constructor is not called: it makes the same attributes from float32 tables.
-        _check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        _check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        num_train_timesteps = _check_int("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
-        _check_int("steps_offset", steps_offset, 0, num_train_timesteps)
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        check_int("steps_offset", steps_offset, 0, num_train_timesteps)
         if not 0 < dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio is {dynamic_thresholding_ratio!r}: give a number in (0, 1]")
         for name, bound in (("clip_sample_range", clip_sample_range), ("sample_max_value", sample_max_value)):
@@ -189,6 +189,28 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         signal, variance = self._at(t, x_0, "signal", "noise_variance")
         return MeanVariance((signal * x_0).to(x_0.dtype), variance.to(x_0.dtype))
 
+    def q_step(self, x_prev: Tensor, t: Tensor, prev_t: Tensor, noise: Tensor) -> Tensor:
+        """Eq. (2), DDPM, between any two indices: x_t = sqrt(alpha) x_prev + sqrt(1 - alpha) noise.
+
+        alpha = alpha_bar_t / alpha_bar_prev, which is alpha_t for prev_t = t - 1. Computed in float32 or float64.
+
+        Args:
+            x_prev: images at index prev_t, (B, C, H, W), floats; clean images in [-1, 1] if prev_t is -1.
+            t: (B,) int64 in [0, T), or one for all.
+            prev_t: (B,) int64 in [-1, t), or one for all.
+            noise: N(0, I), same shape as x_prev.
+        Returns:
+            x_t, (B, C, H, W), dtype of x_prev.
+        Raises:
+            ValueError: images are integers, shapes differ, or some t or prev_t is out of range.
+        """
+        self._check_images(x_prev)
+        _check_shapes(x_prev=x_prev, noise=noise)
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars(t, prev_t)
+        alpha = alpha_bar_t / alpha_bar_prev
+        signal, noise_std = (self._broadcast(table, x_prev) for table in (alpha.sqrt(), (1 - alpha).sqrt()))
+        return _add_scaled(signal * x_prev, _widened(noise), noise_std).to(x_prev.dtype)
+
     def q_posterior_mean_variance(
         self, x_0: Tensor, x_t: Tensor, t: Tensor, prev_t: Tensor | None = None
     ) -> MeanVariance:
@@ -204,10 +226,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Raises:
             ValueError: shapes differ, or some t or prev_t is out of range.
         """
-        if x_0.shape != x_t.shape:
-            raise ValueError(f"x_0 has shape {tuple(x_0.shape)} and x_t {tuple(x_t.shape)}: give one shape")
+        _check_shapes(x_0=x_0, x_t=x_t)
         coef_x_0, coef_x_t, variance = (
-            self._broadcast(table, x_t) for table in self._posterior(*self.alpha_bars(t, prev_t))
+            self._broadcast(table, x_t) for table in self.posterior_coefficients(*self.alpha_bars(t, prev_t))
         )
         return MeanVariance((coef_x_0 * x_0 + coef_x_t * x_t).to(x_t.dtype), variance.to(x_t.dtype))
 
@@ -230,8 +251,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4), as `add_noise`."""
         self._check_images(sample)
-        signal, noise_std = self._at(timesteps, sample, "signal", "noise_std")
-        return _add_scaled(signal * noise, _widened(sample), -noise_std).to(sample.dtype)
+        return self._velocity(sample, noise, timesteps).to(sample.dtype)
+
+    def _velocity(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        signal, noise_std = self._at(t, x_0, "signal", "noise_std")
+        return _add_scaled(signal * eps, _widened(x_0), -noise_std)
 
     def snr(self, t: Tensor) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), the signal-to-noise ratio: float64, shape of t, integers in [0, T)."""
@@ -249,18 +273,60 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Raises:
             ValueError: unknown source or target, or some t is out of range.
         """
-        _check_choice("source", source, PREDICTION_TYPES)
-        _check_choice("target", target, PREDICTION_TYPES)
+        check_choice("source", source, PREDICTION_TYPES)
+        check_choice("target", target, PREDICTION_TYPES)
         if source == target:
             return prediction
-        alpha_bar_t, _ = self.alpha_bars(t)
-        a, b = (self._broadcast(table, x_t) for table in self.x_0_coefficients(alpha_bar_t, source))
-        x_0 = a * x_t + b * prediction
         if target == "sample":
-            return x_0.to(prediction.dtype)
-        signal, noise_std = self._at(t, x_t, "signal", "noise_std")
-        eps = prediction if source == "epsilon" else (x_t - signal * x_0) / noise_std
-        return (eps if target == "epsilon" else signal * eps - noise_std * x_0).to(prediction.dtype)
+            return self._converted(self.x_0_coefficients, prediction, t, x_t, source).to(prediction.dtype)
+        eps = self._converted(self.eps_coefficients, prediction, t, x_t, source)
+        if target == "epsilon":
+            return eps.to(prediction.dtype)
+        x_0 = self._converted(self.x_0_coefficients, prediction, t, x_t, source)
+        return self._velocity(x_0, eps, t).to(prediction.dtype)
+
+    def x_0_from_eps(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Eq. (15), DDPM: x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t).
+
+        Args:
+            x_t: noisy images at index t, (B, C, H, W).
+            eps: the noise in them, same shape.
+            t: (B,) int64 in [0, T).
+        Returns:
+            (B, C, H, W), dtype of x_t.
+        Raises:
+            ValueError: shapes differ, or some t is out of range.
+        """
+        _check_shapes(x_t=x_t, eps=eps)
+        return self._converted(self.x_0_coefficients, eps, t, x_t, "epsilon").to(x_t.dtype)
+
+    def eps_from_x_0(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """The noise in x_t if the clean image is x_0: eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t).
+
+        Args:
+            x_t: noisy images at index t, (B, C, H, W).
+            x_0: clean images, same shape.
+            t: (B,) int64 in [0, T).
+        Returns:
+            (B, C, H, W), dtype of x_t.
+        Raises:
+            ValueError: shapes differ, or some t is out of range.
+        """
+        _check_shapes(x_t=x_t, x_0=x_0)
+        return self._converted(self.eps_coefficients, x_0, t, x_t, "sample").to(x_t.dtype)
+
+    def _converted(
+        self,
+        coefficients: Callable[[Tensor, str], tuple[Tensor, Tensor]],
+        prediction: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+        source: str,
+    ) -> Tensor:
+        """a x_t + b prediction, with the coefficients for predictions of type `source` at t."""
+        alpha_bar_t, _ = self.alpha_bars(t)
+        a, b = (self._broadcast(table, x_t) for table in coefficients(alpha_bar_t, source))
+        return a * x_t + b * prediction
 
     # ---- One step home: p --------------------------------------------------------------------------------------------
 
@@ -286,13 +352,13 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Raises:
             ValueError: shapes or channels do not fit, or some t or prev_t is out of range.
         """
-        output, said = self._split(model_output, x_t)
+        output, said = self.split_output(model_output, x_t)
         alpha_bars = self.alpha_bars(t, prev_t)
         a, b, coef_x_0, coef_x_t, centre, slope = (
             self._broadcast(table, x_t)
             for table in (
                 *self.x_0_coefficients(alpha_bars[0], self.prediction_type),
-                *self._posterior(*alpha_bars)[:2],
+                *self.posterior_coefficients(*alpha_bars)[:2],
                 *self.log_variance(*alpha_bars, least_variance=least_variance),
             )
         )
@@ -321,11 +387,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 f"num_inference_steps is {num_inference_steps!r} and timesteps is {timesteps!r}: give one of the two"
             )
         if timesteps is not None:
-            chosen = [_check_int("timesteps", t, 0, self.num_steps - 1) for t in timesteps]
+            chosen = [check_int("timesteps", t, 0, self.num_steps - 1) for t in timesteps]
             if not chosen or any(later >= earlier for earlier, later in zip(chosen, chosen[1:])):
                 raise ValueError(f"timesteps are {_short(chosen)}: give integers in descending order")
         else:
-            number = _check_int("num_inference_steps", num_inference_steps, 1, self.num_steps)
+            number = check_int("num_inference_steps", num_inference_steps, 1, self.num_steps)
             chosen = self._spaced(number)
         if chosen[0] >= self.num_steps:
             raise ValueError(
@@ -371,7 +437,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Raises:
             ValueError: the timestep is not in the schedule, eta is not in [0, 1], or shapes or channels do not fit.
         """
-        output, said = self._split(model_output, sample)
+        output, said = self.split_output(model_output, sample)
         c = self._coefficients(timestep, eta, sample)
         x_t = _widened(sample)
         if self.prediction_type == "sample":
@@ -409,7 +475,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     # ---- The formulas behind both ------------------------------------------------------------------------------------
 
     @staticmethod
-    def _posterior(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def posterior_coefficients(
+        alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of x_0 and x_t in the mean, and the variance eta^2 beta_tilde: Eq. (7), DDPM; Eq. (7), DDIM.
 
         mean = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - variance) eps, with eps put in terms of x_0 and x_t.
@@ -433,7 +501,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         """
         variance_type = variance_type or self.variance_type
         beta = 1 - alpha_bar_t / alpha_bar_prev
-        beta_tilde = self._posterior(alpha_bar_t, alpha_bar_prev)[2]
+        beta_tilde = self.posterior_coefficients(alpha_bar_t, alpha_bar_prev)[2]
         log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, least_variance).clamp(min=TINY_VARIANCE).log()
         zero = torch.zeros_like(beta)
         if variance_type.startswith("fixed_small"):
@@ -453,6 +521,17 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         if prediction_type == "sample":
             return torch.zeros_like(signal), torch.ones_like(signal)
         return signal, -noise_std
+
+    @staticmethod
+    def eps_coefficients(alpha_bar_t: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """(a, b): eps_pred = a x_t + b output. `x_0_coefficients` put into Eq. (4), DDPM, and solved for eps."""
+        signal, noise_std = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+        if prediction_type == "epsilon":
+            return torch.zeros_like(signal), torch.ones_like(signal)
+        if prediction_type == "sample":
+            return 1 / noise_std, -signal / noise_std
+        # (x_t - signal (signal x_t - noise_std v)) / noise_std, and 1 - signal^2 = noise_std^2
+        return noise_std, signal
 
     def _spaced(self, number: int) -> list[int]:
         """`number` falling steps: Lin et al. 2023 (arXiv 2305.08891), Table 2."""
@@ -518,7 +597,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             std[-1] = 0.0  # the last step of any schedule ends at the clean image and adds no noise
             columns = (
                 *self.x_0_coefficients(alpha_bar_t, self.prediction_type),
-                *self._posterior(alpha_bar_t, alpha_bar_prev, eta)[:2],
+                *self.posterior_coefficients(alpha_bar_t, alpha_bar_prev, eta)[:2],
                 std,
                 slope / 2,
             )
@@ -537,7 +616,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             return StepCoefficients(*self._rows[eta][self._index(timestep)])
         # A compiled step reads the numbers from a table, so that one graph serves every t; a timestep on an accelerator
         # is read there, so that the host need not wait for it.
-        table = self._table(eta, sample.device, _wide(sample.dtype))
+        table = self._table(eta, sample.device, compute_dtype(sample.dtype))
         if isinstance(timestep, Tensor):  # (1,), not (): for a scalar index the host waits
             return StepCoefficients(*table[timestep.reshape(1).to(table.device)][0].unbind())
         return StepCoefficients(*table[timestep].unbind())
@@ -566,7 +645,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _at(self, t: Tensor, images: Tensor, *names: str) -> list[Tensor]:
         """Entries of tables at t, (B,) or one for all, made (B, 1, 1, 1), in the dtype to compute in."""
-        index, dtype = self._checked(t).to(images.device).flatten(), _wide(images.dtype)
+        index, dtype = self._checked(t).to(images.device).flatten(), compute_dtype(images.dtype)
         tables = (self._table(name, images.device, dtype) for name in names)
         return [self._broadcast(table.index_select(0, index), images) for table in tables]
 
@@ -586,7 +665,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             raise ValueError(
                 f"t has {table.numel()} entries and images have shape {tuple(images.shape)}: give one for each image"
             )
-        return table.to(images.device, _wide(images.dtype)).view(-1, *[1] * (images.ndim - 1))
+        return table.to(images.device, compute_dtype(images.dtype)).view(-1, *[1] * (images.ndim - 1))
 
     def _checked(self, t: Tensor) -> Tensor:
         """t, after a look at its type and, where the host need not wait for it, its range."""
@@ -611,7 +690,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                     stacklevel=3,
                 )
 
-    def _split(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network says of the image, and of the variance if that is learned."""
         channels = x_t.shape[1]
         learned = self.variance_type.startswith("learned")
@@ -669,13 +748,13 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 # ---- Small things ----------------------------------------------------------------------------------------------------
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _widened(images: Tensor) -> Tensor:
-    return images.to(_wide(images.dtype))
+    return images.to(compute_dtype(images.dtype))
 
 
 def _add_scaled(total: Tensor, images: Tensor, scale: Any) -> Tensor:
@@ -690,12 +769,12 @@ def _short(numbers: Sequence[int]) -> str:
     return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-2:]))}] ({len(numbers)} of them)"
 
 
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
 
-def _check_int(name: str, value: Any, least: int, most: int) -> int:
+def check_int(name: str, value: Any, least: int, most: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
@@ -703,6 +782,13 @@ def _check_int(name: str, value: Any, least: int, most: int) -> int:
     if not least <= number <= most:
         raise ValueError(f"{name} is {value!r}: give an integer from {least} to {most}")
     return number
+
+
+def _check_shapes(**tensors: Tensor) -> None:
+    """Raise ValueError unless two tensors have one shape; the keywords are their names in the message."""
+    (name_a, a), (name_b, b) = tensors.items()
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: give one shape")
 
 
 def _check_betas(betas: Tensor, prediction_type: str) -> None:
