@@ -1,0 +1,72 @@
+"""The run record: how a model was trained. It is training.json beside the weights, and part of each checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FILE = "training.json"
+SAMPLE_SEED = 1_000_000  # sample image i has seed SAMPLE_SEED + i at every step, so that its progress can be followed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """How a model was trained.
+
+    Args:
+        step: optimizer steps done.
+        global_batch: images per optimizer step.
+        num_processes: world size.
+        device: name of the processor or GPU.
+        mixed_precision: what the network computed in: no, fp16 or bf16.
+        num_images: images trained on.
+        source: where they come from.
+        held_out: where the held-out images come from, or why there are none.
+        versions: of Python and of the libraries.
+        commit: of this project's code; None outside a git checkout.
+        config: all fields of Config.
+        seconds: spent training, sampling and validation not included.
+        sample_seed: sample image i in samples.png has seed sample_seed + i.
+    """
+
+    step: int = 0
+    global_batch: int
+    num_processes: int
+    device: str
+    mixed_precision: str
+    num_images: int
+    source: str
+    held_out: str
+    sample_seed: int = SAMPLE_SEED  # older records lack it
+    versions: dict[str, str]
+    commit: str | None
+    config: dict[str, Any]
+    seconds: float = 0.0
+
+    @classmethod
+    def load(cls, folder: Path) -> RunRecord | None:
+        """The record in the folder of a saved pipeline; None if it has none. Keys of later versions are ignored.
+
+        Raises:
+            ValueError: the file is damaged or lacks a key.
+        """
+        path = folder / FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        required = [field.name for field in fields(cls) if field.default is MISSING]
+        missing = [name for name in required if not isinstance(values, dict) or name not in values]
+        if missing:
+            raise ValueError(f"{path} has no {missing[0]!r}: it is not the record of a run of train.py")
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    def save(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
