@@ -1,4 +1,4 @@
-"""Every setting of a training run with its default, unit and meaning, and how the command line fills them in."""
+"""CONFIG: all options of a training run, with default, unit and meaning, and how the command line sets them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from ddpm_pipeline.pixels import height_width
+from training.command_line import parse_dataclass
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -21,72 +24,76 @@ METRICS = (*OF_SAMPLES, *OF_HELD_OUT)
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a training run. A step is an optimizer step, everywhere.
+    """Options of a training run. "Step" always means an optimizer step.
 
     Args:
-        output_dir: folder of the run; made if missing.
-        dataset_name: "moons", a local folder of parquet files in the Hub's layout, or a name on the Hub.
-        dataset_config_name: the Hub's name for a part of a data set.
-        train_data_dir: folder of image files, at any depth, instead of dataset_name.
-        resolution: side of the pictures, or HEIGHTxWIDTH, in pixels; by default the commonest size in the data.
-        center_crop: pictures of another size are resized to cover the target and cropped; false: squeezed to it.
-        random_flip: mirror half of the pictures, left to right.
+        output_dir: folder of the run; created if missing.
+        dataset_name: "moons" (built in), a local folder of parquet files laid out as on the Hub, or a name on the Hub.
+        dataset_config_name: configuration (subset) of the data set on the Hub.
+        train_data_dir: folder of image files, searched recursively; use it instead of dataset_name.
+        resolution: size of the training images in pixels, one side or HEIGHTxWIDTH; default: the most common size in
+            the data.
+        center_crop: resize an image of another size until it covers the target, then crop its centre; false: stretch it
+            to the target.
+        random_flip: flip half of the training images horizontally.
         background: colour behind transparent pixels, a name or #rrggbb.
-        on_bad_image: "stop" lists the unreadable pictures and ends, "skip" leaves them out.
-        min_side: pixels; pictures with a shorter side count as unreadable.
-        cache_dir: where decoded pictures are kept.
-        dataloader_num_workers: processes that decode pictures the first time; 0: this one.
-        denoiser: the network: tiny, small or ddpm-cifar10.
-        ddpm_num_steps: T, the length of the walk.
-        ddpm_beta_schedule: linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace or su.
-        prediction_type: what the network says: epsilon, sample (x_0) or v_prediction.
-        variance_type: of the walk home: fixed_small or fixed_large.
-        train_batch_size: pictures in one forward pass of one process. The global batch is this times processes times
-            gradient_accumulation_steps.
-        gradient_accumulation_steps: forward passes for one step.
-        max_train_steps: the run ends after so many steps.
-        max_train_minutes: or after so many minutes of training, whichever comes first; a resumed run has them anew.
-        learning_rate: of AdamW, after warm-up.
-        lr_scheduler: constant, linear or cosine (to 0 at max_train_steps).
-        lr_warmup_steps: steps in which the learning rate rises from 0.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
-        adam_weight_decay: of AdamW.
-        adam_epsilon: of AdamW.
+        on_bad_image: unreadable images: "stop" lists them all and exits, "skip" leaves them out.
+        min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
+        cache_dir: folder for decoded images, extracted features and classifiers.
+        dataloader_num_workers: processes that decode images the first time; 0: the main process does.
+        denoiser: network: tiny (1.8 M parameters), small (6.5 M) or ddpm-cifar10 (35.7 M).
+        ddpm_num_steps: T, number of diffusion timesteps.
+        ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
+        prediction_type: what the network predicts: epsilon, sample (x_0) or v_prediction.
+        variance_type: variance of the reverse process: fixed_small (beta tilde) or fixed_large (beta).
+        train_batch_size: images per forward pass and process. The global batch is this times the number of processes
+            times gradient_accumulation_steps.
+        gradient_accumulation_steps: forward passes per step.
+        max_train_steps: number of steps after which training ends.
+        max_train_minutes: minutes of training after which it ends, if max_train_steps is not reached first; sampling
+            and validation do not count, and a resumed run starts again from zero.
+        learning_rate: learning rate of AdamW after warm-up.
+        lr_scheduler: constant, linear or cosine decay (both to 0 at max_train_steps).
+        lr_warmup_steps: steps over which the learning rate rises linearly from 0.
+        adam_beta1: beta_1 of AdamW.
+        adam_beta2: beta_2 of AdamW.
+        adam_weight_decay: weight decay of AdamW.
+        adam_epsilon: epsilon of AdamW.
         max_grad_norm: gradients are clipped to this norm.
-        ema_max_decay: of the moving average of the weights, after its warm-up; samples use the average.
-        ema_inv_gamma: of the average's warm-up.
-        ema_power: of the average's warm-up.
-        on_nonfinite: a step with a loss or gradient that is not a finite number is never done; "stop" then ends the run
-            with the images named, "skip" goes on with the next step.
-        mixed_precision: what the network computes in: no (float32), fp16, bf16, or auto: bf16 where the machine has it.
-        cpu_threads: threads of one process on a CPU; by default the processes share out all cores. (`accelerate launch`
-            asks for one thread, which is not obeyed, and neither is OMP_NUM_THREADS, by which it asks.)
+        ema_max_decay: decay of the EMA of the weights after its warm-up. Samples use the EMA weights.
+        ema_inv_gamma: inverse gamma of the EMA warm-up, decay = 1 - (1 + (step - 1) / inv_gamma)^-power.
+        ema_power: power of the EMA warm-up.
+        on_nonfinite: a step with a non-finite loss or gradient never updates the weights; "stop" then ends the run and
+            names the images, "skip" continues with the next step.
+        mixed_precision: precision of the network: no (float32), fp16, bf16, or auto (bf16 where the hardware supports
+            it, else float32).
+        cpu_threads: threads per process on a CPU; default: the processes share all cores. OMP_NUM_THREADS, which
+            `accelerate launch` sets to 1, is ignored.
         compile: compile the network with torch.compile.
-        deterministic: only operations that give the same bits each time, as on a CPU they do anyway; slower on a GPU.
-        seed: of the first weights and of every random number.
-        logging_steps: steps between two lines of metrics.
-        validation_steps: steps between two validation losses, of pictures that are held out (training/validation.py);
-            one is also measured at the end. 0: never.
-        num_validation_images: held-out pictures that are used for it.
-        validation_split: split of the data set that is held out; by default validation, valid, val or test if it has
-            one, else every 20th picture of what is learned from, at most 1000. "none": nothing is held out.
-        validation_samples: so many pictures are drawn each time, for their kernel distance to the held-out ones;
-            0: none.
-        extractor: of the features that this distance is taken between: pixels, classifier (trained on these pictures
-            first), or a file, see ddpm_pipeline/fidelity.py.
-        save_images_steps: steps between two sample pictures; 0: only at the end.
-        num_sample_images: pictures in a sample picture.
-        ddpm_num_inference_steps: steps of the walk home for sample pictures.
+        deterministic: use only operations that give the same bits each time. Slower on a GPU; no effect on a CPU.
+        seed: seed of the initial weights and of every random number in training.
+        logging_steps: steps between two entries of metrics.jsonl.
+        validation_steps: steps between two validations on held-out images, by loss and bits per dimension; one also
+            runs at the end. 0: never.
+        num_validation_images: number of held-out images to validate on.
+        validation_split: split of the data set to hold out; default: its validation, valid, val or test split if it has
+            one, else every 20th training image, at most 1000. "none": hold out nothing.
+        validation_samples: number of images to sample at each validation, for their kernel distance to the held-out
+            images; 0: none.
+        extractor: features for that distance: pixels, classifier (trained on the training images first) or a file,
+            see ddpm_pipeline/features.py.
+        save_images_steps: steps between two grids of samples; 0: only at the end.
+        num_sample_images: number of images in a grid of samples.
+        ddpm_num_inference_steps: sampling steps for these grids.
         checkpointing_steps: steps between two checkpoints; one is also written at the end.
-        checkpoints_total_limit: so many of the newest checkpoints are kept.
+        checkpoints_total_limit: number of checkpoints to keep, the newest ones.
         resume_from_checkpoint: "latest", or a checkpoint folder of this run.
-        init_from: a model to begin from, a folder or a name on the Hub: its weights, and nothing else of it.
+        init_from: model to initialise the weights from, a folder or a name on the Hub; nothing else is copied from it.
         push_to_hub: publish the model at the end, as training/publish.py does.
-        push_to_hub_steps: publish it every so many steps as well; 0: only at the end.
-        hub_model_id: "user/name" on the Hub; made if it is missing.
-        hub_private_repo: make it private.
-        license: of the published weights, by the Hub's name for it, such as mit or cc-by-4.0.
+        push_to_hub_steps: steps between two publications during training; 0: only at the end.
+        hub_model_id: repository on the Hub, "user/name"; created if missing.
+        hub_private_repo: create the repository as private.
+        license: license of the published weights, by its identifier on the Hub, such as mit or cc-by-4.0.
     """
 
     output_dir: str = "runs/model"
@@ -151,21 +158,21 @@ class Config:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
             )
-        self.height_width  # noqa: B018  says what is wrong with resolution
-        for names, least in (
-            (
-                "train_batch_size gradient_accumulation_steps max_train_steps logging_steps num_sample_images min_side",
-                1,
-            ),
-            ("ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit", 1),
-            ("num_validation_images", 2),
-            ("dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps", 0),
-        ):
+        self.height_width  # noqa: B018  raises if resolution is wrong
+        at_least_one = (
+            "train_batch_size gradient_accumulation_steps max_train_steps logging_steps num_sample_images min_side "
+            "ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit cpu_threads"
+        )
+        at_least_zero = (
+            "dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps "
+            "validation_samples"
+        )
+        for names, least in ((at_least_one, 1), ("num_validation_images", 2), (at_least_zero, 0)):
             for name in names.split():
-                if getattr(self, name) < least:
-                    raise ValueError(f"{name} is {getattr(self, name)}: give an integer of at least {least}")
-        positive = "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes"
-        for name in positive.split():
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name} is {value}: give an integer of at least {least}")
+        for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a positive number")
@@ -173,26 +180,22 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number in [0, 1)")
         if not 0 <= self.adam_weight_decay < math.inf:
-            raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give 0 or more")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise ValueError(f"cpu_threads is {self.cpu_threads}: give an integer of at least 1")
-        if self.resume_from_checkpoint == "":  # an unset variable of a shell script: no new run for that
+            raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
+        if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
             raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
-        if self.validation_samples and not self.validation_samples >= 2:
-            raise ValueError(f"validation_samples is {self.validation_samples}: give at least 2, or 0 for none")
+        if self.validation_samples == 1:
+            raise ValueError("validation_samples is 1: give at least 2, or 0 for none")
         if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
             raise ValueError(
                 f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
-                f"validation_split {self.validation_split!r}: leave it out, or give these"
+                f"validation_split is {self.validation_split!r}: change these, or leave validation_samples out"
             )
         if self.push_to_hub and not self.hub_model_id:
-            raise ValueError(
-                f"push_to_hub is true, and hub_model_id is {self.hub_model_id!r}: give it a name, user/name"
-            )
+            raise ValueError(f"push_to_hub is true and hub_model_id is {self.hub_model_id!r}: give user/name")
         if not self.push_to_hub and (self.hub_model_id or self.push_to_hub_steps):
             raise ValueError(
                 f"hub_model_id is {self.hub_model_id!r} and push_to_hub_steps is {self.push_to_hub_steps}, but "
-                "push_to_hub is false: give --push_to_hub too"
+                "push_to_hub is false: add --push_to_hub"
             )
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
             raise ValueError(
@@ -201,21 +204,17 @@ class Config:
             )
 
     @property
-    def height_width(self) -> int | tuple[int, int] | None:
-        """`resolution` as numbers."""
+    def height_width(self) -> tuple[int, int] | None:
+        """`resolution` as (H, W) in pixels."""
         if self.resolution is None:
             return None
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(self.resolution))
-        sides = [int(side) for side in match.groups() if side] if match else [0]
-        if min(sides) < 1:
-            raise ValueError(f"resolution is {self.resolution!r}: give a side in pixels, or HEIGHTxWIDTH")
-        return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+        return height_width(self.resolution, "resolution")
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of optimizer step 1, 2, ...: rising over the warm-up, then as `lr_scheduler` says."""
+        """The learning rate of optimizer step 1, 2, ...: linear warm-up, then `lr_scheduler`."""
         factor = min(1.0, step / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
-        rest = max(1, self.max_train_steps - self.lr_warmup_steps)
-        progress = min(1.0, max(0, step - 1 - self.lr_warmup_steps) / rest)
+        decay_steps = max(1, self.max_train_steps - self.lr_warmup_steps)
+        progress = min(1.0, max(0, step - 1 - self.lr_warmup_steps) / decay_steps)
         if self.lr_scheduler == "linear":
             factor *= 1 - progress
         elif self.lr_scheduler == "cosine":
@@ -227,36 +226,22 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The command line: `--config FILE` and `--name value`, later ones win; without a data set it is the moons.
+    """The command line: `--config FILE` and `--name value`, later ones win. Without a data set: the moons preset.
 
-    `--random_flip` alone means `--random_flip true`.
-
-    A mistake is printed, and the process ends with exit code 2.
+    A mistake prints one line and exits with code 2.
     """
-    from jsonargparse import ArgumentParser
-
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    switches = {f"--{field.name}" for field in fields(Config) if field.type == "bool"}
-    arguments = [
-        f"{argument}=true" if argument in switches and (not following or following.startswith("-")) else argument
-        for argument, following in zip(arguments, [*arguments[1:], ""])
-    ]
-    chooses = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
-    if not any(chooses.match(argument) for argument in arguments):
+    names_data = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
+    if not any(names_data.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
-    # A preset names its data; who names other data on the command line means these instead.
-    sources = {"--dataset_name": "--train_data_dir", "--train_data_dir": "--dataset_name"}
-    named = {argument.split("=")[0] for argument in arguments} & sources.keys()
+    # A preset names its data. Other data on the command line replaces it, whichever of the two options names it.
+    opposite = {"--dataset_name": "--train_data_dir", "--train_data_dir": "--dataset_name"}
+    named = {argument.split("=")[0] for argument in arguments} & opposite.keys()
     if len(named) == 1:
-        arguments.append(f"{sources[named.pop()]}=null")
-    parser = ArgumentParser(description="Train a DDPM.", allow_abbrev=False)
-    parser.add_argument(
-        "--config", action="config", help="a YAML file of settings, such as training/configs/mnist.yaml"
+        arguments.append(f"{opposite[named.pop()]}=null")
+    return parse_dataclass(
+        Config,
+        arguments,
+        description="Train a DDPM.",
+        config_help="YAML file of options, such as training/configs/mnist.yaml",
     )
-    parser.add_class_arguments(Config)
-    given = parser.parse_args(arguments)
-    try:
-        return Config(**{field.name: given[field.name] for field in fields(Config)})
-    except ValueError as error:
-        parser.error(str(error))
-        raise AssertionError("error() does not return") from error

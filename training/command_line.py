@@ -1,0 +1,125 @@
+"""COMMAND LINE: a frozen dataclass becomes a parser, and its docstring the help text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def parse_dataclass(
+    cls: Callable[..., T],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str,
+    positional: Sequence[str] = (),
+    config_help: str | None = None,
+) -> T:
+    """An instance of `cls` from `--field value` arguments. A mistake prints one line and exits with code 2.
+
+    A boolean field may stand alone: `--compile` is `--compile true`. A list or tuple field takes items separated by
+    commas and may be repeated: `--eta 0,1` is `--eta 0 --eta 1`. For any other field the last value wins.
+
+    Args:
+        cls: a dataclass with an `Args:` section in its docstring. Its `__post_init__` may raise ValueError.
+        arguments: the command line without the program's name; None: that of this process.
+        description: what the program does, for --help.
+        positional: names of string fields that are given without a flag, in this order.
+        config_help: help text of a `--config FILE` option that reads fields from YAML; None: no such option.
+    """
+    from docstring_parser import parse
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    hints = get_type_hints(cls)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _complete_switches(arguments, hints, bool(positional))
+    arguments = _join_lists(arguments, hints)
+    parser = ArgumentParser(
+        prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False, exit_on_error=False
+    )
+    if config_help:
+        parser.add_argument("--config", action="config", help=config_help)
+    field_help = {param.arg_name: param.description for param in parse(cls.__doc__ or "").params}
+    for name in positional:
+        parser.add_argument(name, type=str, help=field_help[name])
+    parser.add_class_arguments(cls, skip=set(positional))
+    try:
+        values = parser.parse_args(arguments)
+        return cls(**{name: values[name] for name in hints})
+    except (ArgumentError, ValueError) as error:
+        message = _one_line(str(error), hints)
+        if re.match("Problems parsing config|Unexpected config|Option", message):  # jsonargparse does not name the file
+            paths = re.findall(r"--config[ =](\S+)", " ".join(arguments))
+            message = f"{', '.join(paths)}: {message}"
+        print(f"{parser.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _complete_switches(arguments: list[str], hints: dict[str, Any], has_positional: bool) -> list[str]:
+    """`--compile` alone becomes `--compile=true`.
+
+    Where there are positional arguments, a word after the flag is its value only if it is true or false.
+    """
+    completed = []
+    for argument, following in zip(arguments, [*arguments[1:], "-"]):
+        has_value = not following.startswith("-") and (not has_positional or following.lower() in ("true", "false"))
+        is_switch = argument.startswith("--") and hints.get(argument[2:]) is bool
+        completed.append(f"{argument}=true" if is_switch and not has_value else argument)
+    return completed
+
+
+def _join_lists(arguments: list[str], hints: dict[str, Any]) -> list[str]:
+    """`--eta 0 --eta 0.5,1` becomes `--eta=[0,0.5,1]`; a value in brackets is YAML already and is left alone."""
+    items: dict[str, list[str]] = {}
+    joined = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        flag, equals, value = argument.partition("=")
+        item_type = _item_type(hints.get(flag[2:])) if flag.startswith("--") else None
+        value_is_missing = not equals and (not remaining or remaining[0].startswith("--"))
+        if item_type is None or value_is_missing:  # the parser says what is missing
+            joined.append(argument)
+            continue
+        value = value if equals else remaining.pop(0)
+        if value.startswith("[") or value == "null":
+            joined.append(f"{flag}={value}")
+        else:
+            words = [word.strip() for word in value.split(",")]
+            items.setdefault(flag, []).extend(words if item_type in (int, float) else map(json.dumps, words))
+    return joined + [f"{flag}=[{','.join(words)}]" for flag, words in items.items()]
+
+
+def _item_type(hint: Any) -> Any:
+    """The type of the items of a list or tuple field, also of an optional one; None for other fields."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(filter(None, map(_item_type, get_args(hint))), None)
+    return get_args(hint)[0] if get_origin(hint) in (list, tuple) else None
+
+
+def _one_line(message: str, hints: dict[str, Any]) -> str:
+    """The message on one line; for a value of the wrong type, on which jsonargparse writes up to seven, our own."""
+    message = " ".join(message.split()).replace('in "<unicode string>", ', "")
+    match = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)
+    if match is None or match[1] not in hints:
+        return re.sub(r'^Parser key "(\w+)"', r"\1", message)
+    return f"{match[1]} is {match[2]!r}: give {_describe(hints[match[1]])}"
+
+
+def _describe(hint: Any) -> str:
+    """A field's type in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_describe, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if item_type := _item_type(hint):
+        described = _describe(item_type).removeprefix("one of ")
+        return f"{described}, or several of them separated by commas"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    return words.get(hint, str(hint))
