@@ -1,23 +1,12 @@
-"""HOW GOOD: distances between two sets of images, given any feature extractor.
+"""FEATURES: networks that turn images into feature vectors, which the distances in fidelity.py compare.
 
-Two sets are alike if one cannot tell which of them a picture came from. An extractor makes each picture a row of
-numbers, its features, and everything here compares the rows (N, D) of one set with the rows (M, D) of another. So the
-figures belong to the extractor: its name stands beside them, and those of two extractors cannot be compared.
-
-    frechet_distance, kernel_distance     how far apart the two laws are: 0 if they are one
-    precision_recall, density_coverage    are the samples good; are all kinds of pictures among them
-    nearest, memorisation                 are the samples copies of the training pictures
-    channel_shift                         of the pixels themselves: are they too bright, too flat
-
-An `Estimate` carries its standard error: another set of pictures from the same source would give another value, and
-that is by how much.
+A distance belongs to its extractor: report the extractor's name with it, and compare only distances of one extractor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-ENTRIES = 2**23  # about how many entries of a matrix of distances, or pixels, are in memory at a time
-FORMAT = 1  # part of every cache key: raise it when the same pixels would give other features
+from .classifier import train_classifier
+from .image_arrays import check_images
+from .pixels import num_levels
+from .tensor_cache import FORMAT, hash_file, hash_images, load_tensors, save_tensors
 
 
 class Extractor:
-    """Pictures to features.
+    """Images to features.
 
     Attributes:
-        name: what a report says, as "pixels-16x16".
-        key: of what the features depend on besides the picture; part of the cache's file names.
-        is_inception: it is the network that FID and KID are defined with.
-        accuracy: of the classifier on pictures it was not trained on; else None.
+        name: for reports, such as "pixels-16x16".
+        key: hash of everything but the image that the features depend on; part of the names of cached files.
+        is_inception: whether this is the network that defines FID and KID.
+        accuracy: of the classifier on images that it was not trained on; None for other extractors.
     """
 
     def __init__(
@@ -55,51 +46,50 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W), uint8 or uint16, of any size, to (B, D), float32, on the CPU.
+        """Features (B, D), float32 on the CPU, of images (B, C, H, W), uint8 or uint16, of any size.
 
         Raises:
-            ValueError: another dtype or shape, or a number of channels that this extractor cannot take.
+            ValueError: another dtype or shape, or a number of channels that this extractor does not support.
         """
         if images.ndim != 4 or images.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: give (B, C, H, W) uint8 or uint16")
-        white = 255 if images.dtype == torch.uint8 else 65535
-        features = self._compute((images.float() / white).to(self._device)).float().cpu()
+        x = images.float() / (num_levels(images.dtype) - 1)
+        features = self._compute(x.to(self._device)).float().cpu()
         if features.ndim != 2 or len(features) != len(images):
-            raise ValueError(f"{self.name} makes of {len(images)} images {tuple(features.shape)}: (B, D) is needed")
+            shape = tuple(features.shape)
+            raise ValueError(f"{self.name} returns {shape} for {len(images)} images: an extractor must return (B, D)")
         return features
 
 
 def extract_features(
     extractor: Extractor, images: np.ndarray, *, cache_dir: Path | None = None, batch_size: int = 256
 ) -> Tensor:
-    """Features of all images, (N, D) float32, on the CPU; with cache_dir, from there if they were computed before.
+    """Features of all images, (N, D) float32 on the CPU; read from `cache_dir` if they were computed before.
 
     Args:
         images: (N, C, H, W), uint8 or uint16; may be memory-mapped.
-        cache_dir: made if missing. A file is named by a hash of extractor.key and of the pixels; one that is damaged
-            is made again.
+        cache_dir: made if missing. Files are named by a hash of extractor.key and of the pixels; a damaged file is
+            replaced.
     Raises:
         ValueError: another dtype or shape, no images, or a batch_size below 1.
     """
-    _check_images("images", images, 1)
+    check_images("images", images)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}: give an int of at least 1")
-    path = None if cache_dir is None else cache_dir / f"features-{_digest_of_images(extractor.key, images)}.safetensors"
-    from .classifier import _load, _save
-
-    cached = None if path is None else _load(path)
+    path = None if cache_dir is None else cache_dir / f"features-{hash_images(extractor.key, images)}.safetensors"
+    cached = None if path is None else load_tensors(path)
     if cached is not None:
         return cached["features"]
-    features = []
+    batches = []
     with tqdm(total=len(images), desc=f"features, {extractor.name}", unit=" images", leave=False) as progress:
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            features.append(extractor(batch))
+            batches.append(extractor(batch))
             progress.update(len(batch))
-    whole = torch.cat(features)
+    features = torch.cat(batches)
     if path is not None:
-        _save(path, {"features": whole})
-    return whole
+        save_tensors(path, {"features": features})
+    return features
 
 
 def make_extractor(
@@ -110,46 +100,47 @@ def make_extractor(
     cache_dir: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Extractor:
-    """An extractor by its name or file.
+    """The extractor of this name or file.
 
     Args:
-        which: "pixels": averages over at most 16 x 16 places, in [-1, 1].
-            "classifier": a small network, trained here on the images to tell their labels or, without labels, how a
-            picture is turned (Gidaris et al. 2018, arXiv 1803.07728).
+        which: "pixels": means of the pixels on a grid of at most 16 x 16 cells, in [-1, 1].
+            "classifier": a small network that is trained here to predict the labels of the images or, without labels,
+            how an image is rotated: see `classifier.train_classifier`.
             A .th file: the ResNet-56 for CIFAR-10 of github.com/akamaster/pytorch_resnet_cifar10; gray or RGB, resized
             to 32 x 32.
-            A .pt file: TorchScript, called with pictures in [-1, 1]; or the Inception network as it is handed out in
-            this form for FID, gray or RGB.
-        images: (N, C, H, W) uint8 or uint16: what the classifier learns from. The size of "pixels" is theirs if that
-            is below 16.
+            A .pt file: TorchScript, called with images in [-1, 1]; or the Inception network for FID in its usual
+            TorchScript form, gray or RGB.
+        images: (N, C, H, W) uint8 or uint16, which the classifier is trained on. The grid of "pixels" is at most their
+            size.
         labels: (N,), for the classifier.
         cache_dir: where the trained classifier is kept; made if missing.
     Raises:
-        ValueError: another name, a file that is missing or is not what its name says, or images and labels that the
-            classifier cannot learn from.
+        ValueError: another name, a file that is missing or is not what its suffix says, or images and labels that the
+            classifier cannot be trained on.
     """
     if images is not None:
-        _check_images("images", images, 1)
+        check_images("images", images)
     if which == "pixels":
         return _pixels(images)
     if which == "classifier":
         if images is None:
-            raise ValueError("images is None: the classifier has nothing to learn from")
-        from .classifier import _classifier
-
-        return _classifier(images, labels, cache_dir, device)
+            raise ValueError("images is None: the classifier needs images to train on")
+        classifier = train_classifier(images, labels, cache_dir=cache_dir, device=device)
+        return Extractor(
+            classifier.name, classifier.key, classifier.features, device=device, accuracy=classifier.accuracy
+        )
     path = Path(which).expanduser()
     if path.suffix not in (".th", ".pt"):
         raise ValueError(f'extractor is {which!r}: give "pixels", "classifier", or the path of a .th or .pt file')
     if not path.is_file():
-        raise ValueError(f"extractor is {which!r}: there is no such file")
+        raise ValueError(f"extractor is {which!r}, but this file does not exist")
     return _resnet(path, device) if path.suffix == ".th" else _torchscript(path, device)
 
 
 def _pixels(images: np.ndarray | None) -> Extractor:
     def compute(x: Tensor) -> Tensor:
-        places = min(16, x.shape[2]), min(16, x.shape[3])
-        return F.adaptive_avg_pool2d(2 * x - 1, places).flatten(1)
+        grid = min(16, x.shape[2]), min(16, x.shape[3])
+        return F.adaptive_avg_pool2d(2 * x - 1, grid).flatten(1)
 
     height, width = (16, 16) if images is None else images.shape[2:]
     key = hashlib.sha256(f"pixels {FORMAT}".encode()).hexdigest()
@@ -157,9 +148,9 @@ def _pixels(images: np.ndarray | None) -> Extractor:
 
 
 class _Block(nn.Module):
-    """Two convolutions around a shortcut; where the size halves, the shortcut takes every second pixel and adds zeros.
+    """A residual block: where the size halves, the shortcut takes every second pixel and pads the channels with zeros.
 
-    He et al. 2016, arXiv 1512.03385, section 4.2, option A. Names of layers are those of the file.
+    He et al. 2016, arXiv 1512.03385, section 4.2, option A. The layers have the names that they have in the file.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -178,7 +169,7 @@ class _Block(nn.Module):
 
 
 class _ResNet56(nn.Module):
-    """(B, 3, 32, 32) to the 64 averages that its linear layer sees."""
+    """(B, 3, 32, 32) to the 64 pooled features, the input of its linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,15 +187,15 @@ class _ResNet56(nn.Module):
 
 
 def _resnet(path: Path, device: torch.device | str) -> Extractor:
-    with torch.random.fork_rng(devices=[]):  # the first weights, which the file's replace, are drawn
+    with torch.random.fork_rng(devices=[]):  # the initial weights are random numbers
         network = _ResNet56().eval()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in weights.items()})
-    except Exception as error:  # of many types: not a file of torch's, other names, other shapes
-        raise ValueError(f"{path} does not hold the ResNet-56 for CIFAR-10 ({type(error).__name__})") from None
+    except Exception as error:  # of many types: not a file of torch, other names, other shapes
+        raise ValueError(f"{path} does not contain the ResNet-56 for CIFAR-10 ({type(error).__name__})") from None
     network.to(device)
-    # of ImageNet's pixels, which this network was trained with on CIFAR-10
+    # The statistics of ImageNet, which this network was trained with, although on CIFAR-10.
     mean = torch.tensor([0.485, 0.456, 0.406], device=device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
@@ -214,7 +205,7 @@ def _resnet(path: Path, device: torch.device | str) -> Extractor:
             x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
         return network((x - mean) / std)
 
-    return Extractor("cifar10-resnet56", _digest_of_file("resnet", path), compute, device=device)
+    return Extractor("cifar10-resnet56", hash_file("resnet", path), compute, device=device)
 
 
 def _torchscript(path: Path, device: torch.device | str) -> Extractor:
@@ -222,13 +213,13 @@ def _torchscript(path: Path, device: torch.device | str) -> Extractor:
         network = torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         raise ValueError(f"{path} is not a TorchScript file: {error}") from error
-    key = _digest_of_file("torchscript", path)
+    key = hash_file("torchscript", path)
 
     def inception(x: Tensor) -> Tensor:
         return network((_rgb(x) * 255).round().to(torch.uint8), return_features=True)
 
-    takes = [argument.name for argument in network.forward.schema.arguments]
-    if "Inception" in network.original_name and "return_features" in takes:
+    arguments = [argument.name for argument in network.forward.schema.arguments]
+    if "Inception" in network.original_name and "return_features" in arguments:
         with torch.no_grad():
             features = inception(torch.zeros(1, 3, 32, 32, device=device))
         if features.shape == (1, 2048):
@@ -238,39 +229,5 @@ def _torchscript(path: Path, device: torch.device | str) -> Extractor:
 
 def _rgb(x: Tensor) -> Tensor:
     if x.shape[1] not in (1, 3):
-        raise ValueError(f"images have {x.shape[1]} channels: this extractor takes 1 or 3")
+        raise ValueError(f"images have {x.shape[1]} channels: this extractor supports 1 or 3")
     return x.expand(-1, 3, -1, -1)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    sha256 = hashlib.sha256()
-    for name in sorted(tensors):
-        array = tensors[name].contiguous().numpy()
-        sha256.update(f"{name} {array.dtype.str} {array.shape} ".encode())
-        sha256.update(array.data)
-    return sha256.hexdigest()
-
-
-def _digest_of_images(purpose: str, images: np.ndarray) -> str:
-    sha256 = hashlib.sha256(f"{FORMAT} {purpose} {images.dtype.str} {images.shape} ".encode())
-    for part in _parts(images):
-        sha256.update(np.ascontiguousarray(part).data)
-    return sha256.hexdigest()
-
-
-def _digest_of_file(purpose: str, path: Path) -> str:
-    return hashlib.sha256(f"{FORMAT} {purpose} ".encode() + path.read_bytes()).hexdigest()
-
-
-def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
-    step = max(1, ENTRIES // math.prod(images.shape[1:]))
-    return (images[start : start + step] for start in range(0, len(images), step))
-
-
-def _check_images(name: str, images: np.ndarray, least: int) -> None:
-    if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"{name} is {getattr(images, 'dtype', type(images))}: give an array of uint8 or uint16")
-    if images.ndim == 4 and images.shape[3] <= 4 and images.shape[1] > 16:
-        raise ValueError(f"{name} has shape {images.shape}, as if channels came last: give (N, C, H, W)")
-    if images.ndim != 4 or 0 in images.shape[1:] or len(images) < least:
-        raise ValueError(f"{name} has shape {images.shape}: give (N, C, H, W), N at least {least}")
