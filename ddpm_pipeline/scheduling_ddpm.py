@@ -1,12 +1,12 @@
-"""THE WALK: a picture walks to noise in T small random steps, and home again. Tables, one step out, one step home.
+"""THE SCHEDULER: tables, forward process, one reverse step, conversions between predictions.
 
 Notation is that of DDPM (Ho et al. 2020, arXiv 2006.11239), with array index t = paper's t - 1, so index 0 is one step
-of noise and index -1 the clean picture. alpha_bar is diffusers' `alphas_cumprod`; a picture is (B, C, H, W) in [-1, 1].
+of noise and index -1 the clean image. alpha_bar is diffusers' `alphas_cumprod`; images are (B, C, H, W) in [-1, 1].
 
-    Eq. 2   one step out     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
-    Eq. 4   t steps at once  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-    Eq. 15  a guess of x_0   x_0_pred = (x_t - sqrt(1 - alpha_bar_t) eps_pred) / sqrt(alpha_bar_t)
-    Eq. 7   one step home    x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std noise
+    Eq. 2   one forward step     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
+    Eq. 4   t steps at once      x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+    Eq. 15  prediction of x_0    x_0_pred = (x_t - sqrt(1 - alpha_bar_t) eps_pred) / sqrt(alpha_bar_t)
+    Eq. 7   one reverse step     x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std noise
 
 The scheduler is diffusers' DDPMScheduler with the same configuration and, wherever that one is right, the same numbers.
 """
@@ -33,19 +33,19 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
-MAX_TRAIN_TIMESTEPS = 100_000  # beyond it a typing error is likelier than a walk, and tables grow large
-TINY_VARIANCE = 1e-20  # stands for beta_tilde = 0 at the first index, where a logarithm is wanted
+MAX_TRAIN_TIMESTEPS = 100_000  # above this a typing error is likelier than a real schedule, and tables grow large
+TINY_VARIANCE = 1e-20  # replaces beta_tilde = 0 at the first index, where its logarithm is needed
 
 
 class MeanVariance(NamedTuple):
-    """Of a Gaussian: mean (B, C, H, W), variance (B, 1, 1, 1)."""
+    """Moments of a Gaussian: mean (B, C, H, W), variance (B, 1, 1, 1)."""
 
     mean: Tensor
     variance: Tensor
 
 
 class ReverseMeanVariance(NamedTuple):
-    """Of p(x_{t-1} | x_t): mean (B, C, H, W), variance and its log (B, 1, 1, 1) or like the mean, x_0_pred like it."""
+    """Moments of p(x_{t-1} | x_t): mean and x_0_pred (B, C, H, W), its variance (B, 1, 1, 1) or (B, C, H, W)."""
 
     mean: Tensor
     variance: Tensor
@@ -54,10 +54,10 @@ class ReverseMeanVariance(NamedTuple):
 
 
 class StepCoefficients(NamedTuple):
-    """One step home: x_0_pred = a x_t + b output;  x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std exp(slope v) noise.
+    """x_0_pred = a x_t + b output,  x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std exp(slope v) noise.
 
-    Plain numbers, or tensors without dimensions. v is what a network with learned variance says, slope is 0 without
-    one.
+    Python floats or 0-d tensors. v is the network's second half of channels if the variance is learned, else slope is
+    0.
     """
 
     a: Any
@@ -69,7 +69,7 @@ class StepCoefficients(NamedTuple):
 
 
 def _named_arguments(init: Callable[..., None]) -> Callable[..., None]:
-    """Positional arguments become named ones: `register_to_config` takes positional ones for defaults."""
+    """Turn positional arguments into keyword ones: `register_to_config` mistakes positional ones for defaults."""
     names = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
@@ -82,19 +82,21 @@ def _named_arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class DDPMScheduler(BuiltInDDPMScheduler):
-    """DDPM's walk out and home, a drop-in for diffusers' DDPMScheduler. Same options, same defaults, and:
+    """Forward and reverse process of DDPM, a drop-in for diffusers' DDPMScheduler with the same options and defaults.
 
-    - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022), saved as `trained_betas` as well, so
-      that any diffusers scheduler takes it. `trained_betas` given beside it do not count.
-    - `step(eta=...)`: 1 is the ancestral walk of DDPM, 0 the deterministic one of DDIM, on any sub-sequence of steps.
+    What it adds:
+
+    - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022). The betas are saved as `trained_betas`
+      as well, so that every diffusers scheduler can use them. `trained_betas` passed together with it are ignored.
+    - `step(eta=...)`: 1 is ancestral sampling (DDPM), 0 deterministic (DDIM), on any sub-sequence of timesteps.
     - The last step of every schedule adds no noise.
-    - `variance_type="learned"`: the network says the log-variance; `"learned_range"`: where between log beta_tilde (-1)
-      and log beta (1) it is (Nichol and Dhariwal 2021, Eq. 15).
-    - `thresholding=True` with the default `sample_max_value=1` is the same as clipping: give one above 1.
+    - `variance_type="learned"`: the network predicts the log-variance; `"learned_range"`: it predicts v in [-1, 1] that
+      interpolates between log beta_tilde (-1) and log beta (1) (Nichol and Dhariwal 2021, Eq. 15).
+    - `thresholding=True` with the default `sample_max_value=1` equals clipping: set it above 1.
 
     Raises:
-        ValueError: an option has a value that it cannot have, a beta is not in (0, 1], or the walk ends in pure noise
-            (`rescale_betas_zero_snr`) while the network predicts epsilon, which says nothing about x_0 there.
+        ValueError: an option has a value that is not allowed, a beta is not in (0, 1], or the schedule has zero
+            terminal SNR (`rescale_betas_zero_snr`) and the network predicts epsilon: x_0 cannot be computed from it.
     """
 
     @_named_arguments
@@ -140,9 +142,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             betas = _rescale_zero_terminal_snr(betas)
         _check_betas(betas, prediction_type)
         if trained_betas is not None:
-            self._settle(num_train_timesteps=len(betas))
+            self._set_options(num_train_timesteps=len(betas))
         if beta_schedule == "su":
-            self._settle(trained_betas=betas.tolist())
+            self._set_options(trained_betas=betas.tolist())
 
         self.betas = betas
         self.alphas = 1.0 - betas
@@ -163,18 +165,18 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             "snr": alpha_bar / (1 - alpha_bar),
         }
         self._cast: dict[tuple[str | float, torch.device, torch.dtype], Tensor] = {}
-        self._range_seen = False
+        self._range_checked = False
 
-        self.num_inference_steps: int | None = None  # type: ignore[assignment]  # the built-in class says None alone
+        self.num_inference_steps: int | None = None  # type: ignore[assignment]  # built in: None
         self.custom_timesteps = False
         self._set_schedule(list(range(len(betas)))[::-1], "cpu")
 
-    def _settle(self, **options: Any) -> None:
-        """Put options into the configuration as if they had been given: `from_config` drops those left to default."""
+    def _set_options(self, **options: Any) -> None:
+        """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
         left = [name for name in self.config.get("_use_default_values", []) if name not in options]
         self.register_to_config(**options, _use_default_values=left)
 
-    # ---- One step out: q ---------------------------------------------------------------------------------------------
+    # ---- Forward process: q ------------------------------------------------------------------------------------------
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> MeanVariance:
         """Eq. (4), DDPM: mean sqrt(alpha_bar_t) x_0 and variance 1 - alpha_bar_t of q(x_t | x_0).
@@ -220,7 +222,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             x_0: clean images, (B, C, H, W), in [-1, 1].
             x_t: noisy images at index t, same shape and dtype.
             t: (B,) int64 in [0, T).
-            prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
+            prev_t: (B,) int64 in [-1, t), the index that the step ends at; t - 1 by default.
         Returns:
             mean (B, C, H, W), variance (B, 1, 1, 1), in the dtype of x_t. At t = 0 these are x_0 and 0.
         Raises:
@@ -262,9 +264,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return self._table("snr", t.device, torch.float64)[self._checked(t)]
 
     def convert_prediction(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
-        """What was predicted as `source`, said as `target`: "epsilon", "sample" (x_0) or "v_prediction".
+        """A prediction of type `source` as one of type `target`: "epsilon", "sample" (x_0) or "v_prediction".
 
-        By way of x_0_pred: Eq. (15), DDPM, and eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t).
+        Everything follows from Eq. (4), DDPM, and v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
         Args:
             prediction: (B, C, H, W).
@@ -328,7 +330,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         a, b = (self._broadcast(table, x_t) for table in coefficients(alpha_bar_t, source))
         return a * x_t + b * prediction
 
-    # ---- One step home: p --------------------------------------------------------------------------------------------
+    # ---- Reverse process: p ------------------------------------------------------------------------------------------
 
     def p_mean_variance(
         self,
@@ -344,26 +346,25 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             model_output: (B, C, H, W), or (B, 2 C, H, W) with learned variance.
             t: (B,) int64 in [0, T), any t per sample, whatever schedule is set.
             x_t: noisy images, (B, C, H, W).
-            prev_t: (B,) int64 in [-1, t), where the step home ends; t - 1 by default.
-            least_variance: stands for beta_tilde where that is 0, in the step that ends at the clean image, as its
-                logarithm is wanted.
+            prev_t: (B,) int64 in [-1, t), the index that the step ends at; t - 1 by default.
+            least_variance: replaces beta_tilde where that is 0, in the step that ends at the clean image, so that its
+                logarithm is finite.
         Returns:
             mean, variance, log_variance, x_0_pred, in the dtype of x_t.
         Raises:
             ValueError: shapes or channels do not fit, or some t or prev_t is out of range.
         """
-        output, said = self.split_output(model_output, x_t)
+        output, predicted_variance = self.split_output(model_output, x_t)
         alpha_bars = self.alpha_bars(t, prev_t)
-        a, b, coef_x_0, coef_x_t, centre, slope = (
+        coef_x_0, coef_x_t, centre, slope = (
             self._broadcast(table, x_t)
             for table in (
-                *self.x_0_coefficients(alpha_bars[0], self.prediction_type),
                 *self.posterior_coefficients(*alpha_bars)[:2],
                 *self.log_variance(*alpha_bars, least_variance=least_variance),
             )
         )
-        x_0_pred = self._bounded(a * x_t + b * output)
-        log_variance = centre if said is None else centre + slope * said
+        x_0_pred = self._bounded(self._converted(self.x_0_coefficients, output, t, x_t, self.prediction_type))
+        log_variance = centre if predicted_variance is None else centre + slope * predicted_variance
         moments = (coef_x_0 * x_0_pred + coef_x_t * x_t, log_variance.exp(), log_variance, x_0_pred)
         return ReverseMeanVariance(*(value.to(x_t.dtype) for value in moments))
 
@@ -373,14 +374,14 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | np.ndarray | Tensor | None = None,
     ) -> None:
-        """Choose the steps of the walk home and compute the coefficients of all of them.
+        """Choose the timesteps of the sampling steps.
 
         Args:
-            num_inference_steps: how many, 1 to T, spaced as `timestep_spacing` says.
-            device: where `self.timesteps` shall be.
-            timesteps: or the steps themselves, falling integers in [0, T).
+            num_inference_steps: number of sampling steps, 1 to T, spaced by `timestep_spacing`.
+            device: device of `self.timesteps`.
+            timesteps: instead, the timesteps themselves: descending integers in [0, T).
         Raises:
-            ValueError: both or neither given, a count or a timestep is out of range, or timesteps do not fall.
+            ValueError: both or neither are given, a number is out of range, or timesteps do not descend.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
@@ -398,13 +399,13 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 f"timesteps are {_short(chosen)} with steps_offset={self.config['steps_offset']}: all must be in "
                 f"[0, {self.num_steps})"
             )
-        # The network is told that this much of the image is left in what is pure noise.
-        told, spacing = self._tables["signal"][chosen[0]].item(), self.config["timestep_spacing"]
-        if timesteps is None and chosen[0] < self.num_steps - 1 and told > 0.01:
+        # The network takes the pure noise that sampling starts from for an image of this signal scale.
+        signal, spacing = self._tables["signal"][chosen[0]].item(), self.config["timestep_spacing"]
+        if timesteps is None and chosen[0] < self.num_steps - 1 and signal > 0.01:
             warnings.warn(
-                f'timestep_spacing="{spacing}" with {len(chosen)} steps starts at t = {chosen[0]}, where {told:.1%} of '
-                "the image is left, but the walk home starts from pure noise; "
-                'timestep_spacing="trailing" starts at the end of the walk',
+                f'timestep_spacing="{spacing}" with {len(chosen)} steps starts at t = {chosen[0]}, where {signal:.1%} '
+                "of the image is left, but sampling starts from pure noise: "
+                f'set timestep_spacing="trailing", which starts at t = {self.num_steps - 1}',
                 stacklevel=2,
             )
         self.custom_timesteps = timesteps is not None
@@ -421,23 +422,23 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         eta: float = 1.0,
         variance_noise: Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Algorithm 2, DDPM (eta = 1), DDIM (eta = 0; Song et al. 2021, Eqs. 12 and 16), or between: one step home.
+        """One sampling step: DDPM (eta = 1; Algorithm 2), DDIM (eta = 0; Song et al. 2021, Eqs. 12 and 16), or between.
 
         The direction to x_t is taken from the clipped x_0_pred, as in DDPM's Eq. 7 (`use_clipped_model_output` of
         diffusers' DDIM). eta^2 scales beta_tilde in the mean, eta the standard deviation of the noise that is added.
 
         Args:
-            model_output: what the network said, (B, C, H, W), or (B, 2 C, H, W) with learned variance.
-            timestep: one of `self.timesteps`. On an accelerator that is not checked: any other gives NaN.
+            model_output: the network's output, (B, C, H, W), or (B, 2 C, H, W) with learned variance.
+            timestep: one of `self.timesteps`. On an accelerator this is not checked: any other gives NaN.
             sample: x_t, (B, C, H, W).
-            generator: of the noise; a list has one for each image.
-            variance_noise: the noise itself, (B, C, H, W), instead of a generator.
+            generator: for the noise; a list has one per image.
+            variance_noise: instead, the noise itself, (B, C, H, W).
         Returns:
             prev_sample and pred_original_sample, (B, C, H, W), dtype of sample.
         Raises:
             ValueError: the timestep is not in the schedule, eta is not in [0, 1], or shapes or channels do not fit.
         """
-        output, said = self.split_output(model_output, sample)
+        output, predicted_variance = self.split_output(model_output, sample)
         c = self._coefficients(timestep, eta, sample)
         x_t = _widened(sample)
         if self.prediction_type == "sample":
@@ -450,29 +451,30 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 variance_noise = randn_tensor(
                     sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
                 )
-            if said is None:
+            if predicted_variance is None:
                 x_prev = _add_scaled(x_prev, variance_noise, c.std)
             else:
-                x_prev = _add_scaled(x_prev, (_widened(said) * c.slope).exp_() * variance_noise, c.std)
+                noise = (_widened(predicted_variance) * c.slope).exp_() * variance_noise
+                x_prev = _add_scaled(x_prev, noise, c.std)
         x_prev, x_0_pred = x_prev.to(sample.dtype), x_0_pred.to(sample.dtype)
         if not return_dict:
             return x_prev, x_0_pred
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_pred)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
-        """Where the step home from `timestep` ends: the next of the schedule, -1 after the last one."""
+        """The next timestep of the schedule, which the step from `timestep` ends at; -1 after the last one."""
         following = [*self._schedule[1:], -1][self._index(timestep)]
         return torch.tensor(following) if isinstance(timestep, Tensor) else following
 
     @property
     def num_steps(self) -> int:
-        """T, the length of the walk."""
+        """T, the number of diffusion timesteps."""
         return len(self.betas)
 
     def __len__(self) -> int:
         return self.num_steps
 
-    # ---- The formulas behind both ------------------------------------------------------------------------------------
+    # ---- Coefficients ------------------------------------------------------------------------------------------------
 
     @staticmethod
     def posterior_coefficients(
@@ -480,8 +482,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of x_0 and x_t in the mean, and the variance eta^2 beta_tilde: Eq. (7), DDPM; Eq. (7), DDIM.
 
-        mean = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - variance) eps, with eps put in terms of x_0 and x_t.
-        With eta = 1 that is Eq. (7) of DDPM: coef_x_0 = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t).
+        mean = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - variance) eps, with eps written in terms of x_0 and
+        x_t. With eta = 1 this is Eq. (7) of DDPM: coef_x_0 = sqrt(alpha_bar_prev) beta / (1 - alpha_bar_t).
         """
         beta = 1 - alpha_bar_t / alpha_bar_prev
         variance = eta**2 * beta * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
@@ -495,9 +497,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         variance_type: str | None = None,
         least_variance: float = TINY_VARIANCE,
     ) -> tuple[Tensor, Tensor]:
-        """(centre, slope): the log of p's variance is centre + slope v, where v is what the network says.
+        """(centre, slope): the log of p's variance is centre + slope v, where v is the network's output for it.
 
-        least_variance stands for beta_tilde where that is 0.
+        least_variance replaces beta_tilde where that is 0.
         """
         variance_type = variance_type or self.variance_type
         beta = 1 - alpha_bar_t / alpha_bar_prev
@@ -534,7 +536,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return noise_std, signal
 
     def _spaced(self, number: int) -> list[int]:
-        """`number` falling steps: Lin et al. 2023 (arXiv 2305.08891), Table 2."""
+        """`number` descending timesteps: Lin et al. 2023 (arXiv 2305.08891), Table 2."""
         num_steps, spacing = self.num_steps, self.config["timestep_spacing"]
         if spacing == "linspace":
             steps = np.linspace(0, num_steps - 1, number).round()[::-1]
@@ -545,7 +547,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return steps.astype(np.int64).tolist()
 
     def _bounded(self, x_0_pred: Tensor, in_place: bool = False) -> Tensor:
-        """x_0_pred, thresholded or clipped as configured."""
+        """x_0_pred after the configured thresholding or clipping."""
         if self._thresholds:
             return self._threshold_sample(x_0_pred)
         bound = self._clip_bound
@@ -556,10 +558,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip to [-s, s] and divide by s.
 
-        s is the given quantile of |x_0_pred| over one image, but at least 1 and at most `sample_max_value`.
+        s is the configured quantile of |x_0_pred| over one image, but at least 1 and at most `sample_max_value`.
         """
         magnitude = _widened(sample).abs().flatten(1)
-        # torch.quantile takes at most 16 million values; two order statistics take any number.
+        # torch.quantile accepts at most 16 million values; two order statistics accept any number.
         position = self.config["dynamic_thresholding_ratio"] * (magnitude.shape[1] - 1)
         low = math.floor(position)
         below, above = (magnitude.kthvalue(k + 1, dim=1).values for k in (low, math.ceil(position)))
@@ -570,13 +572,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _get_variance(
         self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
-        """Variance of p for one step t of the schedule; `predicted_variance` is what the network said, if it did."""
+        """Variance of p for one timestep of the schedule; `predicted_variance` is the network's, if it is learned."""
         alpha_bar_t, alpha_bar_prev = self._alpha_bar[[int(t) + 1, int(self.previous_timestep(int(t))) + 1]]
         centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev, variance_type)
-        said = 0 if predicted_variance is None else predicted_variance
-        return (centre + slope * said).exp()
+        return (centre + slope * (0 if predicted_variance is None else predicted_variance)).exp()
 
-    # ---- Tables and how they are read --------------------------------------------------------------------------------
+    # ---- Tables ------------------------------------------------------------------------------------------------------
 
     def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
         self._schedule = schedule
@@ -587,14 +588,14 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self._cast = {key: table for key, table in self._cast.items() if key[0] in self._tables}
 
     def _plan(self, eta: float) -> Tensor:
-        """StepCoefficients of the whole schedule, a float64 table (T, 6) with t as its index, NaN between the steps."""
+        """StepCoefficients of the whole schedule, a float64 table (T, 6) indexed by t, NaN between the timesteps."""
         if eta not in self._plans:
             schedule = torch.tensor(self._schedule)
             alpha_bar_t = self._alpha_bar[schedule + 1]
             alpha_bar_prev = torch.cat([alpha_bar_t[1:], self._alpha_bar[:1]])
             centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev)
             std = eta * (centre / 2).exp()
-            std[-1] = 0.0  # the last step of any schedule ends at the clean image and adds no noise
+            std[-1] = 0.0  # the last step of every schedule ends at the clean image and adds no noise
             columns = (
                 *self.x_0_coefficients(alpha_bar_t, self.prediction_type),
                 *self.posterior_coefficients(alpha_bar_t, alpha_bar_prev, eta)[:2],
@@ -615,20 +616,20 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 self._rows[eta] = self._plan(eta)[self._schedule].tolist()
             return StepCoefficients(*self._rows[eta][self._index(timestep)])
         # A compiled step reads the numbers from a table, so that one graph serves every t; a timestep on an accelerator
-        # is read there, so that the host need not wait for it.
+        # is looked up there, so that the host does not wait for it.
         table = self._table(eta, sample.device, compute_dtype(sample.dtype))
         if isinstance(timestep, Tensor):  # (1,), not (): for a scalar index the host waits
             return StepCoefficients(*table[timestep.reshape(1).to(table.device)][0].unbind())
         return StepCoefficients(*table[timestep].unbind())
 
     def _index(self, timestep: int | Tensor) -> int:
-        """Place of a timestep in the schedule."""
+        """Index of a timestep in the schedule."""
         if isinstance(timestep, Tensor):
-            values = timestep.cpu().numpy()  # of a tensor on the CPU: read without a dispatched operation
+            values = timestep.cpu().numpy()  # faster than a dispatched operation if it is on the CPU
             if values.size != 1:
                 raise ValueError(
-                    f"timestep has {values.size} elements: step takes one of the schedule, {_short(self._schedule)}, "
-                    "p_mean_variance a batch"
+                    f"timestep has {values.size} elements: give one of the schedule, {_short(self._schedule)}, "
+                    "or call p_mean_variance with one per image"
                 )
             timestep = int(values.item())
         if timestep not in self._index_of:
@@ -644,7 +645,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return self._cast[key]
 
     def _at(self, t: Tensor, images: Tensor, *names: str) -> list[Tensor]:
-        """Entries of tables at t, (B,) or one for all, made (B, 1, 1, 1), in the dtype to compute in."""
+        """Entries of tables at t, (B,) or one for all, shaped (B, 1, 1, 1), in the dtype to compute in."""
         index, dtype = self._checked(t).to(images.device).flatten(), compute_dtype(images.dtype)
         tables = (self._table(name, images.device, dtype) for name in names)
         return [self._broadcast(table.index_select(0, index), images) for table in tables]
@@ -668,11 +669,14 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return table.to(images.device, compute_dtype(images.dtype)).view(-1, *[1] * (images.ndim - 1))
 
     def _checked(self, t: Tensor) -> Tensor:
-        """t, after a look at its type and, where the host need not wait for it, its range."""
-        if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):  # of others an index is a mask
+        """t, after a check of its dtype and, where this does not make the host wait, of its range."""
+        if not isinstance(t, Tensor) or t.dtype not in (
+            torch.int64,
+            torch.int32,
+        ):  # a bool or uint8 index would be a mask
             raise ValueError(f"t is {t!r}: give an int64 or int32 tensor, all in [0, {self.num_steps})")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            values = t.numpy()  # read without a dispatched operation
+            values = t.numpy()  # faster than dispatched operations
             if values.size and not 0 <= values.min() <= values.max() < len(self._alpha_bar) - 1:
                 raise ValueError(f"t is {_short(values.ravel().tolist())}: all must be in [0, {self.num_steps})")
         return t
@@ -680,25 +684,25 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _check_images(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: give floats in [-1, 1]")
-        # Seen once, on the first images, since a look at every batch would cost as much as the noise.
-        if not self._range_seen and images.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._range_seen = True
+        # Only the first images are checked, since a check of every batch would cost as much as the noise.
+        if not self._range_checked and images.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._range_checked = True
             largest = images.detach().abs().max().item() if images.numel() else 0.0
             if largest > 20:
                 warnings.warn(
-                    f"images go up to {largest:g}, but the walk is made for [-1, 1]: of 0..255 take x / 127.5 - 1",
+                    f"images go up to {largest:g}: give values in [-1, 1], x / 127.5 - 1 for pixels of 0..255",
                     stacklevel=3,
                 )
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the network says of the image, and of the variance if that is learned."""
+        """The network's prediction, and its output for the variance if that is learned, else None."""
         channels = x_t.shape[1]
         learned = self.variance_type.startswith("learned")
-        wanted = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
-        if tuple(model_output.shape) != wanted:
+        expected = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
+        if tuple(model_output.shape) != expected:
             raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)} and the images {tuple(x_t.shape)}: with "
-                f'variance_type="{self.variance_type}" the network must give {wanted[1]} channels, shape {wanted}'
+                f"model_output has shape {tuple(model_output.shape)}, the images {tuple(x_t.shape)}: with "
+                f'variance_type="{self.variance_type}" it must have {expected[1]} channels, shape {expected}'
             )
         if not learned:
             return model_output, None
@@ -726,13 +730,13 @@ def _make_betas(schedule: str, num_steps: int, beta_start: float, beta_end: floa
 
 
 def _cosine(time: float) -> float:
-    """alpha_bar of the cosine schedule, Nichol and Dhariwal 2021, Eq. 17, but for a factor. time is in [0, 1]."""
+    """alpha_bar of the cosine schedule, Nichol and Dhariwal 2021, Eq. 17, up to a factor. time is in [0, 1]."""
     return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # 0.008: s, their offset
 
 
 def _laplace(time: float) -> float:
-    """alpha_bar of diffusers' "laplace": log SNR follows a Laplace law (Hang and Gu 2024), with diffusers' square
-    root."""
+    """alpha_bar of diffusers' "laplace": log SNR has a Laplace distribution (Hang and Gu 2024), under diffusers'
+    square root."""
     log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
@@ -745,7 +749,7 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-# ---- Small things ----------------------------------------------------------------------------------------------------
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -763,7 +767,7 @@ def _add_scaled(total: Tensor, images: Tensor, scale: Any) -> Tensor:
 
 
 def _short(numbers: Sequence[int]) -> str:
-    """A list for an error message."""
+    """A list, shortened for an error message."""
     if len(numbers) <= 8:
         return str(list(numbers))
     return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-2:]))}] ({len(numbers)} of them)"
@@ -793,7 +797,9 @@ def _check_shapes(**tensors: Tensor) -> None:
 
 def _check_betas(betas: Tensor, prediction_type: str) -> None:
     if betas.ndim != 1 or not 1 <= len(betas) <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"trained_betas have shape {tuple(betas.shape)}: give 1 to {MAX_TRAIN_TIMESTEPS} of them")
+        raise ValueError(
+            f"trained_betas have shape {tuple(betas.shape)}: give a list of 1 to {MAX_TRAIN_TIMESTEPS} numbers"
+        )
     wrong = ~((betas > 0) & (betas <= 1))
     if wrong.any():
         t = int(wrong.nonzero()[0])
@@ -805,6 +811,6 @@ def _check_betas(betas: Tensor, prediction_type: str) -> None:
         raise ValueError(f"alpha_bar is 0 from t = {t} on, before the last step: give smaller betas, or fewer")
     if prediction_type == "epsilon" and alpha_bar[-1].sqrt() < torch.finfo(torch.float32).tiny:
         raise ValueError(
-            'the walk ends in pure noise (zero terminal SNR), where prediction_type "epsilon" says nothing about the '
-            'image: give prediction_type "v_prediction" or "sample"'
+            'the schedule has zero terminal SNR, and prediction_type is "epsilon", from which x_0 cannot be computed '
+            'there: give prediction_type "v_prediction" or "sample"'
         )

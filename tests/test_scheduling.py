@@ -1,4 +1,4 @@
-"""The walk against closed forms in float64, Gaussian data (where everything is known) and diffusers' own schedulers."""
+"""The scheduler against closed forms in float64, Gaussian data (where all is known) and diffusers' schedulers."""
 
 import copy
 import logging
@@ -21,16 +21,15 @@ from ddpm_pipeline.scheduling_ddpm import (
     VARIANCE_TYPES,
     DDPMScheduler,
 )
+from tests.oracles import Gaussian
 
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-# of every schedule once, and of a walk that ends in pure noise
-WALKS = [{"beta_schedule": schedule} for schedule in BETA_SCHEDULES] + [ZERO_SNR]
-SOURCES = [walk for walk in WALKS if walk is not ZERO_SNR]
+FINITE_SNR = [{"beta_schedule": schedule} for schedule in BETA_SCHEDULES]
+SCHEDULES = [*FINITE_SNR, ZERO_SNR]
 
 
-def walk_id(walk):
-    return "-".join(str(value) for value in walk.values())
+def values_of(options):
+    return "-".join(str(value) for value in options.values())
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -55,10 +54,10 @@ def images():
 ALL_T = torch.arange(1000)
 
 
-# ---- One step out: q -------------------------------------------------------------------------------------------------
+# ---- Forward process: q ----------------------------------------------------------------------------------------------
 
 
-def test_the_schedules_are_what_their_papers_say():
+def test_beta_schedules_match_their_papers():
     i = np.arange(1000)
     expected = {
         "linear": 1e-4 + (0.02 - 1e-4) * i / 999,
@@ -74,28 +73,28 @@ def test_the_schedules_are_what_their_papers_say():
     assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(0.001, rel=1e-12)
 
 
-@pytest.mark.parametrize("walk", [*SOURCES[:-1], {"rescale_betas_zero_snr": True}], ids=walk_id)
+@pytest.mark.parametrize("schedule", [*FINITE_SNR[:-1], {"rescale_betas_zero_snr": True}], ids=values_of)
 @pytest.mark.parametrize("num_steps", [10, 1000])
-def test_the_schedules_are_the_built_in_ones(walk, num_steps):
-    """To what their float32 tables allow on any processor: a beta may be 1 minus a quotient of two rounded numbers,
+def test_beta_schedules_match_the_built_in_ones(schedule, num_steps):
+    """Up to the rounding of their float32 tables on any processor: a beta is 1 minus a quotient of two rounded numbers,
     each of a few operations, and alpha_bar is a product of num_steps of these."""
-    theirs = BuiltInDDPMScheduler(num_steps, **walk)
-    ours = DDPMScheduler(num_steps, **walk, prediction_type="v_prediction")
+    theirs = BuiltInDDPMScheduler(num_steps, **schedule)
+    ours = DDPMScheduler(num_steps, **schedule, prediction_type="v_prediction")
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-5, atol=16 * eps)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=4000 * eps, atol=16 * eps)
 
 
-def test_the_rescaled_schedule_is_the_built_in_one_in_float64():
+def test_the_rescaled_schedule_matches_the_built_in_one_in_float64():
     """Without the rounding of its float32 tables, the built-in formula gives ours to 1e-12."""
     theirs = rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
     ours = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").betas
     close(ours, theirs)
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=walk_id)
-def test_many_steps_of_eq_2_are_one_of_eq_4(walk, images):
-    scheduler = DDPMScheduler(**walk)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+def test_many_steps_of_eq_2_equal_eq_4(schedule, images):
+    scheduler = DDPMScheduler(**schedule)
     x_0, t = images[0], ALL_T
     mean, variance, means, variances = 1.0, 0.0, [], []
     for beta in scheduler.betas.tolist():
@@ -111,9 +110,47 @@ def test_many_steps_of_eq_2_are_one_of_eq_4(walk, images):
     assert torch.equal(scheduler.add_noise(x_0, eps, t[500]), scheduler.add_noise(x_0, eps, t[500].expand(1000)))
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=walk_id)
-def test_snr_falls(walk):
-    scheduler = DDPMScheduler(**walk)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+@pytest.mark.parametrize("timesteps", [range(1000), (3, 4, 90, 91, 500, 999)])
+def test_q_step_between_any_two_indices_composes_to_eq_4(schedule, timesteps):
+    """Steps from -1 to each timestep in turn, all of them or a few, have the mean and the variance of Eq. 4. A step is
+    linear in x_prev and the noise: two images determine its coefficients."""
+    scheduler = DDPMScheduler(**schedule)
+    unit, zero = torch.tensor([1.0, 0.0]).double().view(2, 1, 1, 1), torch.tensor([0.0, 1.0]).double().view(2, 1, 1, 1)
+    mean, variance, prev_t, x_0 = 1.0, 0.0, -1, torch.tensor(0.3)
+    for t in timesteps:
+        indices = torch.tensor([[t], [prev_t]]).expand(2, 2)
+        scale, std = scheduler.q_step(unit, *indices, zero).flatten().tolist()
+        mean, variance, prev_t = scale * mean, scale**2 * variance + std**2, t
+        moments = scheduler.q_mean_variance(x_0.double().view(1, 1, 1, 1), torch.tensor([t]))
+        assert moments.mean.item() == pytest.approx(mean * x_0.item(), rel=1e-10, abs=1e-15)
+        assert moments.variance.item() == pytest.approx(variance, rel=1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+def test_q_step_is_eq_2_and_from_the_clean_image_eq_4(schedule, images):
+    scheduler = DDPMScheduler(**schedule)
+    x, noise, _ = images
+    beta, alpha_bar = as_images(scheduler.betas), as_images(scheduler.alphas_cumprod)
+    # 1 - alpha_bar_t / alpha_bar_prev has lost the last digits of a beta of 1e-4
+    close(
+        scheduler.q_step(x, ALL_T, ALL_T - 1, noise),
+        (1 - beta).sqrt() * x + beta.sqrt() * noise,
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    clean = torch.full_like(ALL_T, -1)
+    close(scheduler.q_step(x, ALL_T, clean, noise), scheduler.add_noise(x, noise, ALL_T))
+    t, prev_t = torch.tensor([700, 41, 999]), torch.tensor([12, 40, 998])
+    alpha = alpha_bar[t] / alpha_bar[prev_t]
+    close(scheduler.q_step(x[:3], t, prev_t, noise[:3]), alpha.sqrt() * x[:3] + (1 - alpha).sqrt() * noise[:3])
+    one = scheduler.q_step(x, t[:1], prev_t[:1], noise)
+    assert torch.equal(one, scheduler.q_step(x, t[:1].expand(1000), prev_t[:1].expand(1000), noise))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+def test_snr_decreases(schedule):
+    scheduler = DDPMScheduler(**schedule)
     snr = scheduler.snr(ALL_T)
     assert snr.dtype == torch.float64
     assert (snr.diff() < 0).all()
@@ -128,34 +165,34 @@ def posterior(alpha_bar_t, alpha_bar_prev, x_0, x_t):
     return mean, 1 / precision
 
 
-@pytest.mark.parametrize("walk", WALKS, ids=walk_id)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
 @pytest.mark.parametrize("number", [1000, 50, 7])
-def test_posterior_is_a_product_of_gaussians(walk, number, images):
-    scheduler = DDPMScheduler(**walk, timestep_spacing="trailing")
+def test_the_posterior_is_a_product_of_gaussians(schedule, number, images):
+    scheduler = DDPMScheduler(**schedule, timestep_spacing="trailing")
     scheduler.set_timesteps(number)
     t, prev_t = scheduler.timesteps[:-1], scheduler.timesteps[1:]
     x_0, x_t = (values[:number] for values in images[:2])
     alpha_bar = as_images(scheduler.alphas_cumprod)
     mean, variance = posterior(alpha_bar[t], alpha_bar[prev_t], x_0[:-1], x_t[:-1])
-    # its mean has a square root of a difference of rounded numbers, which is 1e-16 where it should be 0 in pure noise
-    atol = 1e-7 if walk is ZERO_SNR else 1e-11
+    # its mean has a square root of a difference of rounded numbers, which is 1e-16 instead of 0 at zero SNR
+    atol = 1e-7 if schedule is ZERO_SNR else 1e-11
     for chosen in (prev_t, None) if number == 1000 else (prev_t,):
         moments = scheduler.q_posterior_mean_variance(x_0[:-1], x_t[:-1], t, chosen)
         close(moments.mean, mean, rtol=1e-11, atol=atol)
         close(moments.variance, variance, rtol=1e-11)
-    home = scheduler.q_posterior_mean_variance(x_0[-1:], x_t[-1:], scheduler.timesteps[-1:], torch.tensor([-1]))
-    close(home.mean, x_0[-1:])
-    assert home.variance == 0
+    last = scheduler.q_posterior_mean_variance(x_0[-1:], x_t[-1:], scheduler.timesteps[-1:], torch.tensor([-1]))
+    close(last.mean, x_0[-1:])
+    assert last.variance == 0
 
 
-def test_posterior_of_a_walk_without_noise_stays_on_it(images):
+def test_the_posterior_of_a_noise_free_x_t_is_noise_free(images):
     scheduler, x_0 = DDPMScheduler(), images[0]
     signal = as_images(scheduler.alphas_cumprod.sqrt())
     before = torch.cat([torch.ones_like(signal[:1]), signal[:-1]])
     close(scheduler.q_posterior_mean_variance(x_0, signal * x_0, ALL_T).mean, before * x_0)
 
 
-def test_fewer_steps_leave_alpha_bar_alone(images):
+def test_fewer_sampling_steps_do_not_change_alpha_bar(images):
     scheduler = DDPMScheduler(timestep_spacing="trailing")
     before = scheduler.add_noise(images[0], images[1], ALL_T)
     for number in (7, 50):
@@ -167,20 +204,54 @@ def test_fewer_steps_leave_alpha_bar_alone(images):
 # ---- Conversions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("walk", SOURCES, ids=walk_id)
-def test_conversions_there_and_back(walk, images):
-    scheduler = DDPMScheduler(**walk)
+@pytest.mark.parametrize("schedule", FINITE_SNR, ids=values_of)
+def test_predictions_convert_there_and_back(schedule, images):
+    scheduler = DDPMScheduler(**schedule)
     x_0, eps, _ = images
     x_t = scheduler.add_noise(x_0, eps, ALL_T)
-    said = {"epsilon": eps, "sample": x_0, "v_prediction": scheduler.get_velocity(x_0, eps, ALL_T)}
+    predictions = {"epsilon": eps, "sample": x_0, "v_prediction": scheduler.get_velocity(x_0, eps, ALL_T)}
     for source in PREDICTION_TYPES:
         for target in PREDICTION_TYPES:
-            converted = scheduler.convert_prediction(said[source], ALL_T, x_t, source, target)
-            # at the ends of the walk x_0 or eps is a small part of x_t: the rounding of 1e-16 grows by what divides it
-            close(converted, said[target], rtol=0, atol=1e-15 * 10 / scheduler.alphas_cumprod[-1].sqrt().item() + 1e-12)
+            converted = scheduler.convert_prediction(predictions[source], ALL_T, x_t, source, target)
+            # at the ends of the schedule x_0 or eps is a small part of x_t, and dividing by it magnifies the rounding
+            close(
+                converted,
+                predictions[target],
+                rtol=0,
+                atol=1e-15 * 10 / scheduler.alphas_cumprod[-1].sqrt().item() + 1e-12,
+            )
 
 
-def test_conversions_in_pure_noise(images):
+@pytest.mark.parametrize("schedule", FINITE_SNR, ids=values_of)
+def test_x_0_from_eps_and_back(schedule, images):
+    scheduler = DDPMScheduler(**schedule)
+    x_0, eps, _ = images
+    signal, noise_std = as_images(scheduler.alphas_cumprod).sqrt(), as_images(1 - scheduler.alphas_cumprod).sqrt()
+    x_t = signal * x_0 + noise_std * eps
+    # x_0 is divided by the signal, which is 5e-5 at the end of the cosine schedule
+    tolerance = 1e-14 / signal.amin().item() + 1e-12
+    close(scheduler.x_0_from_eps(x_t, eps, ALL_T), x_0, rtol=0, atol=tolerance)
+    close(scheduler.eps_from_x_0(x_t, x_0, ALL_T), eps, rtol=0, atol=1e-12)
+    close(scheduler.eps_from_x_0(x_t, scheduler.x_0_from_eps(x_t, eps, ALL_T), ALL_T), eps, rtol=0, atol=1e-12)
+    close(scheduler.x_0_from_eps(x_t, scheduler.eps_from_x_0(x_t, x_0, ALL_T), ALL_T), x_0, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+def test_coefficients_of_x_0_and_eps_satisfy_eq_4(schedule):
+    """x_t = signal x_0 + noise_std eps, whatever the network predicts. (At zero SNR eps does not determine x_0.)"""
+    scheduler = DDPMScheduler(**schedule)
+    alpha_bar = scheduler.alphas_cumprod
+    signal, noise_std = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    for prediction_type in PREDICTION_TYPES[1:] if schedule is ZERO_SNR else PREDICTION_TYPES:
+        x_0, eps = (
+            coefficients(alpha_bar, prediction_type)
+            for coefficients in (scheduler.x_0_coefficients, scheduler.eps_coefficients)
+        )
+        close(signal * x_0[0] + noise_std * eps[0], torch.ones_like(alpha_bar))
+        close(signal * x_0[1] + noise_std * eps[1], torch.zeros_like(alpha_bar))
+
+
+def test_conversions_at_zero_snr(images):
     scheduler, t = DDPMScheduler(**ZERO_SNR), ALL_T[-1:]
     x_0, eps = images[0][:1], images[1][:1]
     close(scheduler.add_noise(x_0, eps, t), eps)
@@ -199,7 +270,7 @@ def test_both_forms_of_eq_11_agree(images):
     close(moments.x_0_pred, (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt(), rtol=1e-11, atol=1e-11)
 
 
-# ---- One step home: p ------------------------------------------------------------------------------------------------
+# ---- Reverse process: p ----------------------------------------------------------------------------------------------
 
 
 def network_output(variance_type, x_t, seed=4):
@@ -210,7 +281,7 @@ def network_output(variance_type, x_t, seed=4):
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("number", [None, 7])
-def test_p_mean_variance_at_any_t_is_the_step(variance_type, prediction_type, number):
+def test_p_mean_variance_has_the_moments_of_step(variance_type, prediction_type, number):
     scheduler = DDPMScheduler(
         40,
         variance_type=variance_type,
@@ -241,20 +312,20 @@ def test_variance_types():
     t, x_t = ALL_T[1:], randn(999, 1, 2, 2)
     beta, alpha_bar = as_images(scheduler.betas), as_images(scheduler.alphas_cumprod)
     beta, beta_tilde = beta[1:], beta[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
-    said = randn(999, 1, 2, 2, seed=7)
+    predicted_variance = randn(999, 1, 2, 2, seed=7)
     expected = {
         "fixed_small": beta_tilde,
         "fixed_small_log": beta_tilde,
         "fixed_large": beta,
         "fixed_large_log": beta,
-        "learned": said.exp(),
-        "learned_range": beta ** ((1 + said) / 2) * beta_tilde ** ((1 - said) / 2),
+        "learned": predicted_variance.exp(),
+        "learned_range": beta ** ((1 + predicted_variance) / 2) * beta_tilde ** ((1 - predicted_variance) / 2),
     }
     for variance_type, variance in expected.items():
         scheduler = DDPMScheduler(variance_type=variance_type)
-        output = torch.cat([x_t, said], dim=1) if variance_type.startswith("learned") else x_t
+        output = torch.cat([x_t, predicted_variance], dim=1) if variance_type.startswith("learned") else x_t
         close(scheduler.p_mean_variance(output, t, x_t).variance, variance, rtol=1e-10)
-        predicted = said[499] if variance_type.startswith("learned") else None
+        predicted = predicted_variance[499] if variance_type.startswith("learned") else None
         variance_500 = scheduler._get_variance(500, predicted)
         close(variance_500.expand(1, 2, 2), variance[499].expand(1, 2, 2), rtol=1e-10)
     assert DDPMScheduler().p_mean_variance(x_t[:1], torch.tensor([0]), x_t[:1]).variance == pytest.approx(1e-20)
@@ -262,7 +333,7 @@ def test_variance_types():
 
 @pytest.mark.parametrize("options", [{}, {"clip_sample_range": 0.5}, {"thresholding": True, "sample_max_value": 1.5}])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_x_0_pred_is_bounded_the_same_way_everywhere(options, prediction_type):
+def test_step_and_p_mean_variance_clip_x_0_pred_alike(options, prediction_type):
     scheduler = DDPMScheduler(**options, prediction_type=prediction_type)
     free = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
     x_t, output, t = 2 * randn(3, 2, 4, 4), 2 * randn(3, 2, 4, 4, seed=1), 300
@@ -279,7 +350,7 @@ def test_x_0_pred_is_bounded_the_same_way_everywhere(options, prediction_type):
 
 @pytest.mark.parametrize("ratio", [0.001, 0.5, 0.9, 0.995, 1.0])
 @pytest.mark.parametrize("shape", [(3, 1, 1, 1), (2, 3, 5, 7), (4, 3, 16, 16)])
-def test_threshold_is_the_quantile(ratio, shape):
+def test_dynamic_threshold_is_the_quantile(ratio, shape):
     scheduler = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=2.5)
     x = 3 * randn(*shape)
     s = torch.quantile(x.abs().flatten(1), ratio, dim=1).clamp(1, 2.5).view(-1, 1, 1, 1)
@@ -288,41 +359,11 @@ def test_threshold_is_the_quantile(ratio, shape):
     assert half.dtype == torch.float16 and (half.double() - x.clamp(-s, s) / s).abs().max() < 2e-3
 
 
-# ---- Gaussian data: the whole walk home is known ---------------------------------------------------------------------
+# ---- Gaussian data: the moments of every sampling step are known -----------------------------------------------------
 
 
-class GaussianData:
-    """N(m, s^2) for every pixel. Everything about its walk is a Gaussian with a closed form."""
-
-    def __init__(self, scheduler, m=0.4, s=0.3):
-        self.alpha_bar, self.m, self.s = [*scheduler.alphas_cumprod.tolist(), 1.0], m, s  # the last is that of t = -1
-
-    def marginal(self, t):
-        """Mean and variance of x_t: Eq. 4."""
-        return math.sqrt(self.alpha_bar[t]) * self.m, self.alpha_bar[t] * self.s**2 + 1 - self.alpha_bar[t]
-
-    def eps(self, x_t, t):
-        """E[eps | x_t], which a perfect network gives: minus the score times sqrt(1 - alpha_bar)."""
-        mean, variance = self.marginal(t)
-        return math.sqrt(1 - self.alpha_bar[t]) * (x_t - mean) / variance
-
-    def step_home(self, mean, variance, t, prev_t, eta, large):
-        """Mean and variance after a step home with that eps, by DDIM's Eq. 12: x_0_pred and eps are linear in x_t."""
-        ab_t, ab_prev = self.alpha_bar[t], self.alpha_bar[prev_t]
-        beta = 1 - ab_t / ab_prev
-        sigma2 = eta**2 * beta * (1 - ab_prev) / (1 - ab_t)
-        marginal_mean, marginal_variance = self.marginal(t)
-        eps_slope = math.sqrt(1 - ab_t) / marginal_variance
-        x_0_slope = (1 - math.sqrt(1 - ab_t) * eps_slope) / math.sqrt(ab_t)
-        slope = math.sqrt(ab_prev) * x_0_slope + math.sqrt(max(1 - ab_prev - sigma2, 0)) * eps_slope
-        # at the mean of the marginal eps is 0 and x_0_pred is m
-        mean = math.sqrt(ab_prev) * self.m + slope * (mean - marginal_mean)
-        noise = 0.0 if prev_t == -1 else eta**2 * beta if large else sigma2
-        return mean, slope**2 * variance + noise
-
-
-def push(scheduler, data, mean, variance, t, eta):
-    """Mean and variance after our step, which is linear in x_t and the noise: three images tell all about it."""
+def step_moments(scheduler, data, mean, variance, t, eta):
+    """Mean and variance after our step, which is linear in x_t and the noise: three images determine it."""
     x_t = as_images([0.0, 1.0, 0.0])
     noise = as_images([0.0, 0.0, 1.0])
     at_0, at_1, noisy = (
@@ -331,40 +372,42 @@ def push(scheduler, data, mean, variance, t, eta):
     return at_0 + (at_1 - at_0) * mean, (at_1 - at_0) ** 2 * variance + (noisy - at_0) ** 2
 
 
-# walk, number of steps, eta; a whole walk for three of the schedules
-HOMEWARD = [(walk, number, eta) for walk in SOURCES for number in (50, 7) for eta in (0.0, 0.3, 1.0)]
-HOMEWARD += [(walk, 1000, eta) for walk in SOURCES[::2] for eta in (0.0, 1.0)]
-homeward = pytest.mark.parametrize(
-    ("walk", "number", "eta"), HOMEWARD, ids=lambda value: walk_id(value) if isinstance(value, dict) else str(value)
+# schedule, number of sampling steps, eta; all 1000 steps for three of the schedules
+SAMPLING = [(schedule, number, eta) for schedule in FINITE_SNR for number in (50, 7) for eta in (0.0, 0.3, 1.0)]
+SAMPLING += [(schedule, 1000, eta) for schedule in FINITE_SNR[::2] for eta in (0.0, 1.0)]
+sampling = pytest.mark.parametrize(
+    ("schedule", "number", "eta"),
+    SAMPLING,
+    ids=lambda value: values_of(value) if isinstance(value, dict) else str(value),
 )
 
 
-@homeward
+@sampling
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_the_walk_home_of_gaussian_data_follows_theory(walk, number, eta, variance_type):
-    scheduler = DDPMScheduler(**walk, variance_type=variance_type, timestep_spacing="trailing", clip_sample=False)
+def test_sampling_gaussian_data_follows_the_closed_form(schedule, number, eta, variance_type):
+    scheduler = DDPMScheduler(**schedule, variance_type=variance_type, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(number)
-    data, (mean, variance) = GaussianData(scheduler), (0.0, 1.0)
+    data, (mean, variance) = Gaussian(scheduler.alphas_cumprod, mean=0.4, std=0.3), (0.0, 1.0)
     expected = mean, variance
     steps = scheduler.timesteps.tolist()
     for t, prev_t in zip(steps, [*steps[1:], -1]):
-        mean, variance = push(scheduler, data, mean, variance, t, eta)
-        expected = data.step_home(*expected, t, prev_t, eta, variance_type == "fixed_large")
+        mean, variance = step_moments(scheduler, data, mean, variance, t, eta)
+        expected = data.reverse_step(*expected, t, prev_t, eta, variance_type == "fixed_large")
         assert (mean, variance) == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_more_steps_come_nearer_to_the_data(eta, variance_type):
-    """The law at the end tends to that of the data, and the error of its std falls about as 1 / N."""
+def test_more_sampling_steps_reduce_the_error(eta, variance_type):
+    """The distribution of the samples tends to that of the data; the error of its std falls about as 1 / N."""
     errors = []
     for number in (40, 80, 160, 320):
         scheduler = DDPMScheduler(variance_type=variance_type, timestep_spacing="trailing", clip_sample=False)
         scheduler.set_timesteps(number)
-        data = GaussianData(scheduler)
+        data = Gaussian(scheduler.alphas_cumprod, mean=0.4, std=0.3)
         mean, variance = data.marginal(999)
         for t in scheduler.timesteps.tolist():
-            mean, variance = push(scheduler, data, mean, variance, t, eta)
+            mean, variance = step_moments(scheduler, data, mean, variance, t, eta)
         assert mean == pytest.approx(0.4, abs=1e-6)  # eps is exact at the mean, whatever the steps
         errors.append(abs(math.sqrt(variance) - 0.3))
     ratios = [before / after for before, after in zip(errors, errors[1:])]
@@ -372,38 +415,38 @@ def test_more_steps_come_nearer_to_the_data(eta, variance_type):
     assert all(1.5 < ratio < 3 for ratio in ratios), (errors, ratios)
 
 
-@homeward
-def test_data_at_a_point_keeps_every_marginal(walk, number, eta):
-    scheduler = DDPMScheduler(**walk, timestep_spacing="trailing", clip_sample=False)
+@sampling
+def test_data_at_one_point_keeps_every_marginal(schedule, number, eta):
+    scheduler = DDPMScheduler(**schedule, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(number)
-    data = GaussianData(scheduler, m=0.4, s=0.0)
+    data = Gaussian(scheduler.alphas_cumprod, mean=0.4, std=0.0)
     steps = scheduler.timesteps.tolist()
     mean, variance = data.marginal(steps[0])
     for t, prev_t in zip(steps, [*steps[1:], -1]):
-        mean, variance = push(scheduler, data, mean, variance, t, eta)
-        # eps of the cosine schedule's end is divided by a signal of 5e-5 there, and so is its rounding
+        mean, variance = step_moments(scheduler, data, mean, variance, t, eta)
+        # at the end of the cosine schedule eps, and its rounding, are divided by a signal of 5e-5
         assert (mean, variance) == pytest.approx(data.marginal(prev_t), rel=1e-9, abs=1e-9)
     assert variance == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("walk", SOURCES, ids=walk_id)
-def test_standard_normal_data_with_variance_beta_stays(walk):
-    scheduler = DDPMScheduler(**walk, variance_type="fixed_large", clip_sample=False)
-    data, moments = GaussianData(scheduler, m=0.0, s=1.0), (0.0, 1.0)
+@pytest.mark.parametrize("schedule", FINITE_SNR, ids=values_of)
+def test_standard_normal_data_with_variance_beta_is_stationary(schedule):
+    scheduler = DDPMScheduler(**schedule, variance_type="fixed_large", clip_sample=False)
+    data, moments = Gaussian(scheduler.alphas_cumprod, mean=0.0, std=1.0), (0.0, 1.0)
     for t in scheduler.timesteps.tolist():
-        moments = push(scheduler, data, *moments, t, eta=1.0)
+        moments = step_moments(scheduler, data, *moments, t, eta=1.0)
         assert moments == pytest.approx((0.0, 1.0 if t > 0 else scheduler.alphas[0].item()), abs=1e-10)
 
 
 @pytest.mark.parametrize(
     ("eta", "variance_type"), [(1.0, "fixed_small"), (1.0, "fixed_large"), (0.5, "fixed_large"), (0, "learned")]
 )
-def test_a_large_sample_has_the_law_that_theory_gives(eta, variance_type):
-    """40,000 walks of 20 steps in float32, with the scheduler's own random numbers: 4 standard errors."""
+def test_a_large_sample_has_the_closed_form_moments(eta, variance_type):
+    """40,000 samples of 20 steps in float32, with the scheduler's own random numbers: 4 standard errors."""
     n = 40_000
     scheduler = DDPMScheduler(variance_type=variance_type, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(20)
-    data, generator = GaussianData(scheduler), torch.Generator().manual_seed(0)
+    data, generator = Gaussian(scheduler.alphas_cumprod, mean=0.4, std=0.3), torch.Generator().manual_seed(0)
     x_t = torch.randn(n, 1, 1, 1, generator=generator)
     expected = 0.0, 1.0
     steps = scheduler.timesteps.tolist()
@@ -412,27 +455,27 @@ def test_a_large_sample_has_the_law_that_theory_gives(eta, variance_type):
         if variance_type == "learned":
             output = torch.cat([output, torch.ones_like(output)], dim=1)
         x_t = scheduler.step(output, t, x_t, generator=generator, eta=eta).prev_sample
-        expected = data.step_home(*expected, t, prev_t, eta, variance_type == "fixed_large")
+        expected = data.reverse_step(*expected, t, prev_t, eta, variance_type == "fixed_large")
     mean, variance = expected
     assert abs(x_t.mean().item() - mean) < 4 * math.sqrt(variance / n)
     assert abs(x_t.var().item() - variance) < 4 * variance * math.sqrt(2 / n)
 
 
-# ---- Beside diffusers' own schedulers --------------------------------------------------------------------------------
+# ---- Against diffusers' own schedulers -------------------------------------------------------------------------------
 
-RIGHT_THERE = (
+BUILT_IN_IS_RIGHT = (
     "fixed_small",
     "fixed_small_log",
     "fixed_large",
     "learned_range",
-)  # else: rows 4, 5 of test_stock.py
+)  # the others: rows 4, 5 of test_stock.py
 
 
 def one_step_of_each(theirs, ours, variance_type, rtol, atol, table_error=0.0, dtype=torch.float64):
     for t in (0, 1, 2, 50, 500, 998, 999):
         x_t = randn(2, 3, 4, 4, seed=t, dtype=dtype)
         output = network_output(variance_type, x_t, seed=t + 1).to(dtype)
-        # what we said of the picture is compared as well: it is what previews show
+        # x_0_pred is compared as well: previews show it
         expected, actual = (
             scheduler.step(output, t, x_t, generator=torch.Generator().manual_seed(t)) for scheduler in (theirs, ours)
         )
@@ -442,24 +485,24 @@ def one_step_of_each(theirs, ours, variance_type, rtol, atol, table_error=0.0, d
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"clip_sample": False}, {"thresholding": True, "sample_max_value": 1.5}], ids=walk_id
+    "options", [{}, {"clip_sample": False}, {"thresholding": True, "sample_max_value": 1.5}], ids=values_of
 )
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("variance_type", RIGHT_THERE)
-def test_step_is_the_built_in_formula(variance_type, prediction_type, options):
-    """With our tables in its place, so that nothing but the formulas differ."""
+@pytest.mark.parametrize("variance_type", BUILT_IN_IS_RIGHT)
+def test_step_matches_the_built_in_formula(variance_type, prediction_type, options):
+    """With our tables in the built-in scheduler, so that only the formulas differ."""
     options = {**options, "variance_type": variance_type, "prediction_type": prediction_type}
     theirs, ours = BuiltInDDPMScheduler(**options), DDPMScheduler(**options)
     theirs.alphas_cumprod, theirs.one = ours.alphas_cumprod, ours.one.double()
     one_step_of_each(theirs, ours, variance_type, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variance_type", RIGHT_THERE)
+@pytest.mark.parametrize("variance_type", BUILT_IN_IS_RIGHT)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("walk", SOURCES[:-1], ids=walk_id)
-def test_step_is_the_built_in_step(walk, prediction_type, variance_type):
-    """In float32, with its own tables. There alpha_bar is rounded by 6e-8, and divided by 1 - alpha_bar (row 17)."""
-    options = {**walk, "variance_type": variance_type, "prediction_type": prediction_type}
+@pytest.mark.parametrize("schedule", FINITE_SNR[:-1], ids=values_of)
+def test_step_matches_the_built_in_step(schedule, prediction_type, variance_type):
+    """In float32, with its own tables, whose alpha_bar is rounded by 6e-8 and divided by 1 - alpha_bar (row 17)."""
+    options = {**schedule, "variance_type": variance_type, "prediction_type": prediction_type}
     theirs, ours = BuiltInDDPMScheduler(**options), DDPMScheduler(**options)
     one_step_of_each(theirs, ours, variance_type, rtol=1e-5, atol=1e-4, table_error=1e-7, dtype=torch.float32)
 
@@ -468,7 +511,7 @@ def test_step_is_the_built_in_step(walk, prediction_type, variance_type):
 @pytest.mark.parametrize("clip_sample", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("number", [1000, 50])
-def test_step_with_eta_is_that_of_ddim(prediction_type, clip_sample, eta, number):
+def test_step_with_eta_matches_ddim(prediction_type, clip_sample, eta, number):
     options = {"prediction_type": prediction_type, "clip_sample": clip_sample}
     theirs, ours = DDIMScheduler(**options), DDPMScheduler(**options)
     theirs.alphas_cumprod = ours.alphas_cumprod
@@ -486,7 +529,7 @@ def test_step_with_eta_is_that_of_ddim(prediction_type, clip_sample, eta, number
 @pytest.mark.filterwarnings("ignore:timestep_spacing")
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("num_steps", [1000, 37, 1])
-def test_spacings_are_the_built_in_ones_where_those_are_right(spacing, num_steps):
+def test_timestep_spacings_match_the_built_in_ones_where_those_are_right(spacing, num_steps):
     theirs = BuiltInDDPMScheduler(num_steps, timestep_spacing=spacing)
     ours = DDPMScheduler(num_steps, timestep_spacing=spacing)
     for number in range(1, num_steps + 1):
@@ -496,13 +539,13 @@ def test_spacings_are_the_built_in_ones_where_those_are_right(spacing, num_steps
         assert len(steps) == number == ours.num_inference_steps
         assert (steps.diff() < 0).all() and steps[-1] >= 0 and steps[0] < num_steps
         assert torch.equal(steps, theirs.timesteps[:number])
-        assert len(theirs.timesteps) == number or spacing == "trailing"  # which is one too long at times: row 1
+        assert len(theirs.timesteps) == number or spacing == "trailing"  # which is sometimes one too long: row 1
         assert ours.previous_timestep(steps[0]) == (steps[1] if number > 1 else -1)
         assert ours.previous_timestep(steps[-1].item()) == -1
 
 
 @pytest.mark.parametrize("num_steps", [2, 3, 10, 99, 128, 999])
-def test_trailing_is_right_for_every_count(num_steps):
+def test_trailing_spacing_is_right_for_every_number_of_steps(num_steps):
     scheduler = DDPMScheduler(num_steps, timestep_spacing="trailing")
     for number in range(1, num_steps + 1):
         steps = scheduler._spaced(number)
@@ -510,7 +553,7 @@ def test_trailing_is_right_for_every_count(num_steps):
         assert all(later < earlier for earlier, later in zip(steps, steps[1:]))
 
 
-def test_a_warning_where_the_walk_home_starts_in_the_middle():
+def test_starting_in_the_middle_of_the_schedule_warns():
     with pytest.warns(UserWarning, match=r"501 steps starts at t = 500, where 27\.\d% of the image is left.*trailing"):
         DDPMScheduler().set_timesteps(501)
     with warnings.catch_warnings():
@@ -518,22 +561,26 @@ def test_a_warning_where_the_walk_home_starts_in_the_middle():
         DDPMScheduler().set_timesteps(1000)
         DDPMScheduler().set_timesteps(50)
         DDPMScheduler(timestep_spacing="trailing").set_timesteps(501)
-        # a short walk with much of the image left at its end: trailing would start there too
+        # a short schedule with much of the image left at its end: trailing would start there too
         DDPMScheduler(20).set_timesteps(20)
         DDPMScheduler(20, timestep_spacing="linspace").set_timesteps(7)
         DDPMScheduler().set_timesteps(timesteps=[500, 100])
 
 
-# ---- Dtypes, batches, and what is left alone -------------------------------------------------------------------------
+# ---- Dtypes, batches, and what is not modified -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("walk", WALKS, ids=walk_id)
-def test_half_precision_is_exact_to_its_rounding(dtype, walk, images):
-    scheduler = DDPMScheduler(**walk)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)
+def test_half_precision_is_exact_to_its_rounding(dtype, schedule, images):
+    scheduler = DDPMScheduler(**schedule)
     x_0, eps = (values.to(dtype) for values in images[:2])
     info = torch.finfo(dtype)
-    for call in (scheduler.add_noise, scheduler.get_velocity):
+
+    def q_step(x_prev, noise, t):
+        return scheduler.q_step(x_prev, t, t.div(2, rounding_mode="floor") - 1, noise)
+
+    for call in (scheduler.add_noise, scheduler.get_velocity, q_step):
         exact, rounded = call(x_0.double(), eps.double(), ALL_T), call(x_0, eps, ALL_T)
         assert rounded.dtype == dtype
         # half a unit in the last place, which is eps / 2 of the power of two below, and 1e-6 for float32
@@ -562,14 +609,14 @@ def test_step_in_other_dtypes(dtype, variance_type, prediction_type):
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("options", [{}, {"clip_sample": False}, {"thresholding": True}], ids=walk_id)
-def test_nothing_given_is_changed(variance_type, prediction_type, options):
+@pytest.mark.parametrize("options", [{}, {"clip_sample": False}, {"thresholding": True}], ids=values_of)
+def test_arguments_are_not_modified(variance_type, prediction_type, options):
     scheduler = DDPMScheduler(variance_type=variance_type, prediction_type=prediction_type, **options)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         x_t, noise = 2 * randn(2, 3, 4, 4).to(dtype), randn(2, 3, 4, 4, seed=1).to(dtype)
         output, t = 2 * network_output(variance_type, x_t).to(dtype), torch.tensor([5, 700])
-        given = (x_t, noise, output, t)
-        before = [value.clone() for value in given]
+        arguments = (x_t, noise, output, t)
+        before = [value.clone() for value in arguments]
         for eta in (0.0, 0.5, 1.0):
             for t_i in (0, 500, torch.tensor(999)):
                 scheduler.step(output, t_i, x_t, eta=eta, variance_noise=noise)
@@ -577,13 +624,16 @@ def test_nothing_given_is_changed(variance_type, prediction_type, options):
         scheduler.q_posterior_mean_variance(x_t, noise, t)
         scheduler.q_mean_variance(x_t, t)
         scheduler.add_noise(x_t, noise, t)
+        scheduler.q_step(x_t, t, t - 3, noise)
         scheduler.get_velocity(x_t, noise, t)
+        scheduler.x_0_from_eps(x_t, noise, t)
+        scheduler.eps_from_x_0(x_t, noise, t)
         for source in PREDICTION_TYPES:
             scheduler.convert_prediction(noise, t, x_t, prediction_type, source)
-        assert all(torch.equal(value, kept) for value, kept in zip(given, before))
+        assert all(torch.equal(value, kept) for value, kept in zip(arguments, before))
 
 
-def test_batches_and_random_numbers():
+def test_batches_and_generators():
     scheduler, x_t, output = DDPMScheduler(), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
 
     def generators():
@@ -600,14 +650,14 @@ def test_batches_and_random_numbers():
     state = unused.get_state()
     scheduler.step(output, 500, x_t, generator=unused, eta=0.0)
     scheduler.step(output, 0, x_t, generator=unused)
-    assert torch.equal(unused.get_state(), state)  # where no noise is added none is drawn
+    assert torch.equal(unused.get_state(), state)  # no noise is drawn where none is added
     assert isinstance(scheduler.step(output, 500, x_t, return_dict=False), tuple)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned", "learned_range"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_gradients_go_through_a_step(variance_type, prediction_type):
-    """As guidance by a classifier needs: against differences."""
+def test_step_is_differentiable(variance_type, prediction_type):
+    """As classifier guidance needs: against finite differences."""
     scheduler = DDPMScheduler(variance_type=variance_type, prediction_type=prediction_type, clip_sample_range=0.7)
     x_t, noise = randn(1, 1, 2, 2).requires_grad_(), randn(1, 1, 2, 2, seed=1)
     output = network_output(variance_type, x_t, seed=2).requires_grad_()
@@ -620,8 +670,8 @@ def test_gradients_go_through_a_step(variance_type, prediction_type):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
-def test_a_step_elsewhere_reads_nothing_back(dtype, variance_type):
-    """On "meta" nothing has a value: whatever the host would wait for is an error there."""
+def test_step_on_another_device_reads_nothing_back(dtype, variance_type):
+    """Tensors on "meta" have no values: whatever would make the host wait is an error there."""
     scheduler = DDPMScheduler(variance_type=variance_type)
     scheduler.set_timesteps(50, device="meta")
     x_t, t = randn(2, 3, 4, 4).to("meta", dtype), torch.tensor([5, 700], device="meta")
@@ -631,13 +681,16 @@ def test_a_step_elsewhere_reads_nothing_back(dtype, variance_type):
         assert (stepped.prev_sample.shape, stepped.prev_sample.dtype) == (x_t.shape, dtype)
     scheduler.p_mean_variance(output, t, x_t)
     scheduler.add_noise(x_t, x_t, t)
+    scheduler.q_step(x_t, t, t - 3, x_t)
     scheduler.get_velocity(x_t, x_t, t)
+    scheduler.x_0_from_eps(x_t, x_t, t)
+    scheduler.eps_from_x_0(x_t, x_t, t)
     assert scheduler.alphas_cumprod.device.type == scheduler.betas.device.type == "cpu"
 
 
 @pytest.mark.parametrize("compiling", [False, True])
-def test_used_again_it_forgets_the_last_schedule(compiling, monkeypatch):
-    """Both kinds of coefficients that a step may read: numbers, and the table for compiled steps and accelerators."""
+def test_set_timesteps_drops_the_cached_coefficients(compiling, monkeypatch):
+    """Both kinds of coefficients that step may read: floats, and the table for compiled steps and accelerators."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     used, x_t = DDPMScheduler(timestep_spacing="trailing"), randn(2, 3, 4, 4)
     for number in (1000, 50, 10):
@@ -648,12 +701,12 @@ def test_used_again_it_forgets_the_last_schedule(compiling, monkeypatch):
             t = used.timesteps[1]
             arguments = {"timestep": t, "sample": x_t, "eta": eta, "variance_noise": x_t.flip(0)}
             assert torch.equal(used.step(x_t, **arguments).prev_sample, fresh.step(x_t, **arguments).prev_sample)
-    if compiling:  # a timestep that is not in the schedule, where it cannot be looked at
+    if compiling:  # a timestep that is not in the schedule, where it cannot be checked
         assert used.step(x_t, torch.tensor(901), x_t).prev_sample.isnan().all()
 
 
-def test_compiled_it_gives_the_same():
-    """Compiled, coefficients are read from a table as they are on an accelerator: learned variance and eta as well."""
+def test_compiled_methods_give_the_same():
+    """Compiled methods read coefficients from a table, as on an accelerator: with learned variance and eta as well."""
     torch.compiler.reset()
     scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="trailing")
     scheduler.set_timesteps(20)
@@ -676,7 +729,7 @@ def test_compiled_it_gives_the_same():
 
 @pytest.fixture
 def diffusers_log(caplog):
-    """What diffusers' logger says, which it does not pass on."""
+    """Records of diffusers' logger, which does not propagate."""
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
     yield caplog
@@ -684,7 +737,7 @@ def diffusers_log(caplog):
 
 
 @pytest.mark.parametrize("other", [BuiltInDDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
-def test_any_scheduler_of_diffusers_takes_the_su_schedule(other, tmp_path, diffusers_log):
+def test_every_diffusers_scheduler_loads_the_su_schedule(other, tmp_path, diffusers_log):
     ours = DDPMScheduler(200, beta_schedule="su", timestep_spacing="trailing")
     close(ours.betas, 0.02 * torch.arange(1, 201, dtype=torch.float64) / 200)
     ours.save_pretrained(tmp_path)
@@ -710,7 +763,7 @@ def test_any_scheduler_of_diffusers_takes_the_su_schedule(other, tmp_path, diffu
     ],
     ids=lambda options: "-".join(options) or "defaults",
 )
-def test_saved_and_loaded_it_is_the_same(options, tmp_path, diffusers_log):
+def test_save_and_load_round_trip(options, tmp_path, diffusers_log):
     scheduler = DDPMScheduler(**options)
     scheduler.save_pretrained(tmp_path)
     copies = [
@@ -732,7 +785,7 @@ def test_saved_and_loaded_it_is_the_same(options, tmp_path, diffusers_log):
     assert not diffusers_log.records
 
 
-def test_it_is_diffusers_scheduler():
+def test_it_is_a_diffusers_scheduler():
     scheduler = DDPMScheduler()
     assert isinstance(scheduler, BuiltInDDPMScheduler)
     assert isinstance(scheduler, diffusers.SchedulerMixin)
@@ -746,7 +799,7 @@ def test_it_is_diffusers_scheduler():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"beta_schedule": "cosine"}, "'cosine'.*'squaredcos_cap_v2'"),
         ({"variance_type": "fixed_smal"}, "'fixed_smal'.*'fixed_small'"),
@@ -773,8 +826,8 @@ def test_it_is_diffusers_scheduler():
         ({"num_train_timesteps": 100_000, "prediction_type": "v_prediction"}, r"alpha_bar is 0 from t = \d+"),
     ],
 )
-def test_bad_options_are_named(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_options_are_named_in_the_error(options, message):
+    with pytest.raises(ValueError, match=message):
         DDPMScheduler(**options)
 
 
@@ -783,7 +836,7 @@ T = torch.tensor([5, 700])
 
 
 @pytest.mark.parametrize(
-    ("method", "arguments", "words"),
+    ("method", "arguments", "message"),
     [
         ("set_timesteps", {"num_inference_steps": 0}, "num_inference_steps is 0: .* 1 to 1000"),
         ("set_timesteps", {"num_inference_steps": 1001}, "1001"),
@@ -815,6 +868,17 @@ T = torch.tensor([5, 700])
         ("add_noise", {"original_samples": X, "noise": X, "timesteps": 5}, "t is 5"),
         ("add_noise", {"original_samples": X, "noise": X, "timesteps": torch.arange(3)}, r"3 entries.*\(2, 3, 4, 4\)"),
         ("add_noise", {"original_samples": X.byte(), "noise": X, "timesteps": T}, "uint8"),
+        ("q_step", {"x_prev": X, "t": T + 300, "prev_t": T, "noise": X}, r"\[305, 1000\].*\[0, 1000\)"),
+        ("q_step", {"x_prev": X, "t": T, "prev_t": T, "noise": X}, r"prev_t is \[5, 700\]"),
+        ("q_step", {"x_prev": X, "t": T, "prev_t": -T, "noise": X}, r"prev_t is \[-5, -700\]"),
+        ("q_step", {"x_prev": X, "t": 5, "prev_t": T, "noise": X}, "t is 5"),
+        ("q_step", {"x_prev": X, "t": T, "prev_t": T - 1, "noise": X[:1]}, r"\(2, 3, 4, 4\) and noise \(1, 3, 4, 4\)"),
+        ("q_step", {"x_prev": X, "t": torch.arange(3), "prev_t": torch.arange(3) - 1, "noise": X}, "3 entries"),
+        ("q_step", {"x_prev": X.byte(), "t": T, "prev_t": T - 1, "noise": X}, "uint8"),
+        ("x_0_from_eps", {"x_t": X, "eps": X[:, :1], "t": T}, r"eps \(2, 1, 4, 4\)"),
+        ("x_0_from_eps", {"x_t": X, "eps": X, "t": T + 300}, "1000"),
+        ("eps_from_x_0", {"x_t": X, "x_0": X[:, :1], "t": T}, r"x_0 \(2, 1, 4, 4\)"),
+        ("eps_from_x_0", {"x_t": X, "x_0": X, "t": -T}, "-700"),
         ("get_velocity", {"sample": X, "noise": X, "timesteps": T + 300}, "1000"),
         ("snr", {"t": torch.tensor([1000])}, "1000"),
         ("q_mean_variance", {"x_0": X, "t": T + 300}, "1000"),
@@ -831,8 +895,8 @@ T = torch.tensor([5, 700])
         ("convert_prediction", {"prediction": X, "t": -T, "x_t": X, "source": "sample", "target": "epsilon"}, "-700"),
     ],
 )
-def test_bad_arguments_are_named(method, arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_arguments_are_named_in_the_error(method, arguments, message):
+    with pytest.raises(ValueError, match=message):
         getattr(DDPMScheduler(), method)(**arguments)
 
 
@@ -849,4 +913,4 @@ def test_bad_calls():
         scheduler.step(X, 501, X)
     with pytest.raises(ValueError, match="descending"):
         scheduler.set_timesteps(timesteps=[3, 5])
-    assert scheduler.num_inference_steps == 50  # what was refused changed nothing
+    assert scheduler.num_inference_steps == 50  # the rejected call changed nothing
