@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from benchmarks import arithmetic, scripts  # noqa: E402
 from benchmarks.compare import Comparison  # noqa: E402
-from training.run.checkpoint import commit  # noqa: E402
+from training.run.runtime import commit  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("step", "ema", "training", "launch")

@@ -1,9 +1,12 @@
-"""Checkpoints: what is whole is found, what is not is passed over, and nothing that was saved runs."""
+"""Checkpoints: complete ones are found, damaged ones are skipped, and no pickled code runs."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +18,11 @@ from training.run import checkpoint
 from training.run.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
-FILES = (checkpoint.WEIGHTS, checkpoint.AVERAGE, checkpoint.OPTIMIZER, checkpoint.MANIFEST)
+FILES = (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER, checkpoint.MANIFEST)
 
 
 def state(step):
-    """A small network's weights, their average and its optimizer after two steps, other ones for each step."""
+    """Weights, EMA weights and optimizer state of a small network after two steps; they depend on `step`."""
     torch.manual_seed(step)
     model = torch.nn.Conv2d(2, 3, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
@@ -31,19 +34,19 @@ def state(step):
 
 
 def save(folder, step, total_limit=2):
-    return checkpoint.save(folder, step, **state(step), facts={"global_batch": 4, "x": [1]}, total_limit=total_limit)
+    return checkpoint.save(folder, step, **state(step), record={"global_batch": 4, "x": [1]}, total_limit=total_limit)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_saved_checkpoint_loads_back_equal(tmp_path):
     path = save(tmp_path / "new" / "run", 500)
     assert path.name == "checkpoint-000500"
     assert names(path) == sorted(FILES)
-    found, manifest = checkpoint.find(tmp_path / "new" / "run", "latest")
-    assert found == path
+    newest, manifest = checkpoint.find(tmp_path / "new" / "run", "latest")
+    assert newest == path
     assert {name: manifest[name] for name in ("step", "global_batch", "x")} == {
         "step": 500,
         "global_batch": 4,
@@ -59,10 +62,10 @@ def test_what_was_saved_comes_back(tmp_path):
         assert all(torch.equal(optimizer["state"][number][name], moment) for name, moment in moments.items())
 
 
-def test_tensors_that_lie_in_one_memory_or_out_of_order_are_saved(tmp_path):
+def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
     flat = torch.arange(24.0)
     views = {"a": flat[:12].view(3, 4), "b": flat[12:].view(3, 4).t()}
-    checkpoint.save(tmp_path, 1, model=views, ema={"a": flat[:2].clone()}, optimizer={}, facts={}, total_limit=1)
+    checkpoint.save(tmp_path, 1, model=views, ema={"a": flat[:2].clone()}, optimizer={}, record={}, total_limit=1)
     model, _, _ = checkpoint.load(tmp_path / "checkpoint-000001")
     assert all(torch.equal(model[name], views[name]) for name in views)
 
@@ -82,7 +85,7 @@ def zeros(file):
     file.write_bytes(bytes(file.stat().st_size))
 
 
-def turn_a_bit(file):
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -100,97 +103,97 @@ def make_folder(file):
 @pytest.mark.parametrize(
     ("name", "damage"),
     [(name, damage) for name in FILES for damage in (empty, zeros, remove, make_folder)]
-    + [(name, damage) for name in FILES[:3] for damage in (cut, turn_a_bit)],  # of the manifest: see the next test
+    + [(name, damage) for name in FILES[:3] for damage in (cut, flip_a_bit)],  # of the manifest: see the next test
 )
-def test_a_damaged_file_is_found_and_latest_goes_back_to_the_one_before(tmp_path, name, damage):
-    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+def test_a_damaged_file_is_detected_and_latest_falls_back_to_the_previous_checkpoint(tmp_path, name, damage):
+    previous, newest = save(tmp_path, 1), save(tmp_path, 2)
     damage(newest / name)
     with pytest.raises(CheckpointError, match=str(newest)):
         checkpoint.find(tmp_path, str(newest))
     lines = []
-    assert checkpoint.find(tmp_path, "latest", lines.append)[0] == before
-    assert len(lines) == 1 and "checkpoint-000002 is passed over" in lines[0] and str(newest / name) in lines[0]
-    damage(before / name)
-    with pytest.raises(CheckpointError, match=f"{newest}.*; .*{before}"):  # says what is wrong with each
+    assert checkpoint.find(tmp_path, "latest", lines.append)[0] == previous
+    assert len(lines) == 1 and "checkpoint-000002 is skipped" in lines[0] and str(newest / name) in lines[0]
+    damage(previous / name)
+    with pytest.raises(CheckpointError, match=f"{newest}.*; .*{previous}"):  # a reason for each
         checkpoint.find(tmp_path, "latest")
 
 
-def test_a_manifest_with_any_key_or_sum_changed_is_no_crash(tmp_path):
+def test_a_manifest_with_any_byte_changed_raises_checkpoint_error(tmp_path):
     path = save(tmp_path, 3)
     content = (path / checkpoint.MANIFEST).read_bytes()
-    for place in range(content.index(b'"files"'), len(content) - 1):
+    for position in range(content.index(b'"files"'), len(content) - 1):
         changed = bytearray(content)
-        changed[place] ^= 1
+        changed[position] ^= 1
         (path / checkpoint.MANIFEST).write_bytes(changed)
         try:
-            assert checkpoint.verified(path)["step"] == 3  # only white space was hit
-            assert content[place : place + 1].isspace()
+            assert checkpoint.verify(path)["step"] == 3  # only white space was hit
+            assert content[position : position + 1].isspace()
         except CheckpointError:
             pass
     for other in ("[]", "3", "null", '"files"', '{"files": 1}', '{"files": {"model.safetensors": [1]}}', "{"):
         (path / checkpoint.MANIFEST).write_text(other)
         with pytest.raises(CheckpointError, match="checkpoint-000003"):
-            checkpoint.verified(path)
+            checkpoint.verify(path)
 
 
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
-def test_stray_names_are_neither_found_nor_deleted(tmp_path):
-    whole = save(tmp_path, 7, total_limit=1)
+def test_folders_with_other_names_are_neither_found_nor_deleted(tmp_path):
+    complete = save(tmp_path, 7, total_limit=1)
     strays = ["checkpoint-000900.tmp", "checkpoint-500-bak", "checkpoint-000800-bak", "checkpoint-900", "checkpoint-"]
     for stray in (*strays, "checkpoint-0009x0", "my-checkpoint-000900"):
-        shutil.copytree(whole, tmp_path / stray)
+        shutil.copytree(complete, tmp_path / stray)
     (tmp_path / "checkpoint-000950").write_text("a file")
     everything = names(tmp_path)
-    assert checkpoint.find(tmp_path, "latest")[0] == whole
+    assert checkpoint.find(tmp_path, "latest")[0] == complete
     assert save(tmp_path, 8, total_limit=1).name == "checkpoint-000008"
     assert set(everything) - set(names(tmp_path)) == {"checkpoint-000007"}
 
 
-def test_a_folder_left_over_from_an_interrupted_save_is_replaced(tmp_path):
+def test_leftovers_of_an_interrupted_save_are_removed(tmp_path):
     for name in ("checkpoint-000005.tmp", "checkpoint-000005.tmp-123", f"checkpoint-000005.tmp-{os.getpid()}"):
-        half = tmp_path / name
-        half.mkdir()
-        (half / "model.safetensors").write_text("half")
-        (half / "more").write_text("more")
+        leftover = tmp_path / name
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_text("half")
+        (leftover / "more").write_text("more")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.find(tmp_path, "latest")
-    path = save(tmp_path, 5)  # the process number may come again
-    checkpoint.clear(tmp_path)
+    path = save(tmp_path, 5)  # one leftover is of an earlier process with this process id
+    checkpoint.clean_up(tmp_path)
     assert names(tmp_path) == ["checkpoint-000005"]
     assert names(path) == sorted(FILES)
-    checkpoint.verified(path)
+    checkpoint.verify(path)
 
 
-def test_a_whole_one_that_was_to_be_replaced_is_put_back(tmp_path):
+def test_a_complete_checkpoint_whose_replacement_is_missing_is_restored(tmp_path):
     path = save(tmp_path, 5)
     path.rename(tmp_path / "checkpoint-000005.old")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.find(tmp_path, "latest")
-    checkpoint.clear(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert checkpoint.find(tmp_path, "latest")[0] == path
     shutil.copytree(path, tmp_path / "checkpoint-000005.old")
-    checkpoint.clear(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert names(tmp_path) == ["checkpoint-000005"]
 
 
-def test_clearing_leaves_what_is_not_ours(tmp_path):
+def test_cleaning_up_leaves_other_names_alone(tmp_path):
     kept = ["checkpoint-5.tmp", "checkpoint-000005.tmp-x", "checkpoint-000005.bak", "my-checkpoint-000005.tmp"]
     for name in kept:
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-000005.tmp").write_text("a file")
-    checkpoint.clear(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert names(tmp_path) == sorted([*kept, "checkpoint-000005.tmp"])
 
 
-def test_latest_goes_by_number_not_by_name(tmp_path):
+def test_latest_is_the_highest_step_not_the_last_name(tmp_path):
     for step in (999_999, 1_000_000):
         save(tmp_path, step)
     assert checkpoint.find(tmp_path, "latest")[1]["step"] == 1_000_000
 
 
-def test_an_explicit_folder_may_be_a_link_or_end_in_a_slash(tmp_path):
+def test_a_folder_may_be_a_link_or_end_in_a_slash(tmp_path):
     first, _ = save(tmp_path, 1), save(tmp_path, 2)
     (tmp_path / "best").symlink_to(first)
     for which in (str(first) + "/", str(tmp_path / "best"), first.name):
@@ -202,21 +205,21 @@ def test_an_explicit_folder_may_be_a_link_or_end_in_a_slash(tmp_path):
             checkpoint.find(tmp_path, str(which))
 
 
-# ---- Rotation: the new one is whole before an old one goes -----------------------------------------------------------
+# ---- Rotation: the new one is verified before an old one is deleted --------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_the_newest_are_kept(tmp_path, limit):
+def test_the_newest_checkpoints_are_kept(tmp_path, limit):
     for step in range(1, 6):
         new = save(tmp_path, step, limit)
         assert new.is_dir()
         assert names(tmp_path) == [f"checkpoint-{n:06d}" for n in range(max(1, step - limit + 1), step + 1)]
         for path in tmp_path.iterdir():
-            checkpoint.verified(path)
+            checkpoint.verify(path)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_later_checkpoints_of_a_run_that_is_replaced_go(tmp_path, limit):
+def test_later_checkpoints_of_a_replaced_run_are_deleted(tmp_path, limit):
     for step in (10, 20):
         save(tmp_path, step, 2)
     new = save(tmp_path, 15, limit)
@@ -224,11 +227,11 @@ def test_later_checkpoints_of_a_run_that_is_replaced_go(tmp_path, limit):
     assert names(tmp_path) == ["checkpoint-000010", "checkpoint-000015"][-limit:]
     again = save(tmp_path, 15, limit)
     assert again == new
-    checkpoint.verified(again)
+    checkpoint.verify(again)
 
 
-@pytest.mark.parametrize("fails", ["safetensors_bytes", "torch.save", "_to_disk", "json.dumps", "os.fsync"])
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_half_one(tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("fails", ["safetensors_bytes", "torch.save", "_flush_folder", "json.dumps", "os.fsync"])
+def test_a_failed_save_keeps_the_old_checkpoint_and_leaves_nothing(tmp_path, monkeypatch, fails):
     old = save(tmp_path, 1, total_limit=1)
 
     def full(*_, **__):
@@ -237,7 +240,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_half_one(tmp_path, m
     owner = {"torch.save": torch, "json.dumps": json, "os.fsync": os}.get(fails, checkpoint)
     with monkeypatch.context() as patch:
         patch.setattr(owner, fails.split(".")[-1], full)
-        with pytest.raises(checkpoint.NoRoomError, match=f"{tmp_path}/checkpoint-000002.*No space.* bytes, .* free"):
+        with pytest.raises(checkpoint.DiskFullError, match=f"{tmp_path}/checkpoint-000002.*No space.* bytes, .* free"):
             save(tmp_path, 2, total_limit=1)
     assert checkpoint.find(tmp_path, "latest")[0] == old
     assert names(tmp_path) == ["checkpoint-000001"]
@@ -245,25 +248,27 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_half_one(tmp_path, m
     assert names(tmp_path) == ["checkpoint-000002"]
 
 
-def test_everything_is_on_the_disk_before_it_has_its_name_and_before_the_old_one_goes(tmp_path, monkeypatch):
+def test_everything_is_flushed_before_the_rename_and_verified_before_the_old_one_is_deleted(tmp_path, monkeypatch):
     save(tmp_path, 1, total_limit=1)
     events = []
     fsync, replace, rmtree = os.fsync, os.rename, shutil.rmtree
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
-    monkeypatch.setattr(checkpoint.Path, "replace", lambda a, b: (events.append(f"named {b.name}"), replace(a, b)))
-    verified = checkpoint.verified
-    monkeypatch.setattr(checkpoint, "verified", lambda path: (events.append("read"), verified(path)))
+    monkeypatch.setattr(checkpoint.Path, "replace", lambda a, b: (events.append(f"renamed to {b.name}"), replace(a, b)))
+    verify = checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda path: (events.append("verified"), verify(path)))
     monkeypatch.setattr(
         shutil, "rmtree", lambda path, **options: (events.append(f"deleted {path.name}"), rmtree(path, **options))
     )
     save(tmp_path, 2, total_limit=1)
-    temporary, gone = tmp_path / f"checkpoint-000002.tmp-{os.getpid()}", f"checkpoint-000001.tmp-{os.getpid()}"
+    temporary, hidden = tmp_path / f"checkpoint-000002.tmp-{os.getpid()}", f"checkpoint-000001.tmp-{os.getpid()}"
     assert events[0] == f"deleted {temporary.name}"
     assert sorted(events[1:6]) == sorted(map(str, [temporary, *(temporary / name for name in FILES)]))
-    assert events[6:] == ["named checkpoint-000002", str(tmp_path), "read", f"named {gone}", f"deleted {gone}"]
+    assert events[6:] == [
+        "renamed to checkpoint-000002", str(tmp_path), "verified", f"renamed to {hidden}", f"deleted {hidden}"
+    ]  # fmt: skip
 
 
-def test_what_cannot_be_deleted_is_warned_of_and_harms_nothing(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
     save(tmp_path, 1, total_limit=1)
 
     def denied(path, ignore_errors=False):
@@ -276,12 +281,12 @@ def test_what_cannot_be_deleted_is_warned_of_and_harms_nothing(tmp_path, monkeyp
     assert checkpoint.find(tmp_path, "latest")[0] == new
 
 
-def test_a_checkpoint_that_reads_back_otherwise_costs_no_older_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_reads_back_differently_deletes_no_older_one(tmp_path, monkeypatch):
     old, write = save(tmp_path, 1, total_limit=1), checkpoint._write
 
     def bad_disk(path, content):
         entry = write(path, content)
-        turn_a_bit(path)
+        flip_a_bit(path)
         return entry
 
     monkeypatch.setattr(checkpoint, "_write", bad_disk)
@@ -290,50 +295,85 @@ def test_a_checkpoint_that_reads_back_otherwise_costs_no_older_one(tmp_path, mon
     assert checkpoint.find(tmp_path, "latest")[0] == old
 
 
-# ---- Lock and room ---------------------------------------------------------------------------------------------------
+# ---- The lock, and free space ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_locked_against_another_process_until_its_holder_ends(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom training import checkpoint\n"
-    code += f"file = checkpoint.lock(Path({str(tmp_path / 'run')!r}))\nprint('locked', flush=True)\ninput()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(CheckpointError, match=f"another run is writing.*process {holder.pid} on"):
-            checkpoint.lock(tmp_path / "run")
-        holder.kill()
-        holder.wait()
-    checkpoint.lock(tmp_path / "run").close()
+LOCK_AND_WAIT = """
+import multiprocessing, pathlib, sys, time
+from training.run import checkpoint
+lock = checkpoint.lock(pathlib.Path(sys.argv[1]))
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+child.start()  # as a process that decodes images: it survives if its parent is killed
+print(child.pid, flush=True)
+input()
+"""
+
+
+def test_a_folder_is_locked_against_other_processes_until_its_holder_dies(tmp_path):
+    command = [sys.executable, "-c", LOCK_AND_WAIT, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        forked = int(holder.stdout.readline())
+        try:
+            with pytest.raises(CheckpointError, match=f"another run is writing.*process {holder.pid} on"):
+                checkpoint.lock(tmp_path / "run")
+            holder.kill()
+            holder.wait()
+            os.kill(forked, 0)  # still alive
+            lock = checkpoint.lock(tmp_path / "run")
+        finally:
+            os.kill(forked, signal.SIGKILL)
     assert f"process {os.getpid()}" in (tmp_path / "run" / ".lock").read_text()
+    with pytest.raises(CheckpointError, match=f"another run is writing.*process {os.getpid()} on"):
+        checkpoint.lock(tmp_path / "run")
+    lock.release()
+    checkpoint.lock(tmp_path / "run").release()
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path):
+def test_a_lock_that_nobody_holds_any_more_is_released(tmp_path):
+    checkpoint.lock(tmp_path)  # as when an exception ends a run and the process lives on
+    checkpoint.lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, code):
+    def no_locks(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match=f"{tmp_path}/.lock cannot be locked: {os.strerror(code)}"):
+        lock = checkpoint.lock(tmp_path)
+    assert not lock.is_locked
+    lock.release()
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("file", "file/run"):
         with pytest.raises(CheckpointError, match=f"output_dir is '{tmp_path / name}'"):
             checkpoint.lock(tmp_path / name)
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+def test_free_space_is_checked_before_anything_is_written(tmp_path, monkeypatch):
     old = save(tmp_path, 1, total_limit=1)
     free = 1000
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))
     monkeypatch.setattr(checkpoint, "_write", lambda *_: pytest.fail("written"))
-    with pytest.raises(checkpoint.NoRoomError, match=r"needs [\d,]+ bytes, (and )?1,000 are free"):
+    with pytest.raises(checkpoint.DiskFullError, match=r"needs [\d,]+ bytes, (but )?1,000 are free"):
         save(tmp_path, 2, total_limit=1)
     assert checkpoint.find(tmp_path, "latest")[0] == old
 
 
-def test_the_bytes_foreseen_are_about_those_written(tmp_path):
+def test_the_estimated_bytes_are_about_those_written(tmp_path):
     model = torch.nn.Linear(1000, 1000)
     optimizer = torch.optim.AdamW(model.parameters())
-    before = checkpoint.bytes_of(model.state_dict(), model.state_dict())
+    before_training = checkpoint.estimate_bytes(model.state_dict(), model.state_dict())
     model(torch.ones(1, 1000)).sum().backward()
     optimizer.step()
     states = {"model": model.state_dict(), "ema": model.state_dict(), "optimizer": optimizer.state_dict()}
-    path = checkpoint.save(tmp_path, 1, **states, facts={}, total_limit=1)
+    path = checkpoint.save(tmp_path, 1, **states, record={}, total_limit=1)
     written = sum(file.stat().st_size for file in path.iterdir())
-    for foreseen in (before, checkpoint.bytes_of(**states)):
-        assert written <= foreseen <= 1.1 * written
+    for estimate in (before_training, checkpoint.estimate_bytes(**states)):
+        assert written <= estimate <= 1.1 * written
 
 
 # ---- Pickles ---------------------------------------------------------------------------------------------------------
@@ -350,8 +390,8 @@ class Canary:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     optimizer = {"state": {}, "param_groups": [Canary(canary)]}
-    path = checkpoint.save(tmp_path, 1, model={}, ema={}, optimizer=optimizer, facts={}, total_limit=1)
-    checkpoint.find(tmp_path, "latest")  # its sums are right
+    path = checkpoint.save(tmp_path, 1, model={}, ema={}, optimizer=optimizer, record={}, total_limit=1)
+    checkpoint.find(tmp_path, "latest")  # sizes and sha256 are right
     with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
         checkpoint.load(path)
     (path / checkpoint.OPTIMIZER).write_bytes(pickle.dumps(Canary(canary), protocol=2))

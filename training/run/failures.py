@@ -1,9 +1,9 @@
-"""When things go wrong: a checkpoint of another run, a number that is none, too little memory."""
+"""FAILURES: a checkpoint of another run, non-finite losses and gradients, too little memory."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,44 +16,50 @@ from training.run.checkpoint import CheckpointError
 
 
 class OutOfMemoryError(RuntimeError):
-    """The message says which settings need less."""
+    """The message says which options need less memory."""
 
 
 def check_same_run(
     path: Path, manifest: dict[str, Any], config: Config, global_batch: int, num_images: int, source: str
 ) -> None:
-    """Raise CheckpointError if a checkpoint has another network, walk, seed, global batch or other pictures."""
-    then = manifest["config"]
+    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or data set."""
     names = ("denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")
-    compared = [(name, then[name], getattr(config, name)) for name in names]
-    compared.append(("a global batch of", manifest["global_batch"], global_batch))
-    compared.append(("the number of pictures", manifest["num_images"], num_images))
-    compared.append(("the pictures", manifest["source"], source))
-    for what, before, now in compared:
+    compared = [(name, manifest["config"][name], getattr(config, name)) for name in names]
+    compared.append(("global batch", manifest["global_batch"], global_batch))
+    compared.append(("number of images", manifest["num_images"], num_images))
+    # After the first ";" come notes, and their wording changes between versions.
+    compared.append(("data set", manifest["source"].partition(";")[0], source.partition(";")[0]))
+    for name, before, now in compared:
         if before != now:
             raise CheckpointError(
-                f"{path} was trained with {what} {before!r}, now it is {now!r}: set it back, or give the other "
-                "run an output_dir of its own"
+                f"{path} was trained with {name} {before!r}, but now it is {now!r}: change it back, or start a new run "
+                "in another output_dir"
             )
 
 
 @contextmanager
-def memory_explained(config: Config, step: int, saved: int) -> Iterator[None]:
-    """Too little memory within becomes OutOfMemoryError, which says what needs less and changes nothing of the run."""
+def explain_out_of_memory(config: Config, step: int, saved: int) -> Iterator[None]:
+    """Running out of memory inside becomes OutOfMemoryError, which names smaller settings. The run is left as it is.
+
+    Args:
+        step: the optimizer step in progress.
+        saved: the step of the newest checkpoint; 0: there is none.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        size, passes = config.train_batch_size, config.gradient_accumulation_steps
-        factor = next((n for n in range(2, size + 1) if size % n == 0), None)
-        less = "train_batch_size is 1 already: give a smaller resolution or denoiser"
-        if factor:
-            less = (
-                f"--train_batch_size {size // factor} --gradient_accumulation_steps {passes * factor} needs less and "
-                "keeps the global batch"
+        batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+        divisor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
+        if divisor is None:
+            advice = "train_batch_size is 1 already, so use a smaller resolution or denoiser"
+        else:
+            advice = (
+                f"--train_batch_size {batch_size // divisor} --gradient_accumulation_steps {accumulation * divisor} "
+                "needs less and keeps the global batch"
             )
-        raise OutOfMemoryError(f"there is not enough memory for step {step}: {less}. {last(saved)}") from error
+        raise OutOfMemoryError(f"Out of memory at step {step}: {advice}. {describe_saved(saved)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -61,33 +67,38 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
-def suspects(shown: list[tuple[Tensor, Tensor, Tensor]], batches: Any, step: int) -> list[int]:
-    """Which pictures of this process have an error that is not finite; all, if it is in the gradient alone.
+def suspect_images(passes: list[tuple[Tensor, Tensor, Tensor]], batches: Any, step: int) -> list[int]:
+    """Images of this rank with a non-finite squared error; all of its images if only the gradient is non-finite.
 
     Args:
-        shown: places in the global batch, predictions and targets, of each forward pass of this process.
+        passes: for each forward pass the indices in the global batch, the prediction and the target.
+        batches: maps indices in the global batch to images, as training/data/batches.py does.
+        step: optimizer steps done before this one.
+    Returns:
+        Indices into the data set.
     """
-    bad = [place[~(out.float() - target).square().flatten(1).mean(1).isfinite().cpu()] for place, out, target in shown]
-    chosen = torch.cat(bad) if sum(map(len, bad)) else torch.cat([place for place, _, _ in shown])
-    return [int(i) for i in batches.indices(step, chosen)]
+    nonfinite = [
+        index[~(prediction.float() - target).square().flatten(1).mean(1).isfinite().cpu()]
+        for index, prediction, target in passes
+    ]
+    suspects = torch.cat(nonfinite) if sum(map(len, nonfinite)) else torch.cat([index for index, _, _ in passes])
+    return [int(i) for i in batches.indices(step, suspects)]
 
 
-def named(accelerator: Any, mine: list[int], data: Any) -> str:
-    """Number and name of the pictures that the processes suspect."""
-    from accelerate.utils import gather_object
-
-    indices = set(gather_object(mine) if accelerator.num_processes > 1 else mine)
-    return ", ".join(f"{i} ({data.name(i)})" for i in sorted(indices))
+def describe_images(indices: Iterable[int], data: Any) -> str:
+    """Index and name of each image, once: "12 (cat/3.png), 40 (dog/7.png)"."""
+    return ", ".join(f"{i} ({data.name(i)})" for i in sorted(set(indices)))
 
 
-def last(saved: int) -> str:
-    return f"The checkpoint after step {saved} is whole." if saved else "There is no checkpoint yet."
+def describe_nonfinite(step: int, loss: float, grad_norm: float, learning_rate: float, images: str) -> str:
+    """What is non-finite at `step`. `loss` is that of this rank, `grad_norm` of all; `images` as `describe_images`."""
+    quantity = "gradient" if math.isfinite(loss) else "loss"
+    return (
+        f"{quantity} is non-finite at step {step} (loss {loss:g} on this rank, gradient norm {grad_norm:g}, learning "
+        f"rate {learning_rate:g}): images {images}"
+    )
 
 
-def part() -> None:
-    """Leave the other processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads need Python's lock to let go of their last tensors, and this thread has it while it waits for
-        # them to end: without a pause one run in twenty hangs here for ever.
-        time.sleep(0.2)
-        torch.distributed.destroy_process_group()
+def describe_saved(saved: int) -> str:
+    """Which checkpoint to resume from, if any: the one after step `saved`."""
+    return f"The checkpoint after step {saved} is intact." if saved else "There is no checkpoint yet."

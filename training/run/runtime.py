@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -168,6 +170,25 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "diffusers", "accelerate", "safetensors", "numpy")
     }
+
+
+def commit() -> str | None:
+    """The commit of the project's code, with "-dirty" if it was edited; None outside of a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def leave_process_group() -> None:
+    """Leave the other processes: this one can end, or work alone, whenever it likes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # To release their last tensors gloo's threads need the GIL, which this thread holds while it waits for them to
+        # end: without a pause one run in twenty hangs here forever.
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
 
 
 # Until all callers use Runtime.

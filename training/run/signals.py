@@ -1,7 +1,7 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the step that runs is finished, a checkpoint is written, and the run ends with 143.
+"""SIGNALS: on SIGTERM, SIGUSR1 or Ctrl-C the run finishes its step, writes a checkpoint and exits with code 143.
 
-A signal only sets a flag, which the loop asks for after each step; there is no other safe place. A second one ends the
-process at once. Before the loop begins and after it has ended nothing can be lost, so there the first one ends it.
+A signal only sets a flag, and the training loop reads it after each step: nowhere else is the state consistent. A
+second signal ends the process at once. Outside the loop there is nothing to lose, so the first signal ends it.
 """
 
 from __future__ import annotations
@@ -14,44 +14,48 @@ from typing import Any
 
 from training.run.runtime import launched_alone
 
-EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell says it of a process that SIGTERM ended
+EXIT_CODE = 128 + signal.SIGTERM  # 143: what a shell reports for a process that SIGTERM ended
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-# One `kill` of a process group reaches a process twice: itself, and by torchrun, which passes its own on.
-SAME_SIGNAL = 1.0  # seconds
+# Seconds within which a second signal counts as the first: `kill` of a process group reaches a process directly, and
+# once more through torchrun, which forwards its own.
+REPEAT_WINDOW = 1.0
 
 
-class Stop:
-    """Takes the signals while it is a context; `asked` says whether one came.
+class StopSignal:
+    """Handles the signals while it is entered as a context; `requested` tells whether one has arrived.
 
-    `accelerate launch` with one process does not pass signals on and leaves its child alone when it dies: that is
-    taken for a signal too.
+    `accelerate launch` with one process neither forwards signals nor ends its child when it dies. So the death of the
+    launcher counts as a signal too.
+
+    Attributes:
+        in_loop: set by the training loop while it runs.
     """
 
     def __init__(self) -> None:
         self.in_loop = False
-        self._came_at: float | None = None
+        self._first_at: float | None = None
         self._parent = os.getppid() if launched_alone() else None
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+    def __enter__(self) -> StopSignal:
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            # torchrun ends the others as soon as one process has ended: that must not change their exit code.
-            signal.signal(number, signal.SIG_IGN if self.asked() else handler)
+        for number, handler in self._previous_handlers.items():
+            # torchrun ends all processes as soon as one has ended: that must not change the exit code of the others.
+            signal.signal(number, signal.SIG_IGN if self.requested() else handler)
 
-    def asked(self) -> bool:
-        """Shall the run end?"""
-        return self._came_at is not None or (self._parent is not None and os.getppid() != self._parent)
+    def requested(self) -> bool:
+        """Whether the run should end."""
+        return self._first_at is not None or (self._parent is not None and os.getppid() != self._parent)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.in_loop:
             raise SystemExit(EXIT_CODE)
-        if self._came_at is None:
-            self._came_at = now
-        elif now - self._came_at > SAME_SIGNAL:
+        if self._first_at is None:
+            self._first_at = now
+        elif now - self._first_at > REPEAT_WINDOW:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
