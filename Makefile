@@ -3,6 +3,7 @@
 # make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy
 # make bench   measure the project beside its peers
+# make docs    build the documentation as a site in build/docs
 # make clean   remove everything the others made, except the runs
 # Each does its own set-up in .venv the first time. It needs Python with venv, and make.
 
@@ -12,11 +13,11 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 # two set-ups in one environment at the same time would break it
 .NOTPARALLEL:
-.PHONY: moons test test-faults lint bench clean
+.PHONY: moons test test-faults lint bench docs clean
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
-	@echo "The pictures are in runs/moons/samples."
+	@echo "The images are in runs/moons/samples."
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
@@ -32,6 +33,11 @@ lint: .venv/test.stamp
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/bench.py
 
+docs: .venv/docs.stamp
+	$(BIN)/python docs/site/make_tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	@echo "The site is in build/docs."
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -44,6 +50,10 @@ clean:
 
 .venv/train.stamp: .venv/torch.stamp setup.cfg pyproject.toml
 	$(PIP) -e ".[train]"
+	touch $@
+
+.venv/docs.stamp: .venv/torch.stamp setup.cfg pyproject.toml
+	$(PIP) -e ".[train,docs]"
 	touch $@
 
 .venv/test.stamp: .venv/torch.stamp setup.cfg pyproject.toml

@@ -1,7 +1,8 @@
-"""The house around the code: who imports whom, what README.md promises, what the packaging files hold."""
+"""The project around the code: who imports whom, how long files are, what the texts and the packaging files hold."""
 
 import ast
 import configparser
+import contextlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -42,15 +44,18 @@ def python_files(*folders: str) -> list[str]:
 
 # ---- Imports go one way ----------------------------------------------------------------------------------------------
 
+# In this order they make up the pipeline.py of a saved model.
+BUNDLED = (
+    "scheduling_ddpm", "pixels", "loading", "images", "inversion", "interpolation", "inpainting", "pipeline_ddpm",
+)  # fmt: skip
+ENTRY_POINTS = ("train", "evaluate", "publish", "curve")
+# What a package of training/ may import of the others: no more than those before it.
+TRAINING_ORDER = ("data", "run", "evaluation", "hub")
+
 
 def imports(name: str) -> set[str]:
-    """Everything the file imports, anywhere in it, as full dotted names: `from .a import b` is ddpm_pipeline.a.b.
-
-    A chapter that is not written yet imports nothing.
-    """
+    """Everything the file imports, anywhere in it, as full dotted names: `from .a import b` is ddpm_pipeline.a.b."""
     found: set[str] = set()
-    if name not in project_files():
-        return found
     for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -65,35 +70,31 @@ def inside(imported: str, *modules: str) -> bool:
     return any(imported == module or imported.startswith(module + ".") for module in modules)
 
 
-def test_the_remote_code_files_import_little():
-    walk, loading, images, fusion = (
-        f"ddpm_pipeline.{name}" for name in ("scheduling_ddpm", "loading", "images", "fusion")
-    )
-    for name, more in (
-        ("scheduling_ddpm", ()),
-        ("loading", ("safetensors", walk)),
-        ("images", (walk,)),
-        ("fusion", (walk, images)),
-        ("pipeline_ddpm", (walk, loading, images, fusion)),
-    ):
-        allowed = (*sys.stdlib_module_names, "numpy", "torch", "PIL", "diffusers", *more)
+def test_bundled_files_import_little():
+    for i, name in enumerate(BUNDLED):
+        bundled_before = [f"ddpm_pipeline.{other}" for other in BUNDLED[:i]]
+        allowed = (*sys.stdlib_module_names, "numpy", "torch", "PIL", "diffusers", "safetensors", *bundled_before)
         found = imports(f"ddpm_pipeline/{name}.py")
         assert any(inside(i, "torch") for i in found)
         assert {i for i in found if not inside(i, *allowed)} == set(), name
 
 
-@pytest.mark.parametrize("name", ["objective", "likelihood", "calibration"])
-def test_the_mathematics_knows_the_scheduler_and_chance_and_nothing_else_of_ours(name):
+@pytest.mark.parametrize("name", ["objective", "likelihood"])
+def test_the_mathematics_imports_scheduler_random_numbers_and_pixels_only(name):
     ours = {i for i in imports(f"ddpm_pipeline/{name}.py") if inside(i, *CODE)}
-    assert {i for i in ours if not inside(i, "ddpm_pipeline.scheduling_ddpm", "ddpm_pipeline.chance")} == set()
+    allowed = [f"ddpm_pipeline.{module}" for module in ("scheduling_ddpm", "rng", "pixels")]
+    assert {i for i in ours if not inside(i, *allowed)} == set()
 
 
 def test_publishing_does_no_mathematics():
     """Plain `import torch` is allowed: what is published must be finite, and someone has to look."""
     maths = [f"torch.{name}" for name in ("nn", "linalg", "fft", "special", "distributions", "autograd", "optim")]
-    maths += [f"ddpm_pipeline.{name}" for name in ("objective", "likelihood", "calibration", "fidelity")]
+    maths += [f"ddpm_pipeline.{name}" for name in ("objective", "likelihood", "fidelity")]
     maths += ["numpy", "scipy", "torchmetrics", "torchdiffeq"]
-    assert {i for i in imports("ddpm_pipeline/publishing.py") if inside(i, *maths)} == set()
+    files = [name for name in python_files("training") if name.startswith("training/hub/")]
+    assert len(files) > 4
+    for name in files:
+        assert {i for i in imports(name) if inside(i, *maths)} == set(), name
 
 
 def test_the_package_does_not_know_who_uses_it():
@@ -103,21 +104,29 @@ def test_the_package_does_not_know_who_uses_it():
         assert {i for i in imports(name) if inside(i, "training", "benchmarks", "tests")} == set(), name
 
 
-def test_nothing_imports_the_training_script():
-    for name in python_files(*CODE, "tests"):
-        # files beside train.py could also find it under its bare name
-        assert {i for i in imports(name) if inside(i, "training.train", "train")} == set(), name
+def test_nothing_imports_an_entry_point():
+    modules = [f"training.{name}" for name in ENTRY_POINTS]
+    for name in python_files(*CODE, "examples", "docs"):
+        assert {i for i in imports(name) if inside(i, *modules, *ENTRY_POINTS)} == set(), name
 
 
-def test_the_remote_code_files_can_be_joined_into_one():
+def test_the_packages_of_training_import_one_way():
+    for i, package in enumerate(TRAINING_ORDER):
+        later = [f"training.{name}" for name in TRAINING_ORDER[i + 1 :]]
+        for name in python_files("training"):
+            if name.startswith(f"training/{package}/"):
+                assert {i for i in imports(name) if inside(i, *later)} == set(), name
+
+
+def test_the_bundled_files_can_be_joined_into_one():
     """pipeline.py in a published folder is these files one after the other, without their relative imports.
 
     A __future__ import may not stand in the middle of a file. diffusers finds relative imports by a regular expression
-    over the text, so none may stand in a docstring either. What two files call by one name would be one thing.
+    over the text, so none may stand in a docstring either. One name defined in two files would be one thing.
     """
     names: dict[str, str] = {}
     before: set[str] = set()
-    for name in ("scheduling_ddpm", "loading", "images", "fusion", "pipeline_ddpm"):
+    for name in BUNDLED:
         text = (ROOT / "ddpm_pipeline" / f"{name}.py").read_text(encoding="utf-8")
         assert not re.search(r"^\s*from\s+__future__\s", text, re.M), name
         tree = ast.parse(text)
@@ -136,21 +145,56 @@ def test_the_remote_code_files_can_be_joined_into_one():
         before.add(name)
 
 
-# ---- README.md and the other texts -----------------------------------------------------------------------------------
+# ---- Chapters have a size --------------------------------------------------------------------------------------------
 
 
-def readme_tree() -> list[str]:
-    """The paths in the fenced block of README.md that lists ddpm_pipeline/.
+@pytest.mark.parametrize("name", python_files("ddpm_pipeline", "training"))
+def test_files_and_functions_are_short(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name != "ddpm_pipeline/scheduling_ddpm.py":
+        assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = node.end_lineno - node.lineno + 1
+            most = 180 if (name, node.name) == ("training/train.py", "main") else 120
+            assert length <= most, f"{node.name} has {length} lines"
+            assert not any(isinstance(part, ast.Nonlocal) for part in ast.walk(node)), node.name
+
+
+@pytest.mark.parametrize("name", python_files("ddpm_pipeline", "training", "benchmarks", "examples"))
+def test_type_errors_are_ignored_for_a_reason_only(name):
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if "type: ignore" in line:
+            assert re.search(r"# type: ignore\[[\w, -]+\]  # \w+", line), line
+
+
+def test_the_walk_is_told_in_few_places():
+    """The metaphor lives in docs/idea.md, in one sentence of the package's docstring and in README's caption."""
+    count = 0
+    for name in project_files():
+        content = (ROOT / name).read_bytes()
+        if name == "docs/idea.md" or b"\0" in content or name == "tests/test_house.py":
+            continue
+        text = content.decode("utf-8").replace("os.walk", "").replace("ast.walk", "")
+        count += len(re.findall(r"walk", text, re.I))
+    assert count < 15
+
+
+# ---- CONTRIBUTING.md and the other texts -----------------------------------------------------------------------------
+
+
+def tree_of_contributing() -> list[str]:
+    """The paths in the fenced block of CONTRIBUTING.md that lists ddpm_pipeline/.
 
     One line, one path: the first word, below the last folder (a name that ends in /) that is indented less.
     """
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
     trees = [block for block in blocks if re.search(r"^\W*ddpm_pipeline/(\s|$)", block, re.M)]
-    assert len(trees) == 1, f"README.md has {len(trees)} fenced blocks with a line for ddpm_pipeline/, not one"
+    assert len(trees) == 1, f"CONTRIBUTING.md has {len(trees)} fenced blocks with a line for ddpm_pipeline/, not one"
     paths: list[str] = []
     folders: list[tuple[int, str]] = []
     for line in filter(str.strip, trees[0].splitlines()):
-        words = re.sub(r"^[\s|`+\-\u2500-\u257f]*", "", line)
+        words = line.lstrip()
         column, path = len(line) - len(words), words.split()[0]
         while folders and folders[-1][0] >= column:
             folders.pop()
@@ -162,15 +206,15 @@ def readme_tree() -> list[str]:
     return paths
 
 
-def test_readme_names_every_file_of_code_once():
-    named = Counter(path for path in readme_tree() if path.endswith(".py"))
-    files = python_files(*CODE)
+def test_contributing_names_every_file_of_code_once():
+    named = Counter(path for path in tree_of_contributing() if path.endswith(".py"))
+    files = [name for name in python_files(*CODE, "docs", "examples") if not name.endswith("__init__.py")]
     assert files
     assert {name: named[name] for name in files if named[name] != 1} == {}
 
 
-def test_readme_names_only_what_exists():
-    missing = [path for path in readme_tree() if not any(ROOT.glob(path.rstrip("/")))]
+def test_contributing_names_only_what_exists():
+    missing = [path for path in tree_of_contributing() if not any(ROOT.glob(path.rstrip("/")))]
     assert missing == []
 
 
@@ -218,6 +262,58 @@ def test_every_dependency_has_an_exact_version():
             version = versions.get(canonicalize_name(requirement.name))
             assert version is not None, requirement
             assert requirement.specifier.contains(version), requirement
+
+
+def core_modules() -> set[str]:
+    """Top-level modules of the distributions that a plain install brings: the closure of the core requirements."""
+    by_distribution: dict[str, set[str]] = {}
+    for module, owners in packages_distributions().items():
+        for owner in owners:
+            by_distribution.setdefault(canonicalize_name(owner), set()).add(module)
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    pending = [Requirement(line) for line in setup["options"]["install_requires"].split("\n") if line]
+    seen: set[str] = set()
+    while pending:
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(name)
+        with contextlib.suppress(PackageNotFoundError):
+            pending += [Requirement(line) for line in distribution(name).requires or []]
+    return {module for name in seen for module in by_distribution.get(name, ())}
+
+
+def test_a_bare_wheel_imports_all_of_itself(tmp_path):
+    """The wheel, installed into an empty folder: every module imports with nothing but the core dependencies."""
+    source = shutil.copytree(ROOT / "ddpm_pipeline", tmp_path / "source" / "ddpm_pipeline").parent
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheels, installed = tmp_path / "wheels", tmp_path / "installed"
+    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run(wheel, check=True, capture_output=True)
+    (file,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(file)], check=True)
+    names = {name for name in (path.name for path in (installed / "ddpm_pipeline").iterdir()) if name[0] != "_"}
+    assert "py.typed" in names
+    blocked = sorted(set(packages_distributions()) - core_modules() - {"ddpm_pipeline"})
+    assert {"accelerate", "datasets", "yaml", "matplotlib", "torchdiffeq", "scipy"} <= set(blocked)
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules |= dict.fromkeys({blocked!r})  # an import of these fails
+sys.path.insert(0, {str(installed)!r})
+import ddpm_pipeline
+assert ddpm_pipeline.__file__.startswith({str(installed)!r}), ddpm_pipeline.__file__
+for module in pkgutil.iter_modules(ddpm_pipeline.__path__):
+    if module.name != "__main__":
+        importlib.import_module(f"ddpm_pipeline.{{module.name}}")
+print(ddpm_pipeline.__version__)
+"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert f"-{child.stdout.strip()}-" in file.name
 
 
 def test_ci_can_be_run():

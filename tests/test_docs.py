@@ -1,0 +1,88 @@
+"""README.md and docs/: every block of code runs, every link leads somewhere, every table of settings is current."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub.server import Hub
+from tests.run_docs import blocks
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "README.zh.md", *(ROOT / "docs").glob("*.md")])
+EXAMPLES = """```sh
+python examples/sample.py
+python examples/interpolate.py
+python examples/other_scheduler.py
+python examples/finetune.py runs/mine/pipeline my/images runs/finetuned --denoiser tiny --max_train_steps 1
+```
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{page: None or what failed}: all pages in one process, which reads the address of the Hub once."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "examples-page.md").write_text(EXAMPLES)
+    pages = [str(page) for page in [*PAGES, folder / "examples-page.md"] if blocks(page)]
+    with Hub() as hub:
+        environment = os.environ | hub.environment(token="user") if hasattr(hub, "environment") else dict(os.environ)
+        command = [sys.executable, str(ROOT / "tests" / "run_docs.py"), str(folder), *pages]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert child.returncode == 0, child.stdout + child.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page, results):
+    assert results[str(page)] is None, results[str(page)]
+
+
+def test_the_examples_run(results):
+    (name,) = [page for page in results if page.endswith("examples-page.md")]
+    assert results[name] is None, results[name]
+
+
+def test_what_is_not_run_says_why():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for reason in re.findall(r"<!-- not run: (.*?) -->", text):
+            assert reason.startswith("needs "), f"{page.name}: {reason}"
+
+
+def anchors(page):
+    """The anchors of the headings of a page, as forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_the_tables_of_settings_are_current():
+    command = [sys.executable, str(ROOT / "docs" / "site" / "make_tables.py"), "--check"]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+def test_every_image_of_the_docs_is_used():
+    used = {Path(target).name for page in PAGES for target in re.findall(r"\]\(([^)\s]+\.png)\)", page.read_text())}
+    assert {path.name for path in (ROOT / "docs" / "images").glob("*.png")} - used == set()
+
+
+def test_readme_is_one_screen_and_a_bit():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
