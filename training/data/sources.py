@@ -1,49 +1,71 @@
-"""FILES TO PIXELS: pictures from a folder, the Hub or the moons become one memory-mapped array, decoded once.
+"""SOURCES: where images come from: a folder of image files, a data set in the Hub's layout, or the drawn moons.
 
-This is the only place that knows files. `load_images` reads every picture twice: a quick pass over the headers settles
-what all must share (size, channels, 8 or 16 bits), a second pass decodes. Then the array is kept in a cache, named by a
-hash of everything it depends on, and the next run maps it into memory and starts at once.
-
-    <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
-    <cache_dir>/<key>/names.txt    for each a line of JSON: its name, and its label if the data set has labels
-    <cache_dir>/<key>/meta.json    what it was made from, which pictures were left out and why, the data set's splits
-
-What a picture means: its first frame, turned upright as its EXIF says, composited on a background where it is
-transparent. All gray pictures give 1 channel, any colour gives 3. If one picture is 16-bit gray, all become 16-bit:
-x 257, which maps 0..255 onto 0..65535. More channels come as .npy files of (H, W, C). `convert("RGB")` alone would get
-much of this wrong: it shows the colours hidden under alpha and clips 16-bit gray to white.
+A source is found quickly, from the names, sizes and times of its files: its `identity` names a cache that may already
+be there. Only if it is not, the source is opened and gives its images one after the other, each with a name. The images
+of files are encoded (see decode.py); moons are drawn as pixels.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from training.data.decode import Payload
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".npy")
+NUM_MOONS = {"train": 8192, "test": 1024}
+MOON_SIZE = (32, 32)
 
 
-class _Opened(NamedTuple):
-    number: int
-    rows: Callable[[], Iterable[tuple[str, Payload]]]  # (name, payload) of each picture
-    labels: list[Any] | None = None
-    splits: tuple[str, ...] = ()
+@dataclass(frozen=True)
+class Records:
+    """The images of an opened source."""
+
+    count: int
+    payloads: Callable[[], Iterable[tuple[str, Payload]]]  # (name, encoded image) of each; every call starts anew
+    labels: list[Any] | None = None  # one for each image
+    splits: tuple[str, ...] = ()  # all that the data set has
 
 
-class _Source(NamedTuple):
-    identity: list[Any]  # goes into the cache key: equal identity, equal pictures
-    words: str
-    open: Callable[[Path], _Opened]  # takes a folder for what is needed now only
+@dataclass(frozen=True)
+class Source:
+    """A place where encoded images are."""
+
+    identity: list[Any]  # goes into the cache key, as JSON: equal identity, equal images
+    description: str
+    open: Callable[[Path], Records]  # takes a folder for temporary files, which must outlive the records
 
 
-def _image_folder(root: Path, cache_dir: Path) -> _Source:
+# ---- A folder of image files -----------------------------------------------------------------------------------------
+
+
+def image_folder(root: Path, cache_dir: Path) -> Source:
+    """All image files in a folder, at any depth, in the order of their paths.
+
+    Raises:
+        ValueError: no such folder, no image in it, or symbolic links that lead out of it.
+    """
     if not root.is_dir():
-        raise ValueError(f"train_data_dir is {str(root)!r}: there is no such folder")
-    files, others = [], 0
+        raise ValueError(f"train_data_dir is {str(root)!r}: no such folder")
+    files, num_ignored = _list_images(root, cache_dir)
+    if not files:
+        raise ValueError(f"train_data_dir is {str(root)!r}: no image in it; images end in {' '.join(sorted(SUFFIXES))}")
+    names = [name for name, _, _ in files]
+    ignored = f" ({num_ignored} other files ignored)" if num_ignored else ""
+    records = Records(len(names), lambda: ((name, root / name) for name in names))
+    return Source(["folder", files], f"folder {root.resolve().name}{ignored}", lambda scratch: records)
+
+
+def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]], int]:
+    """Sorted (path in root, bytes, time of change in ns) of all image files, and how many other files there are."""
+    files: list[tuple[str, int, int]] = []
+    num_ignored = 0
     real_root, real_cache, outside = root.resolve(), cache_dir.resolve(), []
     folders = [""]
     while folders:
@@ -54,72 +76,122 @@ def _image_folder(root: Path, cache_dir: Path) -> _Source:
                 is_link, is_folder = entry.is_symlink(), path.is_dir()
                 is_image = entry.name.lower().endswith(SUFFIXES)
                 if entry.name.startswith(".") or not (is_image or is_folder):
-                    others += 1
+                    num_ignored += 1
                 elif is_link and not Path(os.path.realpath(path)).is_relative_to(real_root):
                     outside.append(name)
                 elif not is_folder:
-                    stat = entry.stat() if path.exists() else None  # of a link that leads nowhere: a bad image, later
+                    stat = entry.stat() if path.exists() else None  # a broken link is reported as unreadable later
                     files.append((name, stat.st_size if stat else -1, stat.st_mtime_ns if stat else 0))
-                elif is_link:  # its pictures are listed where they are
-                    others += 1
-                elif path.resolve() != real_cache:  # our own .npy files are not pictures
+                elif is_link:  # its images are listed where they are
+                    num_ignored += 1
+                elif path.resolve() != real_cache:  # the cache holds .npy files that are not images
                     folders.append(name)
     if outside:
         raise ValueError(f"links lead out of train_data_dir {str(root)!r}: {', '.join(sorted(outside))}")
-    if not files:
-        raise ValueError(f"train_data_dir is {str(root)!r}: no image in it; images end in {' '.join(sorted(SUFFIXES))}")
-    files.sort()
-    words = f"folder {real_root.name}" + (f" ({others} other files ignored)" if others else "")
-    names = [name for name, _, _ in files]
-    opened = _Opened(len(names), lambda: ((name, root / name) for name in names))
-    return _Source(["folder", files], words, lambda scratch: opened)
+    return sorted(files), num_ignored
 
 
-def _dataset(name: str, config: str | None, split: str) -> _Source:
-    """What `datasets.load_dataset` finds by this name, in a local folder or on the Hub."""
+# ---- Parquet files and the Hub ---------------------------------------------------------------------------------------
+
+
+def hub_dataset(name: str, config: str | None, split: str) -> Source:
+    """What `datasets.load_dataset` finds by this name: a local folder of parquet files, or a data set on the Hub.
+
+    Raises:
+        ValueError: a local folder without parquet files; when opened: no such data set, config or split, or not exactly
+            one column of images.
+    """
     local = Path(name)
-    identity: list[Any] = [name]
+    files: list[Any] = [name]
     if local.is_dir():
-        paths = sorted([*local.rglob("*.parquet"), *local.glob("README.md")])  # the README can name configs and splits
+        paths = sorted(
+            [*local.rglob("*.parquet"), *local.glob("README.md")]
+        )  # the README may define configs and splits
         if not any(path.suffix == ".parquet" for path in paths):
             raise ValueError(f"dataset_name is {name!r}: no .parquet in it; for image files give train_data_dir")
-        identity = [(p.relative_to(local).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        files = [(p.relative_to(local).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    description = f"data set {local.resolve().name if local.is_dir() else name}"
+    description += f", config {config}" if config else ""
+    return Source(
+        ["dataset", files, config, split],
+        f"{description}, split {split}",
+        lambda scratch: _open_dataset(name, config, split, scratch),
+    )
 
-    def open_table(scratch: Path) -> _Opened:
-        import datasets  # takes seconds, and a filled cache needs none of it
 
-        try:
-            # A copy of local files is of use only now; downloads go where the user expects and finds them again.
-            table = datasets.load_dataset(name, config, split=split, cache_dir=str(scratch) if local.is_dir() else None)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            given = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
-            kind = "in this folder" if local.is_dir() else 'not "moons", no local folder, and on the Hub'
-            raise ValueError(f"{given}: {kind}: {error}") from error
-        features = dict(table.features)
-        columns = [
-            column
-            for column, kind in features.items()
-            if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)
-        ]
-        if len(columns) != 1:
-            raise ValueError(
-                f"dataset_name is {name!r}: image columns are {columns} among {list(features)}; one is needed"
-            )
-        classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel) or name == "label"]
-        labels = list(table[classes[0]]) if len(classes) == 1 else None
-        splits = tuple(str(split) for split in table.info.splits or ())
-        table = table.select_columns(columns)
-        if isinstance(features[columns[0]], datasets.Image):
-            table = table.cast_column(columns[0], datasets.Image(decode=False))  # one decoder for both routes: ours
+def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> Records:
+    import datasets  # takes seconds to import, and a filled cache does not need it
 
-        def rows() -> Iterator[tuple[str, Payload]]:
-            cells = (cell for batch in table.iter(256) for cell in batch[columns[0]])
-            for i, cell in enumerate(cells):
-                data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
-                file = Path(path) if path else None
-                yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
+    is_local = Path(name).is_dir()
+    try:
+        # Of local files datasets makes a copy, needed only now. Downloads go where its users expect and find them.
+        table = datasets.load_dataset(name, config, split=split, cache_dir=str(scratch) if is_local else None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        tried = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
+        place = "in this folder" if is_local else 'not "moons", no local folder, and on the Hub'
+        raise ValueError(f"{tried}: {place}: {error}") from error
 
-        return _Opened(len(table), rows, labels, splits)
+    features = dict(table.features)
+    image_columns = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    ]
+    if len(image_columns) != 1:
+        raise ValueError(
+            f"dataset_name is {name!r}: image columns are {image_columns} among {list(features)}; one is needed"
+        )
+    (images,) = image_columns
+    label_columns = [
+        column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel) or column == "label"
+    ]
+    labels = list(table[label_columns[0]]) if len(label_columns) == 1 else None
+    splits = tuple(str(split) for split in table.info.splits or ())
+    table = table.select_columns([images])
+    if isinstance(features[images], datasets.Image):
+        table = table.cast_column(images, datasets.Image(decode=False))  # decode.py decodes, as for folders
 
-    words = f"data set {local.resolve().name if local.is_dir() else name}" + (f", config {config}" if config else "")
-    return _Source(["dataset", identity, config, split], f"{words}, split {split}", open_table)
+    def payloads() -> Iterator[tuple[str, Payload]]:
+        cells = (cell for batch in table.iter(256) for cell in batch[images])
+        for i, cell in enumerate(cells):
+            data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+            file = Path(path) if path else None
+            yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
+
+    return Records(len(table), payloads, labels, splits)
+
+
+# ---- The moons -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moons:
+    """The built-in data set, drawn in the size that is wanted. The test split has moons of another seed."""
+
+    split: str
+    size: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        return NUM_MOONS[self.split]
+
+    @property
+    def seed(self) -> int:
+        return list(NUM_MOONS).index(self.split)
+
+    @property
+    def identity(self) -> list[Any]:
+        return ["moons", self.split, NUM_MOONS]
+
+    @property
+    def description(self) -> str:
+        return f"{self.count} moons, drawn with seed {self.seed}, {self.size[0]} x {self.size[1]}"
+
+    def images(self) -> Iterator[np.ndarray]:
+        """(1, H, W) uint8 of each moon."""
+        from ddpm_pipeline.moons import MoonDataset
+
+        moons = MoonDataset(self.count, size=self.size, seed=self.seed)
+        chunk = max(1, 2**23 // (self.size[0] * self.size[1]))  # of 8 MiB
+        for start in range(0, self.count, chunk):
+            yield from moons.images(range(start, min(start + chunk, self.count))).numpy()

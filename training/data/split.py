@@ -1,87 +1,80 @@
-"""FILES TO PIXELS: pictures from a folder, the Hub or the moons become one memory-mapped array, decoded once.
+"""SPLIT: which images a model is trained on, and which are held out to measure it.
 
-This is the only place that knows files. `load_images` reads every picture twice: a quick pass over the headers settles
-what all must share (size, channels, 8 or 16 bits), a second pass decodes. Then the array is kept in a cache, named by a
-hash of everything it depends on, and the next run maps it into memory and starts at once.
-
-    <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
-    <cache_dir>/<key>/names.txt    for each a line of JSON: its name, and its label if the data set has labels
-    <cache_dir>/<key>/meta.json    what it was made from, which pictures were left out and why, the data set's splits
-
-What a picture means: its first frame, turned upright as its EXIF says, composited on a background where it is
-transparent. All gray pictures give 1 channel, any colour gives 3. If one picture is 16-bit gray, all become 16-bit:
-x 257, which maps 0..255 onto 0..65535. More channels come as .npy files of (H, W, C). `convert("RGB")` alone would get
-much of this wrong: it shows the colours hidden under alpha and clips 16-bit gray to white.
+A data set that has a validation or test split gives its own held-out set. From any other, every 20th image (1000 at
+most) is held out: which ones depends on nothing but their number, so a resumed run and a later evaluation agree.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from training.data.cache import ImageSet, load_images
 
-HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first that a data set has, unless told
-HELD_OUT_EVERY, HELD_OUT_MOST = 20, 1000  # of a data set without one every 20th picture, but no more than 1000
+HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first of them that a data set has is held out
+HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, and no more than 1000
 
 
-def evenly(number: int, wanted: int) -> np.ndarray:
-    """Indices of so many of them, evenly spread; all if there are no more."""
-    return np.arange(number) if wanted >= number else np.arange(wanted) * number // wanted
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """`wanted` indices spread evenly over range(count), or all of them if there are no more."""
+    return np.arange(count) if wanted >= count else np.arange(wanted) * count // wanted
 
 
-class DataSplit(NamedTuple):
-    """What is learned from, and what is held out to see how well."""
+@dataclass(frozen=True)
+class DataSplit:
+    """The images that a model is trained on, and the held-out set."""
 
-    data: ImageSet  # what was read first, of which `rows` are learned from
-    train_indices: np.ndarray  # (N,) int64, rising
-    held_out: np.ndarray  # (M, C, H, W), of the type of data.images; M may be 0
-    source: str  # of the held-out pictures, in words
+    data: ImageSet  # the training split, or a data set of which some images are held out
+    train_indices: np.ndarray  # (N,) int64, ascending: which of `data` the model is trained on
+    held_out: np.ndarray  # (M, C, H, W), same dtype as data.images; M may be 0
+    held_out_source: str  # where the held-out set comes from, for the log and the report
 
     @property
-    def training(self) -> np.ndarray:
-        """(N, C, H, W): a view of the data if nothing of it is held out, else a copy."""
+    def train_images(self) -> np.ndarray:
+        """(N, C, H, W): data.images itself if none of them is held out, otherwise a copy."""
         return self.data.images if len(self.train_indices) == len(self.data) else self.data.images[self.train_indices]
 
-    def labels(self) -> np.ndarray | None:
-        """Of `training`: see ImageSet.labels."""
+    def train_labels(self) -> np.ndarray | None:
+        """(N,) int64, the labels of `train_images`; None if there are fewer than two (see ImageSet.labels)."""
         labels = self.data.labels()
         return None if labels is None else labels[self.train_indices]
 
 
-def load_data_split(split: str | None = None, **options: Any) -> DataSplit:
-    """The pictures of `load_images(**options)`, and others that are held out from learning.
+def load_data_split(validation_split: str | None = None, **options: Any) -> DataSplit:
+    """The images of `load_images(**options)` to train on, and a held-out set.
 
     Args:
-        split: of the data set, to hold out: by default a split for that if it has one, else every 20th picture, 1000 at
-            most; "none": nothing.
+        validation_split: the split of the data set to hold out. None takes the first of validation, valid, val and test
+            that the data set has; if it has none, every 20th image is held out, at most 1000. "none" holds nothing out.
     Raises:
-        ValueError: the data set has no such split, or its pictures are of another kind.
+        ValueError: the data set has no such split, or its images have other channels or bits; and all of load_images.
     """
     data = load_images(**options)
-    rows = np.arange(len(data))
-    if split == "none":
-        return DataSplit(data, rows, data.images[:0], "nothing")
-    if split is None:
+    every_image = np.arange(len(data))
+    if validation_split == "none":
+        return DataSplit(data, every_image, data.images[:0], "nothing")
+
+    if validation_split is None:
         split = next((name for name in HELD_OUT_SPLITS if name in data.splits), None)
-    elif split not in data.splits or split == "train":
-        allowed = [name for name in data.splits if name != "train"] or "no split but its own"
-        raise ValueError(f"validation_split is {split!r}: the data set has {allowed}; or give none")
+    elif validation_split in data.splits and validation_split != "train":
+        split = validation_split
+    else:
+        others = [name for name in data.splits if name != "train"] or "no split besides train"
+        raise ValueError(f'validation_split is {validation_split!r}, but the data set has {others}; "none" holds none')
+
     if split is None:
-        every = max(HELD_OUT_EVERY, -(-len(data) // HELD_OUT_MOST))
-        chosen = np.arange(every - 1, len(data), every)
-        words = (
-            f"every {every}th picture of {data.source}, not learned from"
-            if len(chosen)
-            else "nothing: too few pictures"
-        )
-        return DataSplit(data, np.setdiff1d(rows, chosen), np.array(data.images[chosen]), words)
-    # of the size of those that are learned from, whatever is commonest among these
-    others = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
-    if others.images.shape[1:] != data.images.shape[1:] or others.images.dtype != data.images.dtype:
+        step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
+        chosen = np.arange(step - 1, len(data), step)
+        source = f"one in {step} of {data.source}, not trained on" if len(chosen) else "nothing: too few images"
+        return DataSplit(data, np.setdiff1d(every_image, chosen), np.array(data.images[chosen]), source)
+
+    # Resized to the training images, whatever size is the most common in this split.
+    held_out = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
+    if held_out.images.shape[1:] != data.images.shape[1:] or held_out.images.dtype != data.images.dtype:
         raise ValueError(
-            f"split {split!r} has pictures {others.images.shape[1:]} of {others.images.dtype}, the training split "
-            f"{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or none"
+            f"split {split!r} has images {held_out.images.shape[1:]} of {held_out.images.dtype}, the training split "
+            f'{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or "none"'
         )
-    return DataSplit(data, rows, others.images, others.source)
+    return DataSplit(data, every_image, held_out.images, held_out.source)

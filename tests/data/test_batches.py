@@ -1,0 +1,124 @@
+"""Which images a step sees: each once in an epoch, as a function of (seed, step, index in the global batch) alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training.data.batches import Batches
+
+CPU = torch.device("cpu")
+
+
+def numbered(count, height=2, width=4, dtype=np.uint8):
+    """Images that show their own index: every pixel of image i is i."""
+    return np.broadcast_to(np.arange(count, dtype=dtype)[:, None, None, None], (count, 1, height, width)).copy()
+
+
+def make(images, batch_size=4, seed=0, random_flip=False):
+    return Batches(images, batch_size=batch_size, seed=seed, random_flip=random_flip, device=CPU)
+
+
+def indices_of(batches, steps, batch_size):
+    return np.concatenate([batches.indices(step, torch.arange(batch_size)) for step in range(steps)])
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size"),
+    [(12, 4), (10, 4), (7, 3), (5, 12), (1, 2), (64, 64)],  # fitting, straddling, larger than an epoch, ...
+)
+def test_every_epoch_is_a_permutation_of_its_own(count, batch_size):
+    epochs = 6
+    sequence = indices_of(make(numbered(count), batch_size), -(-epochs * count // batch_size), batch_size)
+    orders = sequence[: epochs * count].reshape(epochs, count)
+    for order in orders:
+        assert sorted(order) == list(range(count))
+    if count >= 10:  # of 10! orders none comes twice by accident
+        assert len({tuple(order) for order in orders}) == epochs
+
+
+def test_only_the_train_indices_are_seen():
+    train_indices = np.array([1, 4, 5, 9, 11])
+    batches = Batches(numbered(12), train_indices=train_indices, batch_size=5, seed=0, random_flip=False, device=CPU)
+    for step in range(3):
+        assert sorted(batches.indices(step, torch.arange(5))) == train_indices.tolist()
+    values = (batches.images(0, torch.arange(5))[:, 0, 0, 0] + 1) * 127.5
+    assert values.round().long().tolist() == batches.indices(0, torch.arange(5)).tolist()
+
+
+def test_the_order_is_random():
+    """In shuffled epochs of 200 images the position of an image is independent of its index and of the next epoch."""
+    batches = make(numbered(200), 200)
+    epochs = np.array([batches.indices(step, torch.arange(200)) for step in range(50)])
+    limit = 4.5 / math.sqrt(200)  # for 50 correlations of 200 pairs each
+    for first, second in zip(epochs, epochs[1:]):
+        assert abs(np.corrcoef(first, np.arange(200))[0, 1]) < limit
+        assert abs(np.corrcoef(first.argsort(), second.argsort())[0, 1]) < limit
+    # Mean position of each image: 99.5, with standard error 57.7 / sqrt(50).
+    assert abs(epochs.argsort(axis=1).mean(axis=0) - 99.5).max() < 4.5 * 57.7 / math.sqrt(50)
+
+
+def test_a_batch_is_a_pure_function_of_seed_step_and_index():
+    images = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
+    options = {"batch_size": 4, "seed": 5, "random_flip": True}
+    expected = [make(images, **options).images(step, torch.arange(4)) for step in range(20)]
+    batches = make(images, **options)
+    for step in (19, 3, 0, 7, 7, 12, 2):  # in any order, as after an interruption
+        assert torch.equal(batches.images(step, torch.arange(4)), expected[step])
+        backwards = batches.images(step, torch.tensor([3, 2, 1, 0]))
+        assert torch.equal(backwards.flip(0), expected[step])
+    other = make(images, **options | {"seed": 6})
+    assert not all(torch.equal(other.images(step, torch.arange(4)), expected[step]) for step in range(20))
+
+
+def test_ranks_and_forward_passes_partition_the_global_batch():
+    images = np.random.default_rng(0).integers(0, 256, (11, 1, 4, 4), dtype=np.uint8)
+    for step in range(8):  # a batch of 12 spans two epochs or three
+        batch = make(images, 12, random_flip=True).images(step, torch.arange(12))
+        for size in (1, 3, 6):
+            ranks = [make(images, 12, random_flip=True) for _ in range(12 // size)]
+            slices = [rank.images(step, index) for rank, index in zip(ranks, torch.arange(12).split(size))]
+            assert torch.equal(torch.cat(slices), batch)
+
+
+def test_half_of_the_images_are_mirrored_exactly():
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 5, 7), dtype=np.uint8)
+    batch_size, steps = 100, 40
+    without, with_flips = make(images, batch_size), make(images, batch_size, random_flip=True)
+    mirrored = []
+    for step in range(steps):
+        plain, flipped = (batches.images(step, torch.arange(batch_size)) for batches in (without, with_flips))
+        is_plain, is_mirrored = (
+            torch.tensor([torch.equal(a, b) for a, b in zip(flipped, other)]) for other in (plain, plain.flip(-1))
+        )
+        assert (is_plain ^ is_mirrored).all()
+        mirrored.append(is_mirrored)
+    mirrored = torch.stack(mirrored).double()
+    # Ratio over 4000 flips: standard error 0.5 / sqrt(4000). That of one index or one step is larger.
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / math.sqrt(batch_size * steps)
+    assert abs(mirrored.mean(0) - 0.5).max() < 4.5 * 0.5 / math.sqrt(steps)
+    assert abs(mirrored.mean(1) - 0.5).max() < 4.5 * 0.5 / math.sqrt(batch_size)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pixels_are_scaled_to_minus_one_and_one(dtype):
+    white = np.iinfo(dtype).max
+    values = np.linspace(0, white, 256).round().astype(dtype)
+    images = np.stack([values, values[::-1]]).reshape(2, 1, 16, 16)
+    batches = make(images, 2)
+    x_0 = batches.images(0, torch.arange(2))
+    assert (x_0.dtype, x_0.shape) == (torch.float32, (2, 1, 16, 16))
+    expected = images[batches.indices(0, torch.arange(2))] / white * 2 - 1
+    np.testing.assert_allclose(x_0.numpy(), expected, atol=2e-7, rtol=0)
+    assert (x_0.min().item(), x_0.max().item()) == (-1, 1)
+
+
+def test_a_memory_mapped_file_is_read_and_not_written(tmp_path):
+    images = numbered(6, dtype=np.uint16)
+    np.save(tmp_path / "images.npy", images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    batches = make(mapped, 6)
+    batches.images(0, torch.arange(6)).zero_()
+    np.testing.assert_array_equal(mapped, images)
+    assert torch.equal(batches.images(0, torch.arange(6)), make(images, 6).images(0, torch.arange(6)))

@@ -1,0 +1,135 @@
+"""The cache of decoded images: what its key depends on, and that it is complete or not there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.image_files import noise
+from training.data import cache
+from training.data.cache import load_images
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset_name": "moons", "train_data_dir": "x"}, "give exactly one"),
+        ({"train_data_dir": None}, "give exactly one"),
+        ({"on_bad_image": "ignore"}, "on_bad_image is 'ignore'"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"resolution": 0}, "resolution is 0"),
+        ({"resolution": True}, "resolution is True"),
+        ({"resolution": (8, 8.0)}, "resolution is"),
+        ({"resolution": "8x"}, "resolution is '8x'"),
+        ({"background": "whitish"}, "background is 'whitish'"),
+        ({"background": "#ffffff80"}, "without transparency"),
+        ({"background": 3}, "background is 3"),
+        ({"split": "test"}, "only the splits \\['train'\\]"),
+        ({"split": None}, "split is None"),
+        ({"dataset_name": "moons", "dataset_config_name": "full"}, "dataset_config_name is 'full'"),
+    ],
+)
+def test_an_invalid_option_is_an_error_that_shows_its_value(load, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(**options)
+
+
+def test_the_key_depends_on_every_setting_and_every_file(folder, load, cache_dir):
+    Image.fromarray(noise(8, 8, 4)).save(folder / "a.png")
+
+    def num_caches():
+        return len(list(cache_dir.iterdir()))
+
+    load()
+    variants = [{"resolution": 4}, {"resolution": (4, 8)}, {"center_crop": False}, {"background": "red"}]
+    for n, options in enumerate([*variants, {"on_bad_image": "skip"}], start=2):
+        load(**options)
+        assert num_caches() == n
+    load(background="#ffffff")  # white again
+    load(num_workers=1)
+    assert num_caches() == n
+    stat = (folder / "a.png").stat()
+    os.utime(folder / "a.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    load()
+    (folder / "a.png").rename(folder / "b.png")
+    load()
+    assert num_caches() == n + 2
+
+
+def test_keys_stay_what_they_are_so_that_old_caches_are_found(folder, load, cache_dir):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    np.save(folder / "a.npy", pixels)
+    os.utime(folder / "a.npy", ns=(0, 10**9))
+    load(resolution=(4, 8), center_crop=False, background="red", on_bad_image="skip", min_side=2)
+    load(dataset_name="moons", split="test")
+    assert {path.name for path in cache_dir.iterdir()} == {
+        "97a4d897e8620b38c24873b78acdd9a7d2138a0864a144333c9903891c9d9070",
+        "15da189d2ae114764a6e249b85df217134df40d679bbc2f06ff7bc75f2a3df0e",
+    }
+
+
+def test_a_cache_is_complete_or_not_there(folder, load, cache_dir, monkeypatch):
+    Image.fromarray(noise(8, 8)).save(folder / "a.png")
+    visible = []
+    flush_to_disk = cache.flush_to_disk
+
+    def spy(file):
+        flush_to_disk(file)
+        visible.extend(path for path in cache_dir.iterdir() if not path.name.startswith("."))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "flush_to_disk", spy)
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert visible == list(cache_dir.iterdir()) == []
+    monkeypatch.setattr(cache, "flush_to_disk", flush_to_disk)
+    load()
+    (entry,) = cache_dir.iterdir()
+    assert sorted(path.name for path in entry.iterdir()) == ["images.npy", "meta.json", "names.txt"]
+    with open(entry / "images.npy", "r+b") as file:
+        file.truncate(150)
+    with pytest.raises(ValueError, match=r"damaged.*delete it"):
+        load()
+
+
+def test_two_processes_at_once_end_with_one_cache(folder, cache_dir):
+    for i in range(40):
+        Image.fromarray(noise(32, 32, 3, seed=i)).save(folder / f"{i:02}.png")
+    code = "import sys; from training.data.cache import load_images as load\n"
+    code += "print(load(train_data_dir=sys.argv[1], cache_dir=sys.argv[2]).images.astype(int).sum())"
+    line = [sys.executable, "-c", code, str(folder), str(cache_dir)]
+    racers = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    sums = [int(racer.communicate()[0]) for racer in racers]
+    assert sums == [sum(int(noise(32, 32, 3, seed=i).astype(int).sum()) for i in range(40))] * 2
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_the_slower_of_two_processes_takes_the_cache_of_the_quicker(folder, load, monkeypatch, cache_dir):
+    Image.fromarray(noise(8, 8)).save(folder / "a.png")
+    write_decoded = cache.write_decoded
+    quicker = []
+
+    def slow(*args):
+        monkeypatch.setattr(cache, "write_decoded", write_decoded)
+        quicker.append(load().names_file.stat().st_ino)  # the other process finishes first
+        return write_decoded(*args)
+
+    monkeypatch.setattr(cache, "write_decoded", slow)
+    data = load()
+    np.testing.assert_array_equal(data.images[0, 0], noise(8, 8))
+    assert [data.names_file.stat().st_ino] == quicker
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_worker_processes_decode_the_same_pixels(folder, tmp_path):
+    for i in range(300):
+        Image.fromarray(noise(8, 9, 3, seed=i)).save(folder / f"{i:03}.png")
+    one, two = (load_images(train_data_dir=folder, cache_dir=tmp_path / str(n), num_workers=n) for n in (0, 2))
+    np.testing.assert_array_equal(one.images, two.images)
+    assert one.source == two.source
