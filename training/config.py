@@ -15,6 +15,9 @@ from training.command_line import parse_dataclass
 
 CONFIGS = Path(__file__).parent / "configs"
 
+# The trackers of accelerate, by name.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+
 # What training/evaluate.py measures: of the features of samples, of samples, of held-out pictures.
 OF_FEATURES = ("frechet", "kernel", "precision", "density", "memorisation")
 OF_SAMPLES = (*OF_FEATURES, "shift")
@@ -73,6 +76,8 @@ class Config:
         deterministic: use only operations that give the same bits each time. Slower on a GPU; no effect on a CPU.
         seed: seed of the initial weights and of every random number in training.
         logging_steps: steps between two entries of metrics.jsonl.
+        report_to: where metrics go besides metrics.jsonl: tensorboard, wandb or another tracker of accelerate, several
+            separated by commas; "none": nowhere else.
         validation_steps: steps between two validations on held-out images, by loss and bits per dimension; one also
             runs at the end. 0: never.
         num_validation_images: number of held-out images to validate on.
@@ -135,6 +140,7 @@ class Config:
     deterministic: bool = False
     seed: int = 0
     logging_steps: int = 50
+    report_to: str = "tensorboard"
     validation_steps: int = 1000
     num_validation_images: int = 256
     validation_split: str | None = None
@@ -181,6 +187,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number in [0, 1)")
         if not 0 <= self.adam_weight_decay < math.inf:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
+        self.trackers  # noqa: B018  raises if report_to is wrong
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
             raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
         if self.validation_samples == 1:
@@ -209,6 +216,17 @@ class Config:
         if self.resolution is None:
             return None
         return height_width(self.resolution, "resolution")
+
+    @property
+    def trackers(self) -> list[str]:
+        """`report_to` as a list."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        if names == ["none"]:
+            return []
+        for name in names:
+            if name not in TRACKERS:
+                raise ValueError(f"report_to is {self.report_to!r}: give some of {', '.join(TRACKERS)}, or none")
+        return list(dict.fromkeys(names))
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of optimizer step 1, 2, ...: linear warm-up, then `lr_scheduler`."""

@@ -1,4 +1,4 @@
-"""What a run writes down: settings, metrics, pictures. Training goes on when the disk is full of them."""
+"""What a run writes down: its configuration, metrics and sample images. A log that fails never ends training."""
 
 from __future__ import annotations
 
@@ -6,86 +6,131 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.config import Config
 
+PROJECT = "ddpm-pipeline"  # name of the project or experiment at wandb and others
+
 
 class Log:
-    """config.yaml, metrics.jsonl, tensorboard/ and samples/ of a run, written by the main process.
+    """config.yaml, metrics.jsonl and samples/ in the folder of a run, and the trackers of `report_to`.
 
-    Lines of steps after `after_step`, where the run resumes, are taken out again.
+    Args:
+        after_step: the step at which the run resumes: entries of later steps are removed from metrics.jsonl.
+        enabled: False on all ranks but the main one: nothing is written.
     """
 
-    def __init__(self, folder: Path, config: Config, after_step: int) -> None:
+    def __init__(self, folder: Path, config: Config, *, after_step: int = 0, enabled: bool = True) -> None:
+        self.folder, self.enabled = folder, enabled
+        self._config = config.as_dict() | {"resume_from_checkpoint": None}  # so that config.yaml starts a new run
+        self._tracker_names = list(config.trackers)
+        self._trackers: dict[str, Any] = {}
+        self._after_step = after_step
+        self._warned: set[str] = set()
+        if not enabled:
+            return
         import yaml
 
-        self.folder = folder
-        self._writer: Any = None
-        self._file: Any = None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        settings = config.as_dict() | {"resume_from_checkpoint": None}  # so that the file starts a run of its own
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        (folder / "config.yaml").write_text(yaml.safe_dump(self._config, sort_keys=False), encoding="utf-8")
         path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= after_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        path.write_text("".join(line for line in lines if _step_of(line) <= after_step), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._purge_step = after_step + 1
-        self._warned: set[str] = set()
 
     def metrics(self, step: int, **values: float) -> None:
-        with self._harmless("metrics"):
+        if not self.enabled:
+            return
+        with self._never_fatal("metrics", OSError):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        if step > 1:  # not before the first step is done: tensorboard takes a second to import
-            with self._harmless("tensorboard"):
-                for name, value in values.items():
-                    self._tensorboard().add_scalar(name, value, step)
+        if step > 1:  # importing tensorboard takes a second: not before the first step is reported
+            for name, tracker in self._started_trackers():
+                with self._never_fatal(name, Exception):
+                    tracker.log(values, step=step)
 
-    def picture(self, step: int, image: Any) -> None:
-        import numpy as np
+    def sample_images(self, step: int, grid: Any) -> None:
+        """Save a grid of samples (a PIL image) as samples/step-NNNNNN.png and send it to the trackers."""
+        self.save_image(grid, f"step-{step:06d}.png")
+        for name, tracker in self._started_trackers() if self.enabled else []:
+            if not hasattr(tracker, "log_images"):
+                continue
+            with self._never_fatal(name, Exception):
+                if name == "tensorboard":
+                    import numpy as np
 
-        self.save(image, f"step-{step:06d}.png")
-        array = np.asarray(image)
-        with self._harmless("tensorboard"):
-            layout = "HW" if array.ndim == 2 else "HWC"
-            self._tensorboard().add_image("samples", array, step, dataformats=layout)
+                    pixels = np.atleast_3d(np.asarray(grid))[None]
+                    tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+                else:
+                    tracker.log_images({"samples": [grid]}, step=step)
 
-    def save(self, image: Any, name: str) -> None:
-        with self._harmless("pictures"):
-            image.save(self.folder / "samples" / name)
+    def save_image(self, image: Any, name: str) -> None:
+        """Save a PIL image in samples/."""
+        if self.enabled:
+            with self._never_fatal("sample images", OSError):
+                image.save(self.folder / "samples" / name)
 
     def close(self) -> None:
-        with self._harmless("metrics"):
+        if not self.enabled:
+            return
+        with self._never_fatal("metrics", OSError):
             self._file.close()
-        if self._writer is not None:
-            with self._harmless("tensorboard"):
-                self._writer.close()
+        for name, tracker in self._trackers.items():
+            with self._never_fatal(name, Exception):
+                tracker.finish()
+
+    def _started_trackers(self) -> list[tuple[str, Any]]:
+        """accelerate's trackers, started at the first call. One that does not start is left out."""
+        while self._tracker_names:
+            name = self._tracker_names.pop(0)
+            with self._never_fatal(name, Exception):
+                self._trackers[name] = self._start(name)
+        return list(self._trackers.items())
+
+    def _start(self, name: str) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        if name == "tensorboard":  # which writes into tensorboard/; a resumed run hides what it repeats
+            tracker = tracker_class("tensorboard", str(self.folder), purge_step=self._after_step + 1)
+            tracker.start()
+            return tracker
+        folder = [str(self.folder)] if tracker_class.requires_logging_directory else []
+        tracker = tracker_class(PROJECT, *folder)
+        tracker.start()
+        tracker.store_init_configuration(self._config)
+        return tracker
 
     @contextlib.contextmanager
-    def _harmless(self, what: str) -> Iterator[None]:
-        """A log that cannot be written is told of once, and training goes on: it is worth more."""
+    def _never_fatal(self, what: str, kind: type[Exception]) -> Iterator[None]:
+        """Warn of an error of this kind, once for each `what`, and go on."""
         try:
             yield
-        except OSError as error:
+        except kind as error:
             if what not in self._warned:
                 self._warned.add(what)
-                why = f"{what} in {self.folder} cannot be written: {error.strerror or error}"
-                print(f"WARNING: {why}. Training goes on", file=sys.stderr)
+                reason = getattr(error, "strerror", None) or error
+                print(f"WARNING: cannot write {what} of {self.folder}: {reason}. Training continues.", file=sys.stderr)
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
-        return self._writer
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError if the package of a tracker is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"report_to is {','.join(names)!r}, and {name} is not installed: pip install {name}, or choose from "
+                f"{', '.join([*available, 'none'])}"
+            )
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a half one, which a run left that was killed."""
+    """The step of a line of metrics.jsonl; infinity for an incomplete line, left by a run that was killed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

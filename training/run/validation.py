@@ -1,10 +1,10 @@
-"""A loss that means something: of pictures that are held out, with the same noise each time, of the averaged weights.
+"""Validation during training: held-out loss, bits per dimension, distance between samples and held-out images.
 
-The loss of a training step is of other pictures, noise and t each time, so it hardly seems to go down. Here all of
-these are fixed and t is spread evenly over the walk, so what is left of the change is learning. It is split into bands
-of log SNR = log(alpha_bar / (1 - alpha_bar)), as a mean over all t hides that a network still learns the fine details
-(high) when it has long learned the outlines (low). Beside it the bound on the bits per dimension, estimated from a few
-steps of each picture: see ddpm_pipeline/likelihood.py.
+The training loss is of other images, noise and timesteps at each step, so it hardly seems to fall. Here all three are
+fixed and the timesteps are spread evenly, so what changes from one validation to the next is the network. The loss is
+also given in bands of log SNR = log(alpha_bar / (1 - alpha_bar)): the mean over all timesteps hides that a network
+still learns fine details (high SNR) long after the outlines (low SNR). Bits per dimension are the variational bound,
+estimated from a few timesteps per image: see ddpm_pipeline/likelihood.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,115 +21,178 @@ from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, likelihood, objective, rng
 from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
-from training.data.split import evenly
+from training.data.split import DataSplit, evenly_spaced
 
-EDGES = (-4.0, -1.0, 1.0, 4.0)  # of log SNR
-STEPS_OF_EACH = 4  # t for one picture
-STRATA = 8  # steps of the bound for one picture
-SEED = 0  # not the run's: another seed shall be compared by the same noise
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.run.log import Log
+    from training.run.runtime import Runtime
+    from training.run.sampling import EMASampler
+
+BAND_EDGES = (-4.0, -1.0, 1.0, 4.0)  # of log SNR
+TIMESTEPS_PER_IMAGE = 4  # for the loss
+STRATA = 8  # timesteps per image for the bound
+SEED = 0  # not the run's seed: runs with different seeds are validated with the same noise
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Gather = Callable[[list[Any]], list[Any]]  # the values of all processes
+Gather = Callable[[list[Any]], list[Any]]  # the values of this rank to those of all ranks
+
+
+class Validator:
+    """Validates the EMA weights of a run, on all ranks, and logs the result."""
+
+    def __init__(self, config: Config, runtime: Runtime, split: DataSplit, sampler: EMASampler, log: Log) -> None:
+        self._num_samples = config.validation_samples
+        self._runtime, self._sampler, self._log, self._held_out = runtime, sampler, log, split.held_out
+        self._feature_cache = Path(config.cache_dir).expanduser() / "features"
+        self._validation = Validation(
+            split.held_out,
+            config.num_validation_images,
+            sampler.scheduler,
+            device=runtime.device,
+            batch_size=config.train_batch_size,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+        )
+        self._extractor = None
+        if self._num_samples and self._validation.num_images and runtime.is_main:
+            from ddpm_pipeline.features import make_extractor
+
+            self._extractor = make_extractor(
+                config.extractor,
+                images=split.train_images,
+                labels=split.train_labels(),
+                cache_dir=self._feature_cache,
+                device=runtime.device,
+            )
+
+    def validate(self, step: int, images_seen: int) -> str:
+        """Measure and log. Returns a short summary for the progress bar; empty if nothing is held out."""
+        if not self._validation.num_images:
+            return ""
+        unet = self._sampler.unet
+        with self._sampler.ema_weights(), self._runtime.autocast():
+            metrics = self._validation.measure(
+                lambda x_t, t: unet(x_t, t, return_dict=False)[0], gather=self._runtime.gather_objects
+            )
+        samples = self._sampler.draw(step, self._num_samples) if self._num_samples else None
+        if samples is not None and self._extractor is not None:
+            metrics |= kernel_distance(samples, self._held_out, self._extractor, self._feature_cache)
+        self._log.metrics(step, images=images_seen, **metrics)
+        summary = f"held-out loss {metrics['validation_loss']:.4f}, {metrics['bits_per_dim']:.2f} bits/dim"
+        if "kernel_distance" in metrics:
+            summary += f", kernel distance {metrics['kernel_distance']:.4f}"
+        return summary
 
 
 class Validation:
-    """The held-out pictures of a run, and what is fixed with them.
+    """Held-out images with fixed noise and timesteps.
 
     Args:
         images: (M, C, H, W) uint8 or uint16.
-        number: so many of them, evenly spread, are used.
-        share: (process, processes): pictures process, process + processes, ... are measured here.
+        num_images: how many of them to use, spread evenly.
+        rank, world_size: this process measures images rank, rank + world_size, ...
     """
 
     def __init__(
         self,
         images: np.ndarray,
-        number: int,
+        num_images: int,
         scheduler: DDPMScheduler,
         *,
         device: torch.device,
         batch_size: int = 64,
-        share: tuple[int, int] = (0, 1),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.pixels = np.asarray(images[evenly(len(images), number)])
-        self.number = len(self.pixels)
+        self.pixels = np.asarray(images[evenly_spaced(len(images), num_images)])
+        self.num_images = len(self.pixels)
         self._scheduler, self._device, self._batch_size = scheduler, device, batch_size
-        self._index = torch.arange(self.number)[share[0] :: share[1]]
-        # Evenly spaced over the walk, each picture with t of its own: a random one of them for each.
-        pairs = self.number * STEPS_OF_EACH
-        shuffled = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs)).argsort(stable=True)
-        places = (torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps
-        self._t = places.long()[shuffled.argsort()].view(self.number, STEPS_OF_EACH)
+        self._index = torch.arange(self.num_images)[rank::world_size]
+        # Evenly spaced over all timesteps; a random assignment, so that no image has only early or only late ones.
+        pairs = self.num_images * TIMESTEPS_PER_IMAGE
+        random_bits = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs))
+        evenly_spaced_t = ((torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps).long()
+        rank_of_pair = random_bits.argsort(stable=True).argsort()
+        self._t = evenly_spaced_t[rank_of_pair].view(self.num_images, TIMESTEPS_PER_IMAGE)
 
     @torch.no_grad()
     def measure(self, network: Network, gather: Gather = lambda values: values) -> dict[str, float]:
-        """validation_loss, in bands of log SNR too, and bits_per_dim, with the standard error over the images.
+        """validation_loss, also per band of log SNR, and bits_per_dim with its standard error over the images.
 
         Args:
-            network: (x_t, t) to the output, with the EMA weights and without dropout.
-            gather: a list of values of this process to the list of those of all processes.
+            network: (x_t, t) to the model output, with EMA weights and without dropout.
+            gather: Runtime.gather_objects, if there are several ranks.
         """
-        loss_parts: list[tuple[list[int], list[list[float]]]] = []  # image indices, losses of each at its t
+        losses: list[tuple[list[int], list[list[float]]]] = []  # per batch: image indices; losses at each image's t
         bits: list[tuple[list[int], list[float]]] = []
         for index in self._index.split(self._batch_size):
-            if not len(index):  # more processes than images
+            if not len(index):  # more ranks than images
                 continue
             x_0 = from_pixels(self.pixels[index.numpy()], self._device)
-            losses = []
-            for k in range(STEPS_OF_EACH):
-                eps = rng.normal(
-                    rng.key(SEED, rng.Stream.VALIDATION_NOISE, k), index.to(self._device), tuple(x_0.shape[1:])
-                )
-                lesson = objective.noised_batch(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
-                prediction = network(lesson.x_t, lesson.t).float()
-                losses.append((prediction - lesson.target).square().flatten(1).mean(1).double().cpu())
-            loss_parts.append((index.tolist(), torch.stack(losses, dim=1).tolist()))
-            strata = min(STRATA, max(1, self._scheduler.num_steps - 1))
-            levels = num_levels(self.pixels.dtype)
+            losses.append((index.tolist(), self._losses(network, x_0, index).tolist()))
             bound = likelihood.variational_bound(
-                network, self._scheduler, x_0, index=index, seed=SEED, strata=strata, levels=levels
+                network,
+                self._scheduler,
+                x_0,
+                index=index,
+                seed=SEED,
+                strata=min(STRATA, max(1, self._scheduler.num_steps - 1)),
+                levels=num_levels(self.pixels.dtype),
             )
             bits.append((index.tolist(), likelihood.bits_per_dim(bound.total, x_0.shape[1:]).tolist()))
-        # Means and standard errors are of the gathered values, in float64 and in the order of the images: sums of
-        # squares would lose the digits of a small variance beside a large mean, and depend on the number of processes.
-        loss = self._in_order(gather(loss_parts))
-        band = torch.bucketize(self._scheduler.snr(self._t).log(), torch.tensor(EDGES, dtype=torch.float64))
-        found = {"validation_loss": loss.mean().item()}
-        for number, name in enumerate(bands()):
-            if (band == number).any():
-                found[f"validation_loss/{name}"] = loss[band == number].mean().item()
-        each = self._in_order(gather(bits))
-        found["bits_per_dim"] = each.mean().item()
-        if self.number > 1:
-            found["bits_per_dim_standard_error"] = each.std().item() / math.sqrt(self.number)
-        return found
+        # Means and standard errors are taken over the gathered values, in float64 and in the order of the images. Sums
+        # of squares would lose the digits of a small variance beside a large mean, and depend on the world size.
+        loss = self._in_order(gather(losses))
+        band = torch.bucketize(self._scheduler.snr(self._t).log(), torch.tensor(BAND_EDGES, dtype=torch.float64))
+        metrics = {"validation_loss": loss.mean().item()}
+        for i, name in enumerate(band_names()):
+            if (band == i).any():
+                metrics[f"validation_loss/{name}"] = loss[band == i].mean().item()
+        bits_per_dim = self._in_order(gather(bits))
+        metrics["bits_per_dim"] = bits_per_dim.mean().item()
+        if self.num_images > 1:
+            metrics["bits_per_dim_standard_error"] = bits_per_dim.std().item() / math.sqrt(self.num_images)
+        return metrics
+
+    def _losses(self, network: Network, x_0: Tensor, index: Tensor) -> Tensor:
+        """Mean squared error of each image at each of its timesteps: (B, TIMESTEPS_PER_IMAGE), float64, on the CPU."""
+        losses = []
+        for k in range(TIMESTEPS_PER_IMAGE):
+            key = rng.key(SEED, rng.Stream.VALIDATION_NOISE, k)
+            eps = rng.normal(key, index.to(self._device), tuple(x_0.shape[1:]))
+            batch = objective.noised_batch(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
+            prediction = network(batch.x_t, batch.t).float()
+            losses.append((prediction - batch.target).square().flatten(1).mean(1).double().cpu())
+        return torch.stack(losses, dim=1)
 
     def _in_order(self, parts: list[tuple[list[int], list[Any]]]) -> Tensor:
-        """Values of all images, from the parts that each process measured: float64, (number, ...)."""
+        """The values of all batches in the order of the images: (num_images, ...), float64."""
         by_index = {i: value for index, values in parts for i, value in zip(index, values)}
-        return torch.tensor([by_index[i] for i in range(self.number)], dtype=torch.float64)
+        return torch.tensor([by_index[i] for i in range(self.num_images)], dtype=torch.float64)
 
 
-def bands() -> list[str]:
-    """What the bands of log SNR are called, from noise to picture."""
-    edges = [f"{edge:g}" for edge in EDGES]
+def band_names() -> list[str]:
+    """Names of the bands of log SNR, from noise to image."""
+    edges = [f"{edge:g}" for edge in BAND_EDGES]
     between = [f"log_snr_{low}_to_{high}" for low, high in zip(edges, edges[1:])]
     return [f"log_snr_below_{edges[0]}", *between, f"log_snr_above_{edges[-1]}"]
 
 
 def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Any, cache_dir: Path) -> dict[str, float]:
-    """The kernel distance (KID's estimator) of samples in [-1, 1] to held-out pictures, with its standard error.
+    """Kernel distance (the estimator of KID) between samples in [-1, 1] and held-out images, with its standard error.
 
-    Nothing, and a warning, if there is none: of a single held-out picture, or of samples that are all alike.
+    Empty, with a warning, if it is not defined: for a single held-out image, or for samples that are all equal.
     """
     from ddpm_pipeline import fidelity
     from ddpm_pipeline.features import extract_features
 
-    drawn = to_pixels(samples, held_out.dtype)
-    features = extract_features(extractor, drawn)
+    sample_features = extract_features(extractor, to_pixels(samples, held_out.dtype))
+    held_out_features = extract_features(extractor, held_out, cache_dir=cache_dir)
     try:
-        found = fidelity.kernel_distance(features, extract_features(extractor, held_out, cache_dir=cache_dir))
+        distance = fidelity.kernel_distance(sample_features, held_out_features)
     except ValueError as error:
-        print(f"WARNING: no kernel distance: {error}. Training is not touched by it.", file=sys.stderr)
+        print(f"WARNING: kernel distance skipped: {error}. Training continues.", file=sys.stderr)
         return {}
-    return {"kernel_distance": found.value, "kernel_distance_standard_error": found.standard_error or math.nan}
+    standard_error = distance.standard_error or math.nan
+    return {"kernel_distance": distance.value, "kernel_distance_standard_error": standard_error}

@@ -1,0 +1,167 @@
+"""Sampling during training: grids of samples, and pipeline/ with the EMA weights."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddpm_pipeline.files import remove, replacing
+from training.run.failures import is_out_of_memory
+from training.run.record import SAMPLE_SEED, RunRecord
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+    from training.config import Config
+    from training.ema import FlatEMA
+    from training.run.log import Log
+    from training.run.runtime import Runtime
+    from training.run.signals import StopSignal
+
+PIPELINE = "pipeline"  # folder of the EMA pipeline in that of the run
+BATCH_SIZE = 64  # images sampled at a time on each rank
+
+
+class EMASampler:
+    """Samples with the EMA weights of a run, on all ranks.
+
+    Args:
+        x_0: (1, C, H, W) in [-1, 1], the image that trajectory.png shows on its way to noise.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        unet: UNet2DModel,
+        scheduler: DDPMScheduler,
+        ema: FlatEMA,
+        log: Log,
+        stop: StopSignal,
+        x_0: Tensor,
+    ) -> None:
+        self.unet, self.scheduler = unet, scheduler
+        self._config, self._runtime, self._ema, self._log, self._stop, self._x_0 = config, runtime, ema, log, stop, x_0
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within this context the network has the EMA weights and no dropout."""
+        self.unet.eval()
+        try:
+            with self._ema.applied():
+                yield
+        finally:
+            self.unet.train()
+
+    def draw(self, step: int, num_images: int) -> Tensor | None:
+        """Samples (num_images, C, H, W) in [-1, 1]: image i has seed SAMPLE_SEED + i, whatever the world size.
+
+        None, on all ranks, if a signal ends the run or some rank is out of memory; a warning then says so.
+        """
+        runtime = self._runtime
+        # Rank r draws images r, r + world_size, ...; every rank draws as many, some of them image 0 once more.
+        per_rank = -(-num_images // runtime.world_size)
+        indices = list(range(runtime.rank, num_images, runtime.world_size))
+        indices += [0] * (per_rank - len(indices))
+        images: list[Tensor] = []
+        out_of_memory = False
+        try:
+            with self.ema_weights(), runtime.autocast():
+                pipe = self._make_pipeline()
+                title = f"sampling at step {step}"
+                pipe.set_progress_bar_config(desc=title, leave=False, disable=not runtime.is_main)
+                for start in range(0, per_rank, BATCH_SIZE):
+                    images += pipe(
+                        seeds=[SAMPLE_SEED + i for i in indices[start : start + BATCH_SIZE]],
+                        num_inference_steps=self._config.ddpm_num_inference_steps,
+                        output_type="latent",
+                        return_dict=False,
+                        callback_on_step_end=self._interrupt,
+                    )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory = True
+        stopping, out_of_memory = runtime.any(self._stop.requested(), out_of_memory)
+        if out_of_memory:
+            runtime.print(
+                f"WARNING: out of memory sampling {num_images} images at step {step}: skipped, training continues. "
+                "Lower num_sample_images or validation_samples."
+            )
+        if stopping or out_of_memory:
+            return None
+        gathered = runtime.gather(torch.cat(images)).unflatten(0, (-1, per_rank))  # (world_size, per_rank, C, H, W)
+        return gathered.transpose(0, 1).flatten(0, 1)[:num_images]
+
+    def save_grid(self, step: int) -> Tensor | None:
+        """Draw the samples and save them as samples/step-NNNNNN.png; what `draw` returns."""
+        samples = self.draw(step, self._config.num_sample_images)
+        if samples is not None and self._runtime.is_main:
+            from ddpm_pipeline import visualize
+
+            self._log.sample_images(step, visualize.grid(samples))
+        return samples
+
+    def save_pipeline(self, record: RunRecord) -> Tensor | None:
+        """Write pipeline/: the EMA weights, how they were trained, samples and a trajectory; what `draw` returns."""
+        samples = self.save_grid(record.step)
+        if not self._runtime.is_main:
+            return samples
+        from ddpm_pipeline import visualize
+
+        images = {"samples.png": visualize.grid(samples)} if samples is not None else {}
+        with self.ema_weights():
+            pipe = self._make_pipeline()
+            pipe.set_progress_bar_config(disable=True)
+            try:
+                images["trajectory.png"] = visualize.trajectory_grid(
+                    pipe, self._x_0, num_inference_steps=self._config.ddpm_num_inference_steps, seed=SAMPLE_SEED
+                )
+                self._log.save_image(images["trajectory.png"], "trajectory.png")
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                print("WARNING: out of memory drawing trajectory.png: skipped. The model is saved.", file=sys.stderr)
+            save_pipeline(pipe, self._log.folder / PIPELINE, record, images)
+        return samples
+
+    def _interrupt(self, pipe: DDPMPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A callback after each sampling step: a signal ends sampling."""
+        pipe.interrupt = self._stop.requested()
+        return {}
+
+    def _make_pipeline(self) -> Any:
+        from ddpm_pipeline import DDPMPipeline
+
+        return DDPMPipeline(self.unet, self.scheduler)
+
+
+def save_pipeline(pipe: Any, folder: Path, record: RunRecord, images: dict[str, Any]) -> None:
+    """Write a pipeline, its run record and images (PIL, by file name): all of it replaces `folder` at once."""
+    with replacing(folder) as temporary:
+        pipe.save_pretrained(str(temporary))
+        record.save(temporary)
+        for name, image in images.items():
+            try:
+                image.save(temporary / name)
+            except OSError as error:  # the model is worth more than its images
+                (temporary / name).unlink(missing_ok=True)
+                print(f"WARNING: cannot write {folder / name}: {error.strerror or error}.", file=sys.stderr)
+
+
+def recover_pipeline(output_dir: Path) -> None:
+    """Repair what a run left that was killed while it replaced pipeline/. Lock the folder first."""
+    folder, old = output_dir / PIPELINE, output_dir / f"{PIPELINE}.old"
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for path in output_dir.iterdir():
+        if re.fullmatch(rf"{PIPELINE}\.(old|tmp)|\.{PIPELINE}\.tmp-\d+", path.name):
+            remove(path)
