@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `training` is found
+if not __package__:  # run as a script: imports start at the project, not at training/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 MEASURES = {"validation_loss": "held-out loss", "bits_per_dim": "bits per dimension", "kernel_distance": "distance"}
 ABOUT = ("dataset_name", "train_data_dir", "resolution", "denoiser", "prediction_type", "train_batch_size",
