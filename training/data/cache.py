@@ -217,8 +217,8 @@ def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None
     same cache by now and be reading it.
 
     Args:
-        write: writes images.npy and names.txt into its first folder and returns what goes into meta.json; its second
-            one is for temporary files.
+        write: writes images.npy and names.txt into its first folder and returns what goes into meta.json; its
+            second folder is for temporary files.
     """
     temporary = folder.with_name(f".{folder.name[:16]}-{uuid.uuid4().hex}")
     new = temporary / "new"
@@ -230,7 +230,7 @@ def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None
             flush_to_disk(file)
         try:
             new.rename(folder)
-        except OSError:  # the folder exists: another process was quicker and made the same
+        except OSError:  # the folder exists: another process was quicker and has made the same
             if not (folder / "meta.json").exists():
                 raise
     finally:
@@ -301,18 +301,18 @@ class Headers:
 
 
 def _read_headers(records: Records, min_side: int, pool: Executor | None) -> Headers:
-    found = Headers()
+    headers = Headers()
     work = partial(read_header, min_side=min_side)
     for i, name, header, reason in _attempts(work, _numbered(records), pool, records.count, "reading headers"):
         if header is None:
-            found.unreadable[i] = f"{name}: {reason}"
+            headers.unreadable[i] = f"{name}: {reason}"
         else:
-            found.sizes[header.height, header.width] += 1
-            found.first_with.setdefault(header.channels, name)
-            found.bits = max(found.bits, header.bits)
-            found.num_narrowed += header.narrowed
-            found.num_animated += header.animated
-    return found
+            headers.sizes[header.height, header.width] += 1
+            headers.first_with.setdefault(header.channels, name)
+            headers.bits = max(headers.bits, header.bits)
+            headers.num_narrowed += header.narrowed
+            headers.num_animated += header.animated
+    return headers
 
 
 def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
@@ -359,7 +359,7 @@ def _attempts(
 
     def in_parallel() -> Iterator[Attempt]:
         assert pool is not None
-        while batch := list(islice(items, 128)):  # pool.map takes all it is given into memory
+        while batch := list(islice(items, 128)):  # pool.map reads its whole input at once
             yield from pool.map(partial(_attempt, work), batch, chunksize=4)
 
     results = in_parallel() if pool else map(partial(_attempt, work), items)

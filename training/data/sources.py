@@ -35,7 +35,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Source:
-    """A place where encoded images are."""
+    """A folder or data set of encoded images."""
 
     identity: list[Any]  # goes into the cache key, as JSON: equal identity, equal images
     description: str
@@ -84,7 +84,7 @@ def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]
                     files.append((name, stat.st_size if stat else -1, stat.st_mtime_ns if stat else 0))
                 elif is_link:  # its images are listed where they are
                     num_ignored += 1
-                elif path.resolve() != real_cache:  # the cache holds .npy files that are not images
+                elif path.resolve() != real_cache:  # whose .npy files are not images of the data set
                     folders.append(name)
     if outside:
         raise ValueError(f"links lead out of train_data_dir {str(root)!r}: {', '.join(sorted(outside))}")
@@ -128,8 +128,8 @@ def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> R
         table = datasets.load_dataset(name, config, split=split, cache_dir=str(scratch) if is_local else None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         tried = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
-        place = "in this folder" if is_local else 'not "moons", no local folder, and on the Hub'
-        raise ValueError(f"{tried}: {place}: {error}") from error
+        where = "in this folder" if is_local else 'not "moons", no local folder, and on the Hub'
+        raise ValueError(f"{tried}: {where}: {error}") from error
 
     features = dict(table.features)
     image_columns = [
