@@ -1,4 +1,4 @@
-"""FILES: a file or folder is written beside its place and put there when it is whole, so that readers never see half."""
+"""FILES: atomic replacement. A file or folder is written under a temporary name and renamed when it is complete."""
 
 import os
 import shutil
@@ -9,30 +9,43 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; when the block ends, what was written there replaces `path`.
+    """Yields a temporary path in the same folder to write to; when the block ends, it is renamed to `path`.
 
-    If the block raises, what was written is removed and `path` is as it was. The parent folder must exist. A folder is
-    replaced in two renames: killed between them, the old one is left as `<name>.old`.
+    If the block raises, the temporary path is removed and `path` is unchanged. The parent folder must exist. A folder
+    is replaced in two renames: a process that is killed between them leaves the old one as `<name>.old`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f"{path.name}.old")
-    remove(temporary)  # of a process with the same id that was killed
+    remove(temporary)  # left by a killed process with the same id
     try:
         yield temporary
-        if temporary.is_dir() and path.exists():
-            remove(old)
-            path.rename(old)
-        temporary.replace(path)
-        remove(old)
+        if temporary.is_dir():
+            _replace_folder(temporary, path)
+        else:
+            temporary.replace(path)
     except BaseException:
         remove(temporary)
         raise
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all it holds; nothing if there is none."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """No operating system replaces a folder that is not empty, so the old one is renamed first."""
+    old = path.with_name(f"{path.name}.old")
+    if path.exists():
+        remove(old)
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    remove(old)

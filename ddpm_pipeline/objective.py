@@ -1,10 +1,10 @@
-"""LEARNING: what the network is shown, what it should say, and how wrong it is. Algorithm 1 of DDPM.
+"""THE OBJECTIVE: noised batches, targets and the loss. Algorithm 1, DDPM.
 
     t ~ uniform, eps ~ N(0, I);  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
     L_simple = mean |target - network(x_t, t)|^2,  target = eps, x_0 or v                       (Eq. 14, DDPM, for eps)
 
-The numbers drawn are functions of (seed, step, place in the global batch): see rng.py. All of it is float32,
-whatever the network computes in.
+t and eps are functions of (seed, step, index in the global batch): see rng.py. Everything is float32, whatever the
+network computes in.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .scheduling_ddpm import DDPMScheduler
 
 
 class NoisedBatch(NamedTuple):
-    """What the network is shown, (x_t, t), and what it should say, target: (B, C, H, W), (B,), (B, C, H, W)."""
+    """The network's input (x_t, t) and its target: (B, C, H, W), (B,), (B, C, H, W)."""
 
     x_t: Tensor
     t: Tensor
@@ -25,26 +25,27 @@ class NoisedBatch(NamedTuple):
 
 
 def draw_noised_batch(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, index: Tensor) -> NoisedBatch:
-    """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, walk out to x_t.
+    """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, compute x_t.
 
     Args:
         x_0: clean images, (B, C, H, W), float32 in [-1, 1].
-        seed, step: of the run, and the optimizer step.
-        index: places of these images in the global batch, (B,) int64, on the CPU.
+        seed: the run's seed.
+        step: the optimizer step.
+        index: indices of these images in the global batch, (B,) int64, on the CPU.
     """
     t = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, scheduler.num_steps)
-    there = index.to(x_0.device, non_blocking=True)
-    eps = rng.normal(rng.key(seed, rng.Stream.NOISE, step), there, tuple(x_0.shape[1:]))
+    index_on_device = index.to(x_0.device, non_blocking=True)
+    eps = rng.normal(rng.key(seed, rng.Stream.NOISE, step), index_on_device, tuple(x_0.shape[1:]))
     return noised_batch(scheduler, x_0, t.to(x_0.device, non_blocking=True), eps)
 
 
 def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> NoisedBatch:
-    """x_t and the target that belongs to the scheduler's `prediction_type`.
+    """x_t and the target of the scheduler's `prediction_type`.
 
     Raises:
-        ValueError: the scheduler's variance is learned, which L_simple does not teach.
+        ValueError: the scheduler's variance is learned; L_simple does not train it.
     """
-    _check_fixed(scheduler)
+    _check_fixed_variance(scheduler)
     x_t = scheduler.add_noise(x_0, eps, t)
     if scheduler.prediction_type == "epsilon":
         return NoisedBatch(x_t, t, eps)
@@ -54,28 +55,28 @@ def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) 
 
 
 def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """L_simple, Eq. (14), DDPM: the mean over everything of the squared error, a float32 scalar."""
+    """L_simple, Eq. (14), DDPM: the squared error, averaged over batch and pixels; a float32 scalar."""
     return torch.nn.functional.mse_loss(prediction.float(), target.float())
 
 
 def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
     """Weight of |eps - eps_pred|^2 in the bound's term L_{t-1}: Eq. (12), DDPM, with p's variance sigma^2.
 
-    beta^2 / (2 sigma^2 alpha (1 - alpha_bar)), in nats: (B,), float64; t is (B,) int64 in [1, T). L_simple puts 1
+    beta^2 / (2 sigma^2 alpha (1 - alpha_bar)), in nats: (B,), float64; t is (B,) int64 in [1, T). L_simple has weight 1
     instead.
 
     Raises:
-        ValueError: the variance is learned, so that it is not a number of the scheduler's.
+        ValueError: the variance is learned, so the scheduler does not know it.
     """
-    _check_fixed(scheduler)
+    _check_fixed_variance(scheduler)
     beta = scheduler.betas.to(t.device)[t]
     alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t)
     log_variance, _ = scheduler.log_variance(alpha_bar_t, alpha_bar_prev)
     return beta.square() / (2 * log_variance.exp() * (1 - beta) * (1 - alpha_bar_t))
 
 
-def _check_fixed(scheduler: DDPMScheduler) -> None:
+def _check_fixed_variance(scheduler: DDPMScheduler) -> None:
     if scheduler.variance_type.startswith("learned"):
         raise ValueError(
-            f'variance_type is "{scheduler.variance_type}": nothing here teaches a variance, give a fixed one'
+            f'variance_type is "{scheduler.variance_type}", and the loss trains no variance: give a fixed one'
         )

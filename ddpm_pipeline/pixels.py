@@ -1,4 +1,4 @@
-"""PIXELS: whole pixel values to images in [-1, 1] and back, and image sizes.
+"""PIXELS: scaling between integer pixel values and images in [-1, 1], and image sizes.
 
 x = 2 v / (levels - 1) - 1        v = 0 .. levels - 1, with 256 levels for uint8 and 65536 for uint16
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def from_pixels(pixels: Tensor | np.ndarray, device: torch.device | str | None = None) -> Tensor:
-    """uint8 or uint16 pixels of any shape to float32 in [-1, 1], on `device` (by default where the pixels are)."""
+    """uint8 or uint16 pixels of any shape to float32 in [-1, 1], on `device` (default: the device of the pixels)."""
     pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
     return pixels.to(device).float().mul_(2 / (num_levels(pixels.dtype) - 1)).sub_(1)
 
@@ -24,10 +24,10 @@ def to_pixels(images: Tensor, dtype: Any = np.uint8) -> np.ndarray:
 
 
 def num_levels(dtype: Any) -> int:
-    """How many brightness levels a pixel of this torch or numpy dtype has: 256 for uint8, 65536 for uint16.
+    """Number of brightness levels of a torch or numpy dtype: 256 for uint8, 65536 for uint16.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: any other dtype.
     """
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
     if name not in ("uint8", "uint16"):
@@ -36,16 +36,19 @@ def num_levels(dtype: Any) -> int:
 
 
 def height_width(size: Any, name: str = "size") -> tuple[int, int]:
-    """(H, W) in pixels, of a side (64, "64"), of "HEIGHTxWIDTH" ("64x96"), or of a pair of integers.
+    """(H, W) in pixels from one side (64, "64"), from "HEIGHTxWIDTH" ("64x96") or from a pair of integers.
 
+    Args:
+        name: what the error message calls the value.
     Raises:
-        ValueError: anything else, or a side below 1; the message calls the value `name`.
+        ValueError: anything else, or a side below 1.
     """
     sides: Any = size
-    if isinstance(size, str) and (match := re.fullmatch(r"(\d+)(?:x(\d+))?", size)):
+    if isinstance(size, str) and (match := re.fullmatch(r"(\d+)(?:x(\d+))?", size, re.ASCII)):
         sides = [int(side) for side in match.groups() if side]
     sides = list(sides) if isinstance(sides, (list, tuple)) else [sides]
     sides = sides * 2 if len(sides) == 1 else sides
-    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in sides):
-        raise ValueError(f"{name} is {size!r}: give a side in pixels, or height and width")
+    integers = all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not integers or min(sides) < 1:
+        raise ValueError(f"{name} is {size!r}: give one side in pixels, or height and width")
     return int(sides[0]), int(sides[1])

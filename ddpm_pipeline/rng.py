@@ -1,10 +1,10 @@
-"""CHANCE: random numbers that are functions of where they are used, and of nothing else.
+"""RNG: counter-based random numbers, pure functions of a key and an index.
 
-Training needs random numbers: which images, turned or not, which t, which noise. Here number `index` of a stream is a
-function of the stream's key, say (seed, purpose, step), and of the index, say the place in the global batch. So nothing
-has to be saved to go on where a run was interrupted, and one process or four, one batch or several small ones, a CPU or
-a GPU use the same numbers (but for the rounding of a logarithm and a cosine in `normal`). The function is SplitMix64
-(Steele, Lea and Flood 2014): a counter times an odd number, then mixed.
+Training needs random numbers: the order of the images, flips, t and noise. Number `index` of a stream is a function of
+the stream's key, such as (seed, stream id, step), and of the index, such as that of an image in the global batch. There
+is no state to save for a resumed run. One process or four, one batch or several micro-batches, a CPU or a GPU use the
+same numbers (up to the rounding of a logarithm and a cosine in `normal`). The function is SplitMix64 (Steele, Lea and
+Flood 2014): a counter times an odd number, then mixed.
 """
 
 import enum
@@ -13,16 +13,16 @@ import math
 import torch
 from torch import Tensor
 
-GAMMA = 0x9E3779B97F4A7C15  # the step of SplitMix64's counter: 2^64 over the golden ratio, made odd
-MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of its mixing function
+GAMMA = 0x9E3779B97F4A7C15  # increment of SplitMix64's counter: 2^64 over the golden ratio, made odd
+MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64's mixing function
 MASK = 2**64 - 1
 
 
 @enum.unique
 class Stream(enum.IntEnum):
-    """What random numbers are for: the second number of a key, so that no two purposes share numbers.
+    """Stream ids, the second number of a key: what is drawn from one stream is never drawn from another.
 
-    Never change a number: runs that were begun with it resume with it.
+    Never change a number: old runs resume with it.
     """
 
     MOON_PHASE = 0
@@ -42,7 +42,7 @@ class Stream(enum.IntEnum):
 
 
 def key(*numbers: int) -> int:
-    """One 64-bit key of several integers, such as (seed, purpose, step)."""
+    """One 64-bit key of several integers, such as (seed, stream id, step)."""
     mixed = 0
     for number in numbers:
         mixed = _mix_int((mixed + number) & MASK)
@@ -52,14 +52,14 @@ def key(*numbers: int) -> int:
 def bits(key: int, index: Tensor) -> Tensor:
     """64 random bits for each index: int64, shape and device of index (int64, 0 or more)."""
     z = (index + 1) * _signed(GAMMA) + _signed(key)
-    z = (z ^ _shifted(z, 30)) * _signed(MULTIPLIERS[0])
-    z = (z ^ _shifted(z, 27)) * _signed(MULTIPLIERS[1])
-    return z ^ _shifted(z, 31)
+    z = (z ^ _shift_right(z, 30)) * _signed(MULTIPLIERS[0])
+    z = (z ^ _shift_right(z, 27)) * _signed(MULTIPLIERS[1])
+    return z ^ _shift_right(z, 31)
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
     """Uniform in [0, 1): float64, multiples of 2^-53, shape of index."""
-    return _shifted(bits(key, index), 11).double() * 2.0**-53
+    return _shift_right(bits(key, index), 11).double() * 2.0**-53
 
 
 def integers(key: int, index: Tensor, high: int) -> Tensor:
@@ -68,29 +68,30 @@ def integers(key: int, index: Tensor, high: int) -> Tensor:
 
 
 def normal(key: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """N(0, 1) for each index (B,): float32 (B, *shape), by the method of Box and Muller (1958)."""
-    number = math.prod(shape)
-    pairs = (number + 1) // 2
+    """N(0, 1) for each index (B,): float32 (B, *shape), by the Box-Muller transform (1958)."""
+    size = math.prod(shape)
+    pairs = (size + 1) // 2
     counter = index[:, None] * pairs + torch.arange(pairs, device=index.device)
-    both = bits(key, counter)
-    # The upper 32 bits give the radius, the lower 32 the angle; one half, so that no logarithm of 0 is taken.
-    radius = ((_shifted(both, 32).float() + 0.5) * 2.0**-32).log().mul_(-2).sqrt_()
-    angle = (both & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    random_bits = bits(key, counter)
+    # The upper 32 bits give the radius, the lower 32 the angle; adding one half avoids the logarithm of 0.
+    radius = ((_shift_right(random_bits, 32).float() + 0.5) * 2.0**-32).log().mul_(-2).sqrt_()
+    angle = (random_bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
     values = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return values.flatten(1)[:, :number].reshape(-1, *shape)
+    return values.flatten(1)[:, :size].reshape(-1, *shape)
 
 
-def _shifted(z: Tensor, places: int) -> Tensor:
-    """z >> places with zeros coming in from the left: int64 has a sign, and >> repeats it."""
-    return (z >> places) & (MASK >> places)
+def _shift_right(z: Tensor, count: int) -> Tensor:
+    """Logical shift: >> of an int64 tensor repeats the sign bit."""
+    return (z >> count) & (MASK >> count)
 
 
 def _signed(number: int) -> int:
+    """The int64 with the bits of a 64-bit unsigned number."""
     return number - 2**64 if number >= 2**63 else number
 
 
 def _mix_int(z: int) -> int:
-    """The same mixing as in `bits`, of a Python integer."""
+    """The mixing function of `bits` on a Python integer."""
     z = ((z ^ (z >> 30)) * MULTIPLIERS[0]) & MASK
     z = ((z ^ (z >> 27)) * MULTIPLIERS[1]) & MASK
     return z ^ (z >> 31)
