@@ -1,4 +1,4 @@
-"""The moving average against its closed form and diffusers' EMAModel; what must go on working with flat memory."""
+"""The EMA against its closed form and diffusers' EMAModel; that a model in flat memory works as before."""
 
 import math
 
@@ -45,7 +45,7 @@ def assert_equal(a, b):
 
 
 def assert_flat(model, ema):
-    """The parameters are still windows on the flat memory: what is written there is seen in them."""
+    """The parameters are still views of the flat memory: what is written there shows in them."""
     before = copies(model)
     ema._weights.add_(1)
     after = copies(model)
@@ -54,10 +54,10 @@ def assert_flat(model, ema):
         torch.testing.assert_close(after[name], before[name] + 1)
 
 
-# ---- The average -----------------------------------------------------------------------------------------------------
+# ---- The average, in closed form -------------------------------------------------------------------------------------
 
 
-def test_the_average_is_the_weighted_sum_of_all_weights():
+def test_the_ema_is_the_weighted_sum_of_all_weights():
     model = small_model()
     ema = FlatEMA(model, max_decay=0.8, inv_gamma=2.0, power=0.7)
     history = []
@@ -65,20 +65,20 @@ def test_the_average_is_the_weighted_sum_of_all_weights():
         change(model, step)
         history.append(copies(model))
         ema.update(step)
-    assert ema.decay_at(30) == 0.8 > ema.decay_at(10)  # both parts of the formula take part
-    # average_N = sum_n (1 - d_n) d_(n+1) ... d_N weights_n, and these factors sum to 1, as d_1 = 0
+    assert ema.decay_at(30) == 0.8 > ema.decay_at(10)  # both sides of the minimum take part
+    # ema_N = sum_n (1 - d_n) d_(n+1) ... d_N weights_n, and these factors sum to 1, as d_1 = 0
     factors = [(1 - ema.decay_at(n)) * math.prod(ema.decay_at(m) for m in range(n + 1, 31)) for n in range(1, 31)]
     assert sum(factors) == pytest.approx(1)
-    for name, average in ema.state_dict().items():
+    for name, tensor in ema.state_dict().items():
         expected = sum(factor * weights[name].double() for factor, weights in zip(factors, history))
-        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_decay": 0.6}, {"inv_gamma": 3.0, "power": 2 / 3}])
-def test_it_is_the_average_of_diffusers(settings):
+@pytest.mark.parametrize("options", [{}, {"max_decay": 0.6}, {"inv_gamma": 3.0, "power": 2 / 3}])
+def test_it_equals_the_ema_of_diffusers(options):
     model = small_model()
-    ema = FlatEMA(model, **settings)
-    theirs = EMAModel(
+    ema = FlatEMA(model, **options)
+    reference = EMAModel(
         model.parameters(),
         decay=ema.max_decay,
         use_ema_warmup=True,
@@ -88,15 +88,15 @@ def test_it_is_the_average_of_diffusers(settings):
     for step in range(1, 21):
         change(model, step)
         ema.update(step)
-        theirs.step(model.parameters())
-        assert ema.decay_at(step) == theirs.cur_decay_value
-    for average, shadow in zip(ema.state_dict().values(), theirs.shadow_params):
-        torch.testing.assert_close(average, shadow, rtol=1e-5, atol=1e-6)
+        reference.step(model.parameters())
+        assert ema.decay_at(step) == reference.cur_decay_value
+    for tensor, shadow in zip(ema.state_dict().values(), reference.shadow_params):
+        torch.testing.assert_close(tensor, shadow, rtol=1e-5, atol=1e-6)
     for step in (100, 10_000, 10**6, 10**9):
-        assert ema.decay_at(step) == theirs.get_decay(step)
+        assert ema.decay_at(step) == reference.get_decay(step)
 
 
-def test_the_first_update_forgets_what_was_before():
+def test_the_first_update_forgets_the_initial_weights():
     model = small_model()
     ema = FlatEMA(model)
     change(model, 1)
@@ -104,7 +104,7 @@ def test_the_first_update_forgets_what_was_before():
     assert_equal(ema.state_dict(), copies(model))
 
 
-# ---- Into the model and out again ------------------------------------------------------------------------------------
+# ---- Applying the EMA weights ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -117,25 +117,25 @@ def pair():
     return model, ema
 
 
-def test_applied_shows_the_average_and_puts_the_weights_back(pair):
+def test_applied_has_the_ema_weights_and_restores_the_online_weights(pair):
     model, ema = pair
-    trained, average = copies(model), ema.state_dict()
-    assert not torch.equal(trained["0.weight"], average["0.weight"])
+    online, expected = copies(model), ema.state_dict()
+    assert not torch.equal(online["0.weight"], expected["0.weight"])
     with ema.applied():
-        assert_equal(copies(model), average)
-        assert_equal(ema.state_dict(), average)
+        assert_equal(copies(model), expected)
+        assert_equal(ema.state_dict(), expected)
         for forbidden in (lambda: ema.update(4), lambda: ema.applied().__enter__()):
             with pytest.raises(RuntimeError, match="leave `applied"):
                 forbidden()
-    assert_equal(copies(model), trained)
-    assert_equal(ema.state_dict(), average)
+    assert_equal(copies(model), online)
+    assert_equal(ema.state_dict(), expected)
     with pytest.raises(KeyError, match="sampling failed"), ema.applied():
         raise KeyError("sampling failed")
-    assert_equal(copies(model), trained)
+    assert_equal(copies(model), online)
     ema.update(4)
 
 
-def test_buffers_stay_as_they_are_and_frozen_parameters_are_their_own_average(pair):
+def test_buffers_are_shared_and_frozen_parameters_equal_their_ema(pair):
     model, ema = pair
     model(torch.randn(4, 1, 8, 8))
     running_mean = model[1].running_mean.clone()
@@ -150,7 +150,7 @@ def test_buffers_stay_as_they_are_and_frozen_parameters_are_their_own_average(pa
 # ---- State -----------------------------------------------------------------------------------------------------------
 
 
-def test_state_goes_through_safetensors(pair, tmp_path):
+def test_the_state_survives_safetensors(pair, tmp_path):
     _, ema = pair
     state = ema.state_dict()
     ema.update(4)
@@ -171,7 +171,7 @@ def test_state_goes_through_safetensors(pair, tmp_path):
         (lambda s: s.update({"4.weight": s["4.weight"].T.contiguous()}), r"4.weight is .* \(48, 7\)"),
     ],
 )
-def test_a_wrong_state_is_refused_and_changes_nothing(pair, edit, message):
+def test_a_wrong_state_raises_and_changes_nothing(pair, edit, message):
     _, ema = pair
     before = ema.state_dict()
     state = {name: tensor + 1 for name, tensor in before.items()}
@@ -181,7 +181,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing(pair, edit, message):
     assert_equal(ema.state_dict(), before)
 
 
-# ---- A flat model is still a model -----------------------------------------------------------------------------------
+# ---- A model in flat memory works as before --------------------------------------------------------------------------
 
 
 def train(model, parameters, steps=3):
@@ -194,7 +194,7 @@ def train(model, parameters, steps=3):
         optimizer.zero_grad()
 
 
-def test_training_is_the_same_and_the_parameters_the_same_objects():
+def test_training_is_unchanged_and_parameters_are_the_same_objects():
     plain, flat = small_model(), small_model()
     objects, expected_strides = list(flat.parameters()), [p.stride() for p in flat.parameters()]
     ema = FlatEMA(flat)
@@ -216,10 +216,10 @@ def test_memory_format_is_kept():
     assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
     assert_equal(copies(model), expected)
     assert_equal(ema.state_dict(), expected)
-    assert all(average.is_contiguous() for average in ema.state_dict().values())
+    assert all(tensor.is_contiguous() for tensor in ema.state_dict().values())
 
 
-def test_load_state_dict_of_the_model_writes_into_the_flat_memory(pair):
+def test_load_state_dict_of_the_model_writes_to_the_flat_memory(pair):
     model, ema = pair
     other = small_model()
     change(other, 9)
@@ -236,7 +236,7 @@ def test_load_state_dict_of_the_model_writes_into_the_flat_memory(pair):
         lambda model: model.load_state_dict(small_model().state_dict(), assign=True),
     ],
 )
-def test_a_model_that_left_its_memory_is_an_error(pair, leave):
+def test_a_model_that_left_the_flat_memory_raises(pair, leave):
     model, ema = pair
     leave(model)
     with pytest.raises(RuntimeError, match="no longer where FlatEMA put them"):
@@ -245,7 +245,7 @@ def test_a_model_that_left_its_memory_is_an_error(pair, leave):
         pass
 
 
-def test_a_unet_is_saved_whole_by_everyone(tmp_path):
+def test_every_library_saves_all_tensors_of_a_unet(tmp_path):
     unet = make_denoiser("tiny", height=16, width=16, in_channels=1)
     FlatEMA(unet)
     expected = copies(unet)
@@ -257,7 +257,7 @@ def test_a_unet_is_saved_whole_by_everyone(tmp_path):
     assert_equal(copies(UNet2DModel.from_pretrained(str(tmp_path / "diffusers"))), expected)
 
 
-def test_accelerate_prepares_and_saves_all_of_a_flat_model(tmp_path):
+def test_accelerate_prepares_and_saves_all_tensors(tmp_path):
     model = small_model()
     ema = FlatEMA(model)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -298,7 +298,7 @@ def test_ddp_wraps_a_flat_model():
 
 
 @pytest.mark.parametrize(
-    ("settings", "value"),
+    ("options", "value"),
     [
         ({"max_decay": 1.0}, "1.0"),
         ({"max_decay": -0.1}, "-0.1"),
@@ -308,9 +308,9 @@ def test_ddp_wraps_a_flat_model():
         ({"power": math.inf}, "inf"),
     ],
 )
-def test_bad_settings_are_named(settings, value):
-    with pytest.raises(ValueError, match=f"{next(iter(settings))} is {value}"):
-        FlatEMA(small_model(), **settings)
+def test_bad_options_are_named(options, value):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is {value}"):
+        FlatEMA(small_model(), **options)
 
 
 def test_bad_models_and_steps_are_named():

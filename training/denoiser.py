@@ -1,22 +1,25 @@
-"""The network eps_theta(x_t, t): diffusers' UNet2DModel with settings by name, and the way it does attention.
+"""DENOISER: presets of diffusers' UNet2DModel, its initial weights, and the fast implementation of its attention.
 
-A U-net halves the picture once between each two neighbours in `block_out_channels`, and doubles it as often on the way
-back: three entries, two halvings, so height and width must be multiples of 4. What `save_pretrained` writes is a plain
-UNet2DModel, which loads wherever diffusers is.
+The U-net halves the resolution between neighbouring entries of `block_out_channels`: three entries, two halvings, so
+height and width must be multiples of 4. `save_pretrained` writes a plain UNet2DModel, which diffusers loads by itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import nn
 
+if TYPE_CHECKING:
+    from ddpm_pipeline import DDPMScheduler
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # 1.8 M parameters, four sizes of the picture, thin where it is large: minutes on a CPU. Groups of 4 channels and
-    # more, since in a group of one channel GroupNorm takes away how bright the picture is as a whole.
+    # 1.8 M parameters, four resolutions, few channels at the high ones: trains in minutes on a CPU. Every group has 4
+    # channels or more: with one channel per group GroupNorm removes the brightness of the image as a whole.
     "tiny": {
         "block_out_channels": (16, 32, 64, 96),
         "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -31,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     },
-    # 35.7 M parameters, 37 GFLOP: Ho et al. 2020, appendix B, with the settings of google/ddpm-cifar10-32.
+    # 35.7 M parameters, 37 GFLOP: Ho et al. 2020, appendix B, configured as google/ddpm-cifar10-32.
     "ddpm-cifar10": {
         "block_out_channels": (128, 256, 256, 256),
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -56,21 +59,21 @@ def make_denoiser(
     num_class_embeds: int | None = None,
     dropout: float | None = None,
 ) -> UNet2DModel:
-    """An untrained network in float32, on the CPU, its weights drawn from torch's global generator.
+    """An untrained network in float32, on the CPU. Its weights are drawn from torch's global generator.
 
     Args:
         name: one of PRESETS.
-        height, width: of the images, in pixels.
-        in_channels: of the images.
-        out_channels: of the output; None: as many as go in.
-        num_class_embeds: how many class labels the network is told; None: it is told none.
+        height, width: size of the images in pixels.
+        in_channels: channels of the images.
+        out_channels: channels of the prediction; None: in_channels.
+        num_class_embeds: number of class labels to condition on; None: unconditional.
         dropout: probability in [0, 1); None: the preset's.
     Raises:
-        ValueError: unknown name, a size that cannot be halved as often as this network does, or a number out of range.
+        ValueError: unknown name, a size that the network cannot halve often enough, or a number out of range.
     """
     if name not in PRESETS:
-        raise ValueError(f"the network is {name!r}: give one of {', '.join(PRESETS)}")
-    settings = PRESETS[name]
+        raise ValueError(f"denoiser is {name!r}: give one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
     check_size(name, height, width)
     out_channels = in_channels if out_channels is None else out_channels
     for what, value in (
@@ -83,7 +86,7 @@ def make_denoiser(
     if dropout is not None and not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
         raise ValueError(f"dropout is {dropout!r}: give a probability, at least 0 and below 1")
     return UNet2DModel(
-        **settings | ({} if dropout is None else {"dropout": float(dropout)}),
+        **preset | ({} if dropout is None else {"dropout": float(dropout)}),
         sample_size=height if height == width else (height, width),
         in_channels=in_channels,
         out_channels=out_channels,
@@ -92,29 +95,70 @@ def make_denoiser(
 
 
 def check_size(name: str, height: int, width: int) -> None:
-    """Raise ValueError if pictures of this size cannot be halved as often as the network `name` halves them."""
+    """Raise ValueError if the network `name` cannot halve images of this size as often as it needs to."""
     multiple = 2 ** (len(PRESETS[name]["block_out_channels"]) - 1)
     for side, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % multiple:
             near = "x".join(str(max(1, round(size / multiple)) * multiple) for size in (height, width))
             raise ValueError(
-                f"{side} is {value!r}: {name} halves it, so give a positive multiple of {multiple}, such as "
+                f"{side} is {value!r}: the denoiser {name!r} needs a positive multiple of {multiple}, such as "
                 f"--resolution {near}"
             )
 
 
-def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Set the way attention is computed that is the fast one there; the result is the same up to rounding.
+def load_initial_weights(
+    name: str, unet: nn.Module, scheduler: DDPMScheduler, log: Callable[[str], object]
+) -> None:
+    """Copy the weights of a saved or published model into `unet`.
 
-    In bfloat16 on the CPU, softmax(q k^T / sqrt(d)) v as two matrix products; elsewhere the fused kernel, which in
-    float32 on the CPU is the faster one. Not a part of the model's configuration: nothing of it is saved.
+    Args:
+        name: folder, or name on the Hub.
+        unet: has the architecture of that model.
+        scheduler: the one to train with.
+        log: called with what was loaded, and with a warning if the model was trained with another noise schedule.
+    Raises:
+        ValueError: it cannot be loaded; or its architecture, prediction type or number of diffusion timesteps differ.
+            `unet` is unchanged.
+    """
+    from ddpm_pipeline import DDPMPipeline
+
+    try:
+        pipe = DDPMPipeline.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"init_from is {name!r}: {error}") from error
+    weights, target = pipe.unet.state_dict(), unet.state_dict()
+    for tensor_name in [*target, *weights]:
+        shapes = [tuple(state[tensor_name].shape) if tensor_name in state else None for state in (weights, target)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"init_from is {name!r}, which has another architecture: {tensor_name} has shape {shapes[0]} there and "
+                f"{shapes[1]} here. Give the denoiser, the number of channels and the labels that it was trained with"
+            )
+    for field, option in (("prediction_type", "prediction_type"), ("num_train_timesteps", "ddpm_num_steps")):
+        trained_with, value = pipe.scheduler.config[field], scheduler.config[field]
+        if trained_with != value:
+            raise ValueError(
+                f"init_from is {name!r}, which was trained with {option} {trained_with!r}, but now it is {value!r}: "
+                f"give --{option} {trained_with}"
+            )
+    if not pipe.scheduler.alphas_cumprod.allclose(scheduler.alphas_cumprod):
+        log(f"WARNING: {name} was trained with another noise schedule than this ddpm_beta_schedule")
+    unet.load_state_dict(weights)
+    log(f"initial weights: {name}")
+
+
+def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    """Set the fastest implementation of attention; all agree up to rounding.
+
+    In bfloat16 on a CPU that is softmax(q k^T / sqrt(d)) v as two matrix products, elsewhere the fused kernel. It is
+    not part of the model's configuration: nothing of it is saved.
 
     Args:
         device_type: "cpu", "cuda", ...
         dtype: what the network computes in, as set by autocast.
     """
-    plain = device_type == "cpu" and dtype == torch.bfloat16
-    processor: Any = AttnProcessor() if plain else AttnProcessor2_0()
+    use_matrix_products = device_type == "cpu" and dtype == torch.bfloat16
+    processor: Any = AttnProcessor() if use_matrix_products else AttnProcessor2_0()
     for module in model.modules():
         if isinstance(module, Attention):
             module.set_processor(processor)
