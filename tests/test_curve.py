@@ -1,15 +1,15 @@
-"""The learning curve of a run, beside a published one."""
+"""The validation curve of a run, beside a published one."""
 
 import json
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+import yaml
 from PIL import Image
 
 from training import curve
-from training.config import Config
-
-CONFIGS = Path(__file__).resolve().parents[1] / "training" / "configs"
+from training.config import CONFIGS, Config
 
 
 @pytest.fixture
@@ -17,8 +17,6 @@ def run(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     config = Config(dataset_name=str(tmp_path / "data" / "mnist"), resolution=32)
-    import yaml
-
     (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
     lines = [{"step": 1, "loss": 1.0}]
     lines += [
@@ -27,53 +25,54 @@ def run(tmp_path):
         for step in (2, 4, 8)
     ]  # fmt: skip
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text + '{"step": 16, "validat')  # killed while it wrote
+    (folder / "metrics.jsonl").write_text(text + '{"step": 16, "validat')  # killed while writing
     return folder
 
 
 def test_points_of_a_run(run):
-    found = curve.of_run(run)
-    assert [point["step"] for point in found["points"]] == [2, 4, 8]
-    assert found["about"]["dataset_name"] == "mnist" and found["about"]["resolution"] == 32
-    assert "/" not in json.dumps(found)  # nothing of this machine
+    read = curve.read_curve(run)
+    assert [point["step"] for point in read["points"]] == [2, 4, 8]
+    assert read["about"]["dataset_name"] == "mnist" and read["about"]["resolution"] == 32
+    assert "/" not in json.dumps(read)  # no paths of this machine
 
 
-def test_a_curve_comes_back_from_its_file(run, tmp_path):
-    found = curve.of_run(run)
+def test_a_curve_survives_its_file(run, tmp_path):
+    read = curve.read_curve(run)
     file = tmp_path / "mine.curve.json"
     assert curve.main([str(run), "--output", str(file)]) == 0
-    again = json.loads(file.read_text())
-    assert again["about"] == found["about"]
-    assert again["points"] == [
-        {name: pytest.approx(value, rel=1e-5) for name, value in point.items()} for point in found["points"]
+    written = json.loads(file.read_text())
+    assert written["about"] == read["about"]
+    assert written["points"] == [
+        {name: pytest.approx(value, rel=1e-5) for name, value in point.items()} for point in read["points"]
     ]
 
 
-def test_between_two_points_it_is_the_line(run):
-    found = curve.of_run(run)
-    assert curve.at(found, "validation_loss", 30) == pytest.approx((1 / 2 + 1 / 4) / 2)
-    assert curve.at(found, "validation_loss", 80) == pytest.approx(1 / 8)
-    assert curve.at(found, "validation_loss", 19) is None and curve.at(found, "validation_loss", 81) is None
-    assert curve.at(found, "kernel_distance", 30) is None
+def test_between_two_points_the_curve_is_linear(run):
+    read = curve.read_curve(run)
+    assert curve.interpolate(read, "validation_loss", 30) == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert curve.interpolate(read, "validation_loss", 80) == pytest.approx(1 / 8)
+    assert curve.interpolate(read, "validation_loss", 19) is None
+    assert curve.interpolate(read, "validation_loss", 81) is None
+    assert curve.interpolate(read, "kernel_distance", 30) is None
 
 
-def test_it_is_shown_beside_a_published_one(run, tmp_path, capsys):
-    other = curve.of_run(run)
-    for point in other["points"]:
+def test_a_run_beside_a_published_one(run, tmp_path, capsys):
+    published = curve.read_curve(run)
+    for point in published["points"]:
         point["validation_loss"] += 1
         point["images"] *= 2
-    (tmp_path / "other.curve.json").write_text(curve.as_json(other))
+    (tmp_path / "other.curve.json").write_text(curve.to_json(published))
     assert curve.main([str(run), "--beside", str(tmp_path / "other.curve.json")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["images", "seen", "held-out", "loss", "bits", "per", "dimension"]
-    assert printed[1].split() == ["20", "0.5000", "5.5000"]  # before the other one's first point
+    assert printed[1].split() == ["20", "0.5000", "5.5000"]  # before the first published point
     assert printed[2].split() == ["40", "0.2500", "(1.5000)", "5.2500", "(5.5000)"]
     with Image.open(run / "curve.png") as image:
         assert image.width > 300
 
 
 @pytest.mark.parametrize("damage", ["no run", "no metrics", "no validation", "no such curve"])
-def test_nothing_to_show_is_said(run, tmp_path, capsys, damage):
+def test_nothing_to_show_exits_with_2(run, tmp_path, capsys, damage):
     arguments = [str(run)]
     if damage == "no run":
         arguments = [str(tmp_path / "nothing")]
@@ -90,10 +89,8 @@ def test_nothing_to_show_is_said(run, tmp_path, capsys, damage):
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.curve.json")), ids=lambda file: file.name)
-def test_published_curves_belong_to_a_preset_and_go_down(file):
+def test_published_curves_belong_to_a_preset_and_decrease(file):
     published = json.loads(file.read_text())
-    import yaml
-
     preset = yaml.safe_load((CONFIGS / file.name.replace(".curve.json", ".yaml")).read_text())
     for name in ("denoiser", "prediction_type", "train_batch_size", "max_train_steps"):
         assert published["about"][name] == preset[name]
@@ -101,3 +98,10 @@ def test_published_curves_belong_to_a_preset_and_go_down(file):
     for name in ("validation_loss", "bits_per_dim"):
         assert points[-1][name] < points[0][name]
     assert all(point["images"] == point["step"] * preset["train_batch_size"] for point in points)
+
+
+def test_the_script_runs_by_its_path_and_as_a_module():
+    root = CONFIGS.parents[1]
+    for command in (["training/curve.py"], ["-m", "training.curve"]):
+        child = subprocess.run([sys.executable, *command, "--help"], cwd=root, capture_output=True, text=True)
+        assert child.returncode == 0 and "--beside" in child.stdout

@@ -1,10 +1,10 @@
 """Is a run on track? `python training/curve.py runs/mine --beside training/configs/mnist.curve.json`
 
-Prints what a run has measured of its held-out pictures (`metrics.jsonl`), beside a published run of the same preset at
-the same number of images seen, and draws both. `--output FILE` writes the curve, as those in training/configs are.
+Prints and plots the validation metrics of a run (`metrics.jsonl`), beside those of a published run of the same preset
+at the same number of images seen. `--output FILE` writes the curve in the format of training/configs/*.curve.json.
 
-Curves compare if the data, its size and the network are the same; bits per dimension and the distance also if only the
-data are. Exit codes: 0 done; 2 there is nothing to show.
+Losses are comparable if data, resolution and prediction type are the same; bits per dimension and the kernel distance
+if data and resolution are. Exit codes: 0 done; 2 there is nothing to show.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 if not __package__:  # run as a script: imports start at the project, not at training/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-MEASURES = {"validation_loss": "held-out loss", "bits_per_dim": "bits per dimension", "kernel_distance": "distance"}
+METRICS = {"validation_loss": "held-out loss", "bits_per_dim": "bits per dimension", "kernel_distance": "distance"}
 ABOUT = ("dataset_name", "train_data_dir", "resolution", "denoiser", "prediction_type", "train_batch_size",
          "max_train_steps", "num_validation_images", "validation_samples", "extractor")  # fmt: skip
 
@@ -28,37 +28,39 @@ Curve = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(description="Is a run on track?", allow_abbrev=False)
-    made.add_argument("run", type=Path, help="folder of a run")
-    made.add_argument("--beside", type=Path, help="a published curve, such as training/configs/mnist.curve.json")
-    made.add_argument("--plot", type=Path, help="PNG file to draw; by default curve.png in the run's folder")
-    made.add_argument("--output", type=Path, help="JSON file to write the curve to")
-    given = made.parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description="Compare the validation metrics of a run with those of a published one.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--beside", type=Path, help="published curve, such as training/configs/mnist.curve.json")
+    parser.add_argument("--plot", type=Path, help="PNG file to write; default: curve.png in the folder of the run")
+    parser.add_argument("--output", type=Path, help="JSON file to write the curve to")
+    args = parser.parse_args(arguments)
     try:
         if find_spec("matplotlib") is None:
             raise ValueError('matplotlib is not installed: pip install -c constraints.txt -e ".[train,eval]"')
-        curve = of_run(given.run)
-        beside = json.loads(given.beside.read_text(encoding="utf-8")) if given.beside else None
-        if beside is not None and "points" not in beside:
-            raise ValueError(f"{given.beside} is no curve: give a file that --output has written")
+        curve = read_curve(args.run)
+        published = json.loads(args.beside.read_text(encoding="utf-8")) if args.beside else None
+        if published is not None and "points" not in published:
+            raise ValueError(f"{args.beside} is not a curve: give a file written with --output")
     except (OSError, ValueError) as error:
         print(f"curve.py: {error}", file=sys.stderr)
         return 2
-    print("\n".join(table(curve, beside)))
-    plot = given.plot or given.run / "curve.png"
-    draw({given.run.name: curve} | ({given.beside.stem: beside} if beside else {}), plot)
-    print(f"\ndrawn: {plot}")
-    if given.output:
-        given.output.write_text(as_json(curve), encoding="utf-8")
-        print(f"written: {given.output}")
+    print("\n".join(table(curve, published)))
+    path = args.plot or args.run / "curve.png"
+    plot({args.run.name: curve} | ({args.beside.stem: published} if published else {}), path)
+    print(f"\nplot: {path}")
+    if args.output:
+        args.output.write_text(to_json(curve), encoding="utf-8")
+        print(f"curve: {args.output}")
     return 0
 
 
-def of_run(run: Path) -> Curve:
-    """What a run has measured, point by point.
+def read_curve(run: Path) -> Curve:
+    """The validation metrics of a run, one point per validation.
 
     Raises:
-        ValueError: it has measured nothing.
+        ValueError: it has not validated yet.
         OSError: it has no metrics.jsonl or config.yaml.
     """
     import yaml
@@ -68,66 +70,66 @@ def of_run(run: Path) -> Curve:
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-        except ValueError:  # half a line, of a run that was killed
+        except ValueError:  # an incomplete line of a run that was killed
             continue
         if "validation_loss" in values:
             points.append(values)
     if not points:
         raise ValueError(
-            f"{run / 'metrics.jsonl'} has no validation_loss: there is one every --validation_steps, in this run "
-            f"{config['validation_steps']}"
+            f"{run / 'metrics.jsonl'} has no validation_loss: this run validates every {config['validation_steps']} "
+            "steps (--validation_steps)"
         )
-    kept = {name: config[name] for name in ABOUT}
+    about = {name: config[name] for name in ABOUT}
     for name in ("dataset_name", "train_data_dir"):
-        kept[name] = Path(kept[name]).name if kept[name] else None  # not where it lies on this machine
-    return {"about": kept, "points": points}
+        about[name] = Path(about[name]).name if about[name] else None  # without the path on this machine
+    return {"about": about, "points": points}
 
 
-def table(curve: Curve, beside: Curve | None) -> list[str]:
-    """A line for each point; in brackets what the other run had at so many images."""
-    names = [name for name in MEASURES if any(name in point for point in curve["points"])]
-    lines = ["".join(f"{word:>24}" for word in ["images seen", *(MEASURES[name] for name in names)])]
+def table(curve: Curve, published: Curve | None) -> list[str]:
+    """A line for each point; in brackets the published value at the same number of images."""
+    names = [name for name in METRICS if any(name in point for point in curve["points"])]
+    lines = ["".join(f"{header:>24}" for header in ["images seen", *(METRICS[name] for name in names)])]
     for point in curve["points"]:
         cells = [f"{point['images']:,}"]
         for name in names:
-            value, other = point.get(name), beside and at(beside, name, point["images"])
-            here, there = ("" if one is None else f"{one:.4f}" for one in (value, other))
-            cells.append(f"{here} ({there})" if there else here)
+            value = f"{point[name]:.4f}" if name in point else ""
+            reference = interpolate(published, name, point["images"]) if published else None
+            cells.append(value if reference is None else f"{value} ({reference:.4f})")
         lines.append("".join(f"{cell:>24}" for cell in cells))
     return lines
 
 
-def at(curve: Curve, name: str, images: float) -> float | None:
-    """A measure after so many images, on the line between two points; None before the first and after the last."""
+def interpolate(curve: Curve, name: str, images: float) -> float | None:
+    """A metric after so many images, linear between two points; None before the first and after the last."""
     import numpy as np
 
     points = [(point["images"], point[name]) for point in curve["points"] if name in point]
     if not points or not points[0][0] <= images <= points[-1][0]:
         return None
-    seen, values = zip(*points)
-    return float(np.interp(images, seen, values))
+    images_seen, values = zip(*points)
+    return float(np.interp(images, images_seen, values))
 
 
-def draw(curves: dict[str, Curve], path: Path) -> None:
-    """A plot for each measure, all curves in each."""
+def plot(curves: dict[str, Curve], path: Path) -> None:
+    """A panel for each metric, with all curves in it."""
     from matplotlib.figure import Figure
 
-    names = [n for n in MEASURES if any(n in point for curve in curves.values() for point in curve["points"])]
+    names = [n for n in METRICS if any(n in point for curve in curves.values() for point in curve["points"])]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for label, curve in curves.items():
             points = [point for point in curve["points"] if name in point]
             error = [point.get(f"{name}_standard_error", 0) for point in points]
-            seen = [point["images"] / 1000 for point in points]
-            axes.errorbar(seen, [point[name] for point in points], error, marker=".", label=label)
-        axes.set(xlabel="images seen, thousands", ylabel=MEASURES[name])
+            thousands = [point["images"] / 1000 for point in points]
+            axes.errorbar(thousands, [point[name] for point in points], error, marker=".", label=label)
+        axes.set(xlabel="images seen, thousands", ylabel=METRICS[name])
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def as_json(curve: Curve) -> str:
-    """One line for each point, numbers to six digits."""
+def to_json(curve: Curve) -> str:
+    """A line for each point, numbers to six significant digits."""
     points = [
         json.dumps(
             {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in point.items()}
