@@ -1,4 +1,4 @@
-"""The lesson and the loss against the equations of the paper, KL divergences from torch, and sums done by hand."""
+"""Noised batches and the loss against the equations of the paper, KL divergences from torch, and hand calculations."""
 
 import math
 
@@ -18,7 +18,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def alpha_bar(scheduler, t):
-    """The product of alpha_1 to alpha_t, made here, not in the scheduler."""
+    """The product of alpha_1 to alpha_t, independent of the scheduler."""
     betas = torch.linspace(1e-4, 0.02, scheduler.num_steps, dtype=torch.float64)
     return (1 - betas).cumprod(0)[t].view(-1, 1, 1, 1)
 
@@ -27,7 +27,7 @@ def alpha_bar(scheduler, t):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_x_t_and_target_are_the_formulas(prediction_type):
+def test_x_t_and_target_match_the_formulas(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     x_0, eps, t = normal(5, 3, 4, 6), normal(5, 3, 4, 6, seed=1), torch.tensor([0, 1, 400, 998, 999])
     x_t, same_t, target = objective.noised_batch(scheduler, x_0, t, eps)
@@ -36,20 +36,20 @@ def test_x_t_and_target_are_the_formulas(prediction_type):
     torch.testing.assert_close(x_t, signal * x_0 + noise_std * eps, rtol=1e-10, atol=1e-10)
     expected = {"epsilon": eps, "sample": x_0, "v_prediction": signal * eps - noise_std * x_0}[prediction_type]
     torch.testing.assert_close(target, expected, rtol=1e-10, atol=1e-10)
-    # All three say the same: from each the clean image comes back.
+    # The clean image can be recovered from each of the three.
     torch.testing.assert_close(
         scheduler.convert_prediction(target, t, x_t, prediction_type, "sample"), x_0, rtol=0, atol=1e-9
     )
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_a_learned_variance_is_refused(variance_type):
+def test_a_learned_variance_is_rejected(variance_type):
     scheduler = DDPMScheduler(variance_type=variance_type)
     with pytest.raises(ValueError, match=variance_type):
         objective.noised_batch(scheduler, normal(1, 1, 2, 2), torch.tensor([3]), normal(1, 1, 2, 2))
 
 
-def test_the_lesson_is_float32_also_within_autocast():
+def test_a_noised_batch_is_float32_within_autocast_too():
     scheduler, index = DDPMScheduler(prediction_type="v_prediction"), torch.arange(8)
     x_0 = normal(8, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)
     outside = objective.draw_noised_batch(scheduler, x_0, seed=0, step=0, index=index)
@@ -60,41 +60,41 @@ def test_the_lesson_is_float32_also_within_autocast():
     for a, b in zip(inside, outside):
         assert torch.equal(a, b)
     assert (inside.x_t.dtype, inside.t.dtype, inside.target.dtype) == (torch.float32, torch.int64, torch.float32)
-    # The first step of noise, of standard deviation 0.01, is there; bfloat16 would round much of it away.
+    # bfloat16 would round away much of the noise of the first timestep, which has standard deviation 0.01.
     first = objective.noised_batch(
         scheduler, x_0, torch.zeros(8, dtype=torch.int64), normal(8, 1, 8, 8, dtype=torch.float32)
     )
     assert (first.x_t - x_0).std() == pytest.approx(0.01, rel=0.1)
 
 
-# ---- What is drawn ---------------------------------------------------------------------------------------------------
+# ---- Draws of t and eps ----------------------------------------------------------------------------------------------
 
 
-def test_draws_are_functions_of_seed_step_and_place():
+def test_draws_depend_on_seed_step_and_global_index_alone():
     scheduler, x_0 = DDPMScheduler(), normal(64, 1, 4, 4, dtype=torch.float32)
     index = torch.arange(64)
-    whole = objective.draw_noised_batch(scheduler, x_0, seed=3, step=9, index=index)
-    for size in (1, 16, 48):  # one process or several, one forward pass or several
+    full = objective.draw_noised_batch(scheduler, x_0, seed=3, step=9, index=index)
+    for size in (1, 16, 48):  # one rank or several, one micro-batch or several
         parts = [
             objective.draw_noised_batch(scheduler, x_0[part], seed=3, step=9, index=part) for part in index.split(size)
         ]
         for name in objective.NoisedBatch._fields:
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(full, name))
     for other in ({"seed": 4, "step": 9}, {"seed": 3, "step": 10}):
         changed = objective.draw_noised_batch(scheduler, x_0, index=index, **other)
-        assert (changed.t != whole.t).sum() > 55
-        assert abs((changed.target * whole.target).mean()) < 4 / math.sqrt(64 * 16)
-    torch.testing.assert_close(scheduler.add_noise(x_0, whole.target, whole.t), whole.x_t)
+        assert (changed.t != full.t).sum() > 55
+        assert abs((changed.target * full.target).mean()) < 4 / math.sqrt(64 * 16)
+    torch.testing.assert_close(scheduler.add_noise(x_0, full.target, full.t), full.x_t)
 
 
 def test_t_is_uniform_and_independent_of_the_noise():
     scheduler, n = DDPMScheduler(), 4096
-    lessons = [
+    batches = [
         objective.draw_noised_batch(scheduler, torch.zeros(n, 1, 1, 2), seed=0, step=step, index=torch.arange(n))
         for step in range(10)
     ]
-    t = torch.cat([lesson.t for lesson in lessons]).numpy()
-    eps = torch.cat([lesson.target for lesson in lessons]).flatten(1).numpy()
+    t = torch.cat([batch.t for batch in batches]).numpy()
+    eps = torch.cat([batch.target for batch in batches]).flatten(1).numpy()
     assert stats.chisquare(torch.bincount(torch.from_numpy(t), minlength=T).numpy()).pvalue > 1e-3  # n = 40,960
     for pixel in eps.T:
         assert stats.kstest(pixel, "norm").pvalue > 1e-3
@@ -105,19 +105,19 @@ def test_t_is_uniform_and_independent_of_the_noise():
 # ---- The loss, Eqs. (8), (12) and (14) -------------------------------------------------------------------------------
 
 
-def test_simple_loss_by_hand():
+def test_simple_loss_matches_a_hand_calculation():
     prediction = torch.tensor([[[[1.0, 2.0]]], [[[0.0, -1.0]]]])
     target = torch.tensor([[[[1.5, 0.0]]], [[[0.0, 2.0]]]])
     loss = objective.simple_loss(prediction, target)
     assert loss.item() == (0.25 + 4 + 0 + 9) / 4
     assert loss.shape == ()
-    sixteen = objective.simple_loss(prediction.bfloat16(), target.bfloat16())
-    assert (sixteen.dtype, sixteen.item()) == (torch.float32, loss.item())
+    from_bfloat16 = objective.simple_loss(prediction.bfloat16(), target.bfloat16())
+    assert (from_bfloat16.dtype, from_bfloat16.item()) == (torch.float32, loss.item())
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_eq_8_is_eq_12(variance_type):
-    """KL(q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t)) = C + weight |eps - eps_pred|^2, where C has no eps_pred."""
+def test_eq_8_equals_eq_12(variance_type):
+    """KL(q(x_{t-1} | x_t, x_0), p(x_{t-1} | x_t)) = C + weight |eps - eps_pred|^2; C does not depend on eps_pred."""
     scheduler = DDPMScheduler(variance_type=variance_type, clip_sample=False)
     t = torch.tensor([1, 2, 10, 500, 998, 999])
     x_0, eps, eps_pred = (normal(6, 2, 3, 3, seed=seed) for seed in range(3))
@@ -135,10 +135,10 @@ def test_eq_8_is_eq_12(variance_type):
     )
 
 
-def test_the_bound_weighs_little_noise_more_than_much():
+def test_bound_weight_decreases_with_the_noise():
     weights = objective.bound_weight(DDPMScheduler(variance_type="fixed_large"), torch.arange(1, T))
     assert weights.dtype == torch.float64
-    # With sigma^2 = beta it is beta / (2 alpha (1 - alpha_bar)). 1 - alpha_bar_2 is nearly beta_1 + beta_2.
+    # For sigma^2 = beta it is beta / (2 alpha (1 - alpha_bar)), and 1 - alpha_bar_2 is about beta_1 + beta_2.
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     assert weights[0] == pytest.approx((betas[1] / 2 / (betas[0] + betas[1])).item(), rel=1e-3)
     assert weights[-1] == pytest.approx(0.02 / 2 / 0.98, rel=1e-3)

@@ -1,4 +1,4 @@
-"""Random numbers against the published SplitMix64, the distributions they should have, and each other."""
+"""Random numbers against the published SplitMix64, their distributions, and each other."""
 
 import math
 
@@ -10,7 +10,7 @@ from scipy import stats
 from ddpm_pipeline import rng
 
 N = 200_000
-LEAST_P = 1e-3  # fixed seeds: a right generator fails here once in a thousand choices of the key, and this one does not
+LEAST_P = 1e-3  # seeds are fixed: a correct generator fails for one key in a thousand, and does not for these
 
 # First outputs, as printed by the reference program of S. Vigna (prng.di.unimi.it/splitmix64.c).
 PUBLISHED = {
@@ -29,8 +29,8 @@ def unsigned(numbers):
     return [number % 2**64 for number in numbers.tolist()]
 
 
-def by_hand(key, index):
-    """SplitMix64 in Python's own integers, which do not overflow."""
+def splitmix64(key, index):
+    """SplitMix64 in Python integers, which do not overflow."""
     z = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
@@ -42,15 +42,15 @@ def correlation(a, b):
 
 
 @pytest.mark.parametrize("seed", PUBLISHED)
-def test_bits_are_the_published_ones(seed):
+def test_bits_match_the_published_outputs(seed):
     expected = PUBLISHED[seed]
     assert unsigned(rng.bits(seed, torch.arange(len(expected)))) == expected
 
 
-def test_bits_wrap_around_as_64_bit_numbers_do():
+def test_bits_wrap_around_like_unsigned_64_bit_integers():
     indices = [0, 1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 2]
     for key in (0, 1, 2**63 - 1, 2**63, 2**64 - 1, rng.key(3, 1, 4)):
-        assert unsigned(rng.bits(key, torch.tensor(indices))) == [by_hand(key, i) for i in indices]
+        assert unsigned(rng.bits(key, torch.tensor(indices))) == [splitmix64(key, i) for i in indices]
 
 
 def test_a_key_depends_on_each_number_and_on_their_order():
@@ -59,17 +59,46 @@ def test_a_key_depends_on_each_number_and_on_their_order():
     keys = [rng.key(*numbers) for numbers in tuples]
     assert all(0 <= key < 2**64 for key in keys)
     assert len(set(keys)) == len(keys)
-    assert rng.key(-2, 5) == rng.key(2**64 - 2, 5)  # any int is taken, and these two are one number in 64 bits
+    assert rng.key(-2, 5) == rng.key(2**64 - 2, 5)  # any int is allowed, and these two are equal in 64 bits
+
+
+def test_stream_ids_differ_and_are_those_of_old_runs():
+    """Never change these: an old run resumes with the same numbers."""
+    ids = {stream.name: int(stream) for stream in rng.Stream}
+    assert ids == {
+        "MOON_PHASE": 0,
+        "TIMESTEP": 1,
+        "NOISE": 2,
+        "SAMPLE_ORDER": 3,
+        "FLIP": 4,
+        "DROPOUT": 5,
+        "INITIAL_WEIGHTS": 6,
+        "BOUND_NOISE": 7,
+        "BOUND_TIMESTEP": 8,
+        "DEQUANTISATION": 9,
+        "DIVERGENCE_PROBE": 10,
+        "VALIDATION_NOISE": 11,
+        "VALIDATION_TIMESTEP": 12,
+        "MOON_TILT": 13,
+    }
+    assert len(set(ids.values())) == len(rng.Stream.__members__)  # an alias would be a member, but not in the iteration
+    for stream in rng.Stream:
+        assert rng.key(3, stream, 5) == rng.key(3, int(stream), 5)
+
+
+def test_keys_are_those_of_old_runs():
+    assert rng.key(0, 1, 0) == 0x7AB40E090F363A7D
+    assert rng.key(7, 2, 500) == 0x6CAAF50F92491DB3
 
 
 def test_each_bit_is_set_half_of_the_time():
     bits = rng.bits(rng.key(0, 1), torch.arange(N))
-    for place in range(64):
-        share = (bits >> place & 1).double().mean().item()
-        assert abs(share - 0.5) < 4.5 * 0.5 / math.sqrt(N)  # 64 shares within 4.5 standard errors
+    for position in range(64):
+        mean = (bits >> position & 1).double().mean().item()
+        assert abs(mean - 0.5) < 4.5 * 0.5 / math.sqrt(N)  # 64 means within 4.5 standard errors
 
 
-# ---- Distributions: Kolmogorov-Smirnov with n = 200,000 sees a gap of 0.0044 in the distribution function ------------
+# ---- Distributions: Kolmogorov-Smirnov with n = 200,000 detects a gap of 0.0044 in the distribution function ---------
 
 
 def test_uniform_is_uniform():
@@ -80,7 +109,7 @@ def test_uniform_is_uniform():
 
 
 @pytest.mark.parametrize("high", [1, 2, 7, 1000])
-def test_integers_come_equally_often(high):
+def test_integers_are_uniform(high):
     values = rng.integers(rng.key(0, 3), torch.arange(N), high)
     assert values.dtype == torch.int64
     counts = torch.bincount(values, minlength=high)
@@ -106,7 +135,7 @@ def test_both_halves_of_a_pair_are_normal_and_independent():
     assert abs(correlation(first**2, second**2)) < 4 / math.sqrt(N)
 
 
-def test_no_number_is_infinite_or_out_of_range_at_the_extreme_bits(monkeypatch):
+def test_extreme_bits_give_finite_numbers_in_range(monkeypatch):
     extreme = torch.tensor([0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32), 1, 2**32])
     monkeypatch.setattr(rng, "bits", lambda key, index: extreme.expand_as(index))
     index = torch.arange(8)
@@ -117,7 +146,7 @@ def test_no_number_is_infinite_or_out_of_range_at_the_extreme_bits(monkeypatch):
         assert integers.min() >= 0 and integers.max() <= high - 1
     normal = rng.normal(0, index[:1], (16,))
     assert normal.isfinite().all()
-    assert 6 < normal.abs().max() < 7  # sqrt(-2 log 2^-33) = 6.76, the largest there is
+    assert 6 < normal.abs().max() < 7  # sqrt(-2 log 2^-33) = 6.76 is the largest possible
 
 
 # ---- Independence: correlations of n = 200,000 pairs are within 4.5 / sqrt(n), 4.5 standard errors -------------------
@@ -127,12 +156,12 @@ def test_no_number_is_infinite_or_out_of_range_at_the_extreme_bits(monkeypatch):
     ("name", "other_key", "other_index"),
     [
         ("next index", (5, 1, 10), 1),
-        ("index 32 on", (5, 1, 10), 32),
+        ("index + 32", (5, 1, 10), 32),
         ("next step", (5, 1, 11), 0),
-        ("next purpose", (5, 2, 10), 0),
+        ("next stream id", (5, 2, 10), 0),
         ("next seed", (6, 1, 10), 0),
-        ("numbers exchanged", (5, 10, 1), 0),
-        ("next step, one place before", (5, 1, 11), -1),
+        ("stream id and step swapped", (5, 10, 1), 0),
+        ("next step, previous index", (5, 1, 11), -1),
     ],
 )
 def test_streams_are_independent(name, other_key, other_index):
@@ -145,19 +174,19 @@ def test_streams_are_independent(name, other_key, other_index):
         assert abs(correlation(a, b)) < 4.5 / math.sqrt(N)
 
 
-def test_images_have_noise_of_their_own():
+def test_images_have_independent_noise():
     noise = rng.normal(rng.key(0, 2, 0), torch.arange(64), (1, 32, 32)).flatten(1).double()
     next_step = rng.normal(rng.key(0, 2, 1), torch.arange(64), (1, 32, 32)).flatten(1).double()
-    both = torch.cat([noise, next_step])
-    correlations = both @ both.T / 1024 - torch.eye(128)
+    vectors = torch.cat([noise, next_step])
+    correlations = vectors @ vectors.T / 1024 - torch.eye(128)
     assert correlations.fill_diagonal_(0).abs().max() < 5.5 / math.sqrt(1024)  # 8128 of them, standard error 1 / 32
 
 
-# ---- Functions of key and index alone --------------------------------------------------------------------------------
+# ---- Pure functions of key and index ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 7, 5)])
-def test_a_batch_of_any_size_has_the_same_numbers(shape):
+def test_numbers_do_not_depend_on_the_batch(shape):
     key, index = rng.key(1, 2, 3), torch.arange(70)
     functions = {
         "bits": lambda i: rng.bits(key, i),
@@ -166,12 +195,12 @@ def test_a_batch_of_any_size_has_the_same_numbers(shape):
         "normal": lambda i: rng.normal(key, i, shape),
     }
     for name, function in functions.items():
-        whole = function(index)
+        expected = function(index)
         for size in (1, 3, 32):
-            assert torch.equal(torch.cat([function(part) for part in index.split(size)]), whole), name
+            assert torch.equal(torch.cat([function(part) for part in index.split(size)]), expected), name
         order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(function(order), whole[order]), name
-        assert torch.equal(function(index), whole), name
+        assert torch.equal(function(order), expected[order]), name
+        assert torch.equal(function(index), expected), name
 
 
 def test_indices_keep_their_shape():
@@ -180,7 +209,7 @@ def test_indices_keep_their_shape():
         assert torch.equal(function(9, index), function(9, index.flatten()).view(3, 4))
 
 
-def test_torch_and_its_generator_are_left_alone():
+def test_torchs_generator_and_autocast_have_no_effect():
     before = torch.get_rng_state()
     rng.normal(1, torch.arange(4), (3, 3))
     assert torch.equal(torch.get_rng_state(), before)
