@@ -1,24 +1,28 @@
 """A DDPM for diffusers, from a folder of images to a model that others load in one line.
 
-A picture is a point in a space of very many dimensions; almost every point is noise, a few are pictures. A walk of a
-thousand small random steps leads from any picture to pure noise. Because the steps are Gaussian, where the walk is
-after t steps has a closed form. A network that is told where it is and how long the walk has been learns the way
-home, and the way home leads not only to the pictures it saw but to the meaningful ones between them: a full moon and
-a half moon give the three-quarter moon.
+An image is a point in a space of very many dimensions; almost every point is noise, a few are images. The forward
+process is a walk of a thousand small random steps from an image to noise, and a network that is given the point x_t and
+the number of steps t learns to walk back: to the images it was trained on and to the meaningful ones between them, such
+as the three-quarter moon between a half moon and a full moon.
 
 The chapters, one file each:
-    scheduling_ddpm.py   the walk: tables, one step out, one step home
-    pipeline_ddpm.py     the way home, for users
-    fusion.py            what lies between: invert, fuse, inpaint, vary
-    images.py            pictures in and out, of any kind
-    film.py              grids, a walk as a film strip or an animation
-    loading.py           before loading: a whole model and nothing else
-    objective.py         learning: draw t and eps, give x_t and the target; the loss
-    likelihood.py        how much it knows: bits per dimension, a bound term by term, and a second opinion
-    fidelity.py          how good: distances between sets of images, precision and recall, copies
-    chance.py            random numbers that are functions of where they are used
-    publishing.py        to the Hub: a clean folder, its card, one commit
-    moons.py             the built-in data set: moons with a phase that can be read back
+    scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
+    pipeline_ddpm.py     the pipeline: sampling, trajectory, and methods over the next three
+    inversion.py         DDIM inversion: from an image to its latent
+    interpolation.py     interpolation between images, distance-balanced
+    inpainting.py        RePaint
+    images.py            images in and out, of any kind
+    pixels.py            scaling between pixel values and [-1, 1], sizes
+    visualize.py         image grid, trajectory strip, animation
+    loading.py           strict checks of a folder before it is loaded
+    objective.py         noised batches, targets and losses
+    rng.py               counter-based random numbers, stream ids
+    likelihood.py        variational bound, bits per dimension, probability-flow ODE
+    fidelity.py          distances between sets of images, precision and recall, copies
+    features.py          feature extractors for these distances
+    classifier.py        the small classifier that is one of them
+    moons.py             the built-in data set: moons with a phase that can be measured
+    files.py             atomic replacement of files and folders
 """
 
 import importlib
@@ -28,33 +32,37 @@ if TYPE_CHECKING:
     from .pipeline_ddpm import DDPMPipeline
     from .scheduling_ddpm import DDPMScheduler
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: setup.cfg reads it from here
 __all__ = ["DDPMPipeline", "DDPMScheduler", "register", "unregister"]
 
-_HOMES = {"DDPMPipeline": "pipeline_ddpm", "DDPMScheduler": "scheduling_ddpm"}
+_MODULES = {"DDPMPipeline": "pipeline_ddpm", "DDPMScheduler": "scheduling_ddpm"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a chapter when its class is asked for: diffusers' pipelines alone take seconds."""
-    if name not in _HOMES:
+    """Import a module at the first use of its class: diffusers' pipelines take seconds to import."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def register() -> None:
-    """Put our two classes in the place of diffusers' own for this process: plain `from_pretrained` lines give ours.
+    """Replace diffusers' two classes by ours in this process, so that `DiffusionPipeline.from_pretrained` returns ours.
 
-    What others imported from diffusers before stays the built-in class. `unregister` takes it back.
+    Classes that were imported from diffusers before stay the built-in ones. `unregister` undoes it.
     """
     import diffusers
 
-    for name in _HOMES:
+    for name in _MODULES:
         setattr(diffusers, name, __getattr__(name))
 
 
 def unregister() -> None:
-    """Give diffusers its own two classes back."""
+    """Restore diffusers' own two classes."""
     import diffusers
 
-    for ours in (__getattr__(name) for name in _HOMES):
-        setattr(diffusers, ours.__name__, ours.__bases__[-1])  # the built-in class
+    for our_class in (__getattr__(name) for name in _MODULES):
+        setattr(diffusers, our_class.__name__, our_class.__bases__[-1])  # the built-in class

@@ -1,17 +1,17 @@
-"""THE MOONS: the built-in data set, drawn and not downloaded, and how to read the phase back from an image.
+"""MOONS: the built-in data set, drawn instead of downloaded, and a function that reads the phase from an image.
 
-A moon means one thing, its phase, an angle on the circle. So what a model makes of moons can be measured: `phase_of`
-finds the nearest true moon and how far away it is, very near for a moon, far for a grey ghost between two of them.
+A moon image has one degree of freedom, its phase, an angle on the circle. So the samples of a model can be measured:
+`phase_of` finds the nearest rendered moon and its distance, tiny for a moon, large for the grey mean of two moons.
 
     phase   0           pi / 2           pi      3 pi / 2
     moon    new moon    first quarter    full    last quarter
     lit     nothing     right half       all     left half
 
-The moon is a unit sphere seen from far along z, x to the right, y up: pixel (x, y) shows the point, and the normal,
-n = (x, y, sqrt(1 - x^2 - y^2)). The sun is far away at s = (sin phase, 0, -cos phase): behind a new moon, behind us at
-full moon. It is day where the cosine n . s is positive, and day ends on the terminator n . s = 0, which is the
-half-ellipse x = cos(phase) sqrt(1 - y^2), or its mirror image when the moon wanes. The moon always shows us the same
-face: seas, craters and rays stay where they are, and the light moves over them.
+The moon is a unit sphere seen from far away along z, with x to the right and y up: pixel (x, y) shows the point with
+the normal n = (x, y, sqrt(1 - x^2 - y^2)). The sun is far away at s = (sin phase, 0, -cos phase): behind a new moon,
+behind the viewer at full moon. The day side is where the cosine n . s is positive. It ends at the terminator n . s = 0,
+the half-ellipse x = cos(phase) sqrt(1 - y^2), mirrored when the moon wanes. The moon always shows the same face: seas,
+craters and rays do not move, only the light does.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from . import rng
-from .pixels import height_width
+from .pixels import from_pixels, height_width
 
 Angles = float | Sequence[float] | np.ndarray | Tensor
-Places = tuple[tuple[float, float, float, float], ...]
+Features = tuple[tuple[float, float, float, float], ...]
 
 RADIUS = 0.46  # of the disc, in units of the shorter side of the image
-OVERSAMPLING = 4  # a pixel is the mean of 4 x 4 points
-TWILIGHT = 0.1  # the light fades in while |n . s| is below this
-EARTHSHINE = 0.07  # brightness of the night side; without it a new moon would be no moon
+OVERSAMPLING = 4  # a pixel is the mean of 4 x 4 sample points
+TWILIGHT = 0.1  # the light fades while |n . s| is below this
+EARTHSHINE = 0.07  # brightness of the night side; without it a new moon would be invisible
 
 # The face of the Moon: latitude, longitude (degrees; north is up, east is right), radius (in radii of the Moon) and one
-# more number. Places are those of the USGS Gazetteer of Planetary Nomenclature, rounded; the rest is chosen by eye.
-SEAS: Places = (  # how dark
+# more number. Coordinates are those of the USGS Gazetteer of Planetary Nomenclature, rounded; the rest is by eye.
+SEAS: Features = (  # darkness
     (34, -18, 0.31, 0.34),  # Imbrium
     (27, 18, 0.18, 0.36),  # Serenitatis
     (9, 30, 0.22, 0.40),  # Tranquillitatis
@@ -59,7 +59,7 @@ SEAS: Places = (  # how dark
     (57, -25, 0.09, 0.22),  # Frigoris, west
     (57, 15, 0.09, 0.22),  # Frigoris, east
 )
-CRATERS: Places = (  # how light the floor
+CRATERS: Features = (  # lightness of the floor
     (-43, -11, 0.055, 0.03),  # Tycho
     (10, -20, 0.050, 0.03),  # Copernicus
     (-58, -14, 0.090, 0.03),  # Clavius
@@ -72,7 +72,7 @@ CRATERS: Places = (  # how light the floor
     (52, -9, 0.045, -0.20),  # Plato
     (32, 30, 0.045, 0.03),  # Posidonius
     (-5, -68, 0.080, -0.24),  # Grimaldi
-    *(  # and 90 without a name: latitudes at even steps of height, longitudes at steps of the golden angle
+    *(  # and 90 unnamed ones: latitudes at equal steps of height, longitudes at steps of the golden angle
         (
             math.degrees(math.asin((2 * k + 1) / 90 - 1)),
             137.508 * k % 180 - 90,
@@ -82,7 +82,7 @@ CRATERS: Places = (  # how light the floor
         for k in range(90)
     ),
 )
-RAYS: Places = (  # how bright
+RAYS: Features = (  # brightness
     (-43, -11, 0.055, 0.26),  # Tycho
     (10, -20, 0.050, 0.18),  # Copernicus
     (8, -38, 0.035, 0.16),  # Kepler
@@ -97,7 +97,7 @@ def lit_fraction(phase: float) -> float: ...
 @overload
 def lit_fraction(phase: Tensor) -> Tensor: ...
 def lit_fraction(phase: float | Tensor) -> float | Tensor:
-    """(1 - cos phase) / 2: the part of the disc that is lit, 0 for the new moon, 1 for the full one."""
+    """(1 - cos phase) / 2: the lit fraction of the disc, 0 for the new moon, 1 for the full moon."""
     return (1 - (phase.cos() if isinstance(phase, Tensor) else math.cos(phase))) / 2
 
 
@@ -110,11 +110,11 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
     Args:
         phase: radians, any finite number; one, or B of them (list, array or tensor).
         size: side of the square image, or (H, W), in pixels.
-        tilt: radians by which the picture is turned counterclockwise; one, or one per phase.
+        tilt: rotation of the image in radians, counterclockwise; one, or one per phase.
     Returns:
-        float32 in [-1, 1], the sky -1; (1, H, W) for one phase, (B, 1, H, W) for B of them.
+        float32 in [-1, 1], with -1 for the sky; (1, H, W) for one phase, (B, 1, H, W) for B of them.
     Raises:
-        ValueError: an angle is not a finite number, size is not positive, or there are not as many tilts as phases.
+        ValueError: an angle is not finite, size is not positive, or the numbers of tilts and phases differ.
     """
     phases, tilts = _angles("phase", phase), _angles("tilt", tilt)
     if tilts.ndim and tilts.shape != phases.shape:
@@ -123,11 +123,13 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
     n, slope, albedo = _face(height, width)
 
     images = []
-    chunk = max(1, 2**19 // albedo.numel())  # images whose sample points fit the processor's cache together
-    for part, turn in zip(phases.reshape(-1).split(chunk), tilts.expand(phases.shape).reshape(-1).split(chunk)):
-        sin, cos = part.sin().float()[:, None, None], part.cos().float()[:, None, None]
+    chunk = max(1, 2**19 // albedo.numel())  # images whose sample points fit the CPU cache together
+    for angle, turn in zip(phases.reshape(-1).split(chunk), tilts.expand(phases.shape).reshape(-1).split(chunk)):
+        sin, cos = angle.sin().float()[:, None, None], angle.cos().float()[:, None, None]
         cosine = sin * n[0] - cos * n[2]
-        relief = sin * slope[0] - cos * slope[2]  # slopes away from the sun are darker and lose it sooner
+        relief = (
+            sin * slope[0] - cos * slope[2]
+        )  # slopes that face away from the sun are darker and leave the light sooner
         day = ((cosine - 0.2 * relief) / TWILIGHT).clamp(-1, 1)
         day = 0.5 + day * (3 - day.square()) / 4  # smooth step from 0 to 1
         light = EARTHSHINE + (1 - EARTHSHINE) * day * (0.87 + 0.16 * cosine - 0.35 * relief)
@@ -139,13 +141,13 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
 
 
 def strip(phases: Angles, size: int = 128) -> Image.Image:
-    """The moons at these phases, side by side, in one picture of mode "L"."""
+    """The moons at these phases side by side in one image of mode "L"."""
     return Image.fromarray(torch.cat([*_to_uint8(render(phases, size))], dim=-1)[0].numpy())
 
 
 @lru_cache(maxsize=4)
 def _face(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What the light falls on: normals n (3, H', W'), slopes of the ground (3, H', W') and albedo (H', W')."""
+    """The surface: normals n (3, H', W'), slopes of the ground (3, H', W') and albedo (H', W')."""
     x, y = _grid(height, width)
     z = (1 - x.square() - y.square()).clamp(min=0).sqrt()
     n = torch.stack(torch.broadcast_tensors(x, y, z))
@@ -156,14 +158,14 @@ def _face(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         ragged = ragged + 0.3 / frequency * torch.sin(frequency * ragged.roll(1, 0) + frequency)
     darkness = torch.zeros_like(z)
     for latitude, longitude, radius, depth in SEAS:
-        q = (ragged - _place(latitude, longitude)).square().sum(dim=0).sqrt() / radius
+        q = (ragged - _point(latitude, longitude)).square().sum(dim=0).sqrt() / radius
         darkness = torch.maximum(darkness, depth * torch.sigmoid((1 - q) / 0.09))
     albedo = 0.9 + 0.05 * torch.sin(13 * ragged[0] + 1) * torch.sin(15 * ragged[1] + 2) - darkness
 
     # Craters: a bowl with a rim. The ground rises to the rim at q = 1 and falls beyond it: slope q (1 - q^2) exp(-q^2).
     slope = torch.zeros_like(n)
     for latitude, longitude, radius, lightness in CRATERS:
-        centre = _place(latitude, longitude)
+        centre = _point(latitude, longitude)
         rows = ((y - centre[1]).abs() < 3 * radius).nonzero()[:, :1]
         columns = ((x - centre[0]).abs() < 3 * radius).nonzero()[:, 1]
         outwards = (n[:, rows, columns] - centre) / radius
@@ -172,9 +174,9 @@ def _face(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         albedo[rows, columns] += lightness * torch.exp(-q2)
     slope *= 1 - 1.5 * darkness  # lava has filled the old craters
 
-    # Rays: light dust, thrown far by the youngest craters.
+    # Rays: light dust, ejected by the youngest craters.
     for latitude, longitude, radius, brightness in RAYS:
-        outwards = (n - _place(latitude, longitude)) / radius
+        outwards = (n - _point(latitude, longitude)) / radius
         q, angle = outwards.square().sum(dim=0).sqrt(), torch.atan2(outwards[1], outwards[0])
         rays = (torch.cos(4 * angle + latitude) * torch.cos(7 * angle + longitude)).square()
         albedo += brightness * (torch.exp(-q / 2) + rays * torch.exp(-q / 6))
@@ -189,14 +191,14 @@ def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     return x[None, :] / (RADIUS * min(height, width)), -y[:, None] / (RADIUS * min(height, width))
 
 
-def _place(latitude: float, longitude: float) -> Tensor:
-    """The point n of the sphere at these degrees, (3, 1, 1)."""
+def _point(latitude: float, longitude: float) -> Tensor:
+    """The point n of the sphere at these coordinates in degrees, (3, 1, 1)."""
     lat, lon = math.radians(latitude), math.radians(longitude)
     return torch.tensor([math.cos(lat) * math.sin(lon), math.sin(lat), math.cos(lat) * math.cos(lon)])[:, None, None]
 
 
 def _rotate(points: Tensor, tilt: Tensor, height: int, width: int) -> Tensor:
-    """Turn (B, 1, H', W') counterclockwise by tilt (B,): the value at (x, y) comes from the place turned back."""
+    """Rotate (B, 1, H', W') counterclockwise by tilt (B,): the value at (x, y) is that at (x, y) rotated back."""
     x, y = _grid(height, width)
     sin, cos = tilt.sin().float()[:, None, None], tilt.cos().float()[:, None, None]
     unit = 2 * RADIUS * min(height, width)  # grid_sample's coordinates go from -1 to 1 over the image, y down
@@ -205,26 +207,28 @@ def _rotate(points: Tensor, tilt: Tensor, height: int, width: int) -> Tensor:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
+    """In float32: pixels.to_pixels computes in float64 and rounds a few pixels of a million the other way, and old runs
+    must resume on the same images."""
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading the phase -----------------------------------------------------------------------------------------------
 
 
 class PhaseMatch(NamedTuple):
-    """The nearest moon: two floats for one image, two tensors (B,) for a batch."""
+    """The nearest rendered moon: two floats for one image, two tensors (B,) for a batch."""
 
     phase: Any  # radians in [0, 2 pi)
-    distance: Any  # mean squared difference of the pixels, which go from -1 to 1
+    distance: Any  # mean squared difference of the pixels, in [-1, 1]
 
 
 def phase_of(images: Any, num_phases: int = 1024) -> PhaseMatch:
-    """argmin over phases of mean (image - render(phase))^2, and that minimum: which moon is it, and is it one?
+    """argmin over phases of mean (image - render(phase))^2, and this minimum.
 
     Args:
         images: (1, H, W) or (B, 1, H, W), an array or tensor, float in [-1, 1] or uint8; a PIL image of mode "L"; or a
-            list of any of the single ones. Moons are upright: a tilted one is as far away as it looks.
-        num_phases: how many evenly spaced phases to compare with, at least 512.
+            list of single images. They are compared with upright moons: a tilted moon has a large distance.
+        num_phases: number of evenly spaced phases to compare with, at least 512.
     Raises:
         ValueError: another type, dtype, shape, mode or range (0..255 in float), or too few phases.
     """
@@ -234,19 +238,19 @@ def phase_of(images: Any, num_phases: int = 1024) -> PhaseMatch:
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 1 or 0 in pixels.shape[-2:]:
         raise ValueError(f"images have shape {tuple(pixels.shape)}: give (1, H, W) or (B, 1, H, W)")
     bank = _bank(pixels.shape[-2], pixels.shape[-1], num_phases)
-    # In float64, since cdist takes |a|^2 - 2 a . b + |b|^2, and neighbouring moons are close.
+    # In float64, since cdist computes |a|^2 - 2 a . b + |b|^2, and neighbouring moons are close.
     nearest = torch.cdist(pixels.reshape(-1, bank.shape[1]).double(), bank.double()).min(dim=1)
     phase, distance = nearest.indices.double() * (2 * math.pi / num_phases), nearest.values.square() / bank.shape[1]
     return PhaseMatch(phase, distance) if pixels.ndim == 4 else PhaseMatch(phase.item(), distance.item())
 
 
 @lru_cache(maxsize=2)
-def _bank(height: int, width: int, number: int) -> Tensor:
-    return render(torch.arange(number) * (2 * math.pi / number), (height, width)).flatten(1)
+def _bank(height: int, width: int, num_phases: int) -> Tensor:
+    return render(torch.arange(num_phases) * (2 * math.pi / num_phases), (height, width)).flatten(1)
 
 
 def _pixels(images: Any) -> Tensor:
-    """Float pixels in [-1, 1] of whatever phase_of takes, on the CPU."""
+    """The images of phase_of as floats in [-1, 1], on the CPU."""
     if isinstance(images, (list, tuple)) and images:
         single = [_pixels(image) for image in images]
         if len({image.shape for image in single}) > 1:
@@ -267,7 +271,7 @@ def _pixels(images: Any) -> Tensor:
         raise ValueError(f"images are {kind}: give float in [-1, 1], uint8, or PIL images")
     pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(images.copy())
     if kind == "uint8":
-        return pixels.float() / 127.5 - 1
+        return from_pixels(pixels)
     if not (pixels.abs() <= 1).all():
         raise ValueError(f"images go from {pixels.min():g} to {pixels.max():g}: give float in [-1, 1], or uint8")
     return pixels.float()
@@ -277,13 +281,13 @@ def _pixels(images: Any) -> Tensor:
 
 
 class MoonDataset(Dataset[dict[str, Any]]):
-    """Moons with phases uniform on the circle; item i is a function of i and of these arguments, and of nothing else.
+    """Moons with phases uniform on the circle. Item i is a function of i and of the arguments alone.
 
     Args:
-        length: how many.
+        length: number of images.
         size: side of the square images, or (H, W), in pixels.
         seed: any int; another seed gives other moons.
-        tilt: every picture is turned by an angle uniform in [-tilt, tilt], radians.
+        tilt: every image is rotated by an angle uniform in [-tilt, tilt], radians.
     Raises:
         ValueError: length or size is not positive, seed is not an int, or tilt is negative or not finite.
     """
@@ -301,7 +305,7 @@ class MoonDataset(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"image": uint8 (1, H, W), "phase": float, radians}. Negative i counts from the end, as in a list."""
+        """{"image": uint8 (1, H, W), "phase": float, radians}. A negative i counts from the end, as in a list."""
         i = operator.index(i)
         return {"image": self.images([i])[0], "phase": self.phases([i]).item()}
 
@@ -323,7 +327,7 @@ class MoonDataset(Dataset[dict[str, Any]]):
         return torch.from_numpy(index % self.length)
 
 
-# ---- Checking --------------------------------------------------------------------------------------------------------
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 
 def _angles(name: str, value: Angles) -> Tensor:
@@ -333,4 +337,4 @@ def _angles(name: str, value: Angles) -> Tensor:
         raise ValueError(f"{name} is {value!r}: give radians, one number or a list of them") from None
     if angles.ndim > 1 or not angles.isfinite().all():
         raise ValueError(f"{name} is {value!r}: give finite radians, one number or a list of them")
-    return angles.detach().cpu().double()  # so that the sine has the same bits in a batch of any size
+    return angles.detach().cpu().double()  # float64, so that the sine has the same bits in a batch of any size
