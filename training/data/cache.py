@@ -175,8 +175,6 @@ def cache_key(source: Source | Moons, settings: DecodeSettings) -> str:
 def _parse_resolution(resolution: Any) -> tuple[int, int] | None:
     if resolution is None:
         return None
-    if isinstance(resolution, bool):
-        raise ValueError(f"resolution is {resolution!r}: give a side in pixels, or height and width")
     from ddpm_pipeline.pixels import height_width  # imports torch, which reading a cache does not need
 
     return height_width(resolution, "resolution")
