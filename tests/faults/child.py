@@ -1,13 +1,15 @@
-"""What the fault tests run: training/train.py in a process of its own, with a network of two blocks.
+"""Runs of training/train.py in processes of their own, with a network of two blocks, and the faults put into them.
 
 The processes are forked from one that has imported everything, so a run takes a second instead of ten.
 """
 
 import contextlib
 import faulthandler
+import itertools
 import math
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -27,7 +29,7 @@ TINY = {
 }
 PRELOAD = [
     "accelerate", "datasets", "ddpm_pipeline.pipeline_ddpm", "jsonargparse", "psutil", "torch._dynamo",
-    "torch.utils.tensorboard", "tqdm", "training.checkpoint", "training.config", "training.denoiser", "yaml",
+    "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser", "training.run.checkpoint", "yaml",
 ]  # fmt: skip
 
 context = multiprocessing.get_context("forkserver")
@@ -35,46 +37,45 @@ context.set_forkserver_preload(PRELOAD)
 
 
 class Run:
-    """A run of train.py, of one process or several, that has begun.
+    """A started run of train.py, in one process or several.
 
     Args:
         arguments: its command line.
-        log: file that takes what it prints.
-        processes: how many; with more than one they meet as those of torchrun do.
-        prepare: name of a function below that is called in each first, with the rank.
-        crash_at: DDPM_CRASH_AT, in the first process.
-        bare: accelerate is not told that it is to use CPUs.
+        log: file for what it prints.
+        world_size: number of processes; several of them form a process group as under torchrun.
+        fault: name of a function below that each process calls first, with its rank.
+        crash_at: where rank 0 kills itself, see `install_crash_point`.
+        detect_device: do not tell accelerate to use the CPU.
     """
 
-    def __init__(self, arguments, log, *, processes=1, prepare=None, crash_at=None, bare=False):
+    def __init__(self, arguments, log, *, world_size=1, fault=None, crash_at=None, detect_device=False):
         self.log = log
         log.write_text("")
-        common = {} if bare else {"ACCELERATE_USE_CPU": "true"}
-        if processes > 1:
+        common = {} if detect_device else {"ACCELERATE_USE_CPU": "true"}
+        if world_size > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.processes = []
-        for rank in range(processes):
-            environment = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            if crash_at and rank == 0:
-                environment["DDPM_CRASH_AT"] = crash_at
+        for rank in range(world_size):
+            environment = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
+            options = {"fault": fault, "crash_at": crash_at if rank == 0 else None}
             child = context.Process(
-                target=_train, args=(list(map(str, arguments)), environment, str(log), prepare, rank)
+                target=_train, args=(list(map(str, arguments)), environment, str(log), rank), kwargs=options
             )
             child.start()
             self.processes.append(child)
 
     def wait(self, seconds=60):
-        """Exit codes; a process that lives longer than this is killed, and has None."""
+        """The exit codes. A process that lives longer than this is killed; its code is None."""
         deadline = time.monotonic() + seconds
         for child in self.processes:
             child.join(max(0.0, deadline - time.monotonic()))
         codes = [child.exitcode for child in self.processes]
         for child in self.processes:
-            if child.exitcode is None:  # where it hangs goes into the log
+            if child.exitcode is None:  # it logs where it hangs
                 os.kill(child.pid, signal.SIGUSR2)
                 time.sleep(0.5)
         self.kill()
@@ -89,16 +90,25 @@ class Run:
     def text(self):
         return self.log.read_text(errors="replace").replace("\r", "\n")
 
-    def wait_for(self, words, seconds=60):
-        """Until these words were printed."""
+    def wait_for(self, text, seconds=60):
+        """Wait until this text has been printed."""
         deadline = time.monotonic() + seconds
-        while words not in self.text():
-            assert time.monotonic() < deadline, f"no {words!r} in:\n{self.text()}"
-            assert any(child.is_alive() for child in self.processes) or words in self.text(), self.text()
+        while text not in self.text():
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.text()}"
+            assert any(child.is_alive() for child in self.processes) or text in self.text(), self.text()
             time.sleep(0.01)
 
 
-def _train(arguments, environment, log, prepare, rank):
+@contextlib.contextmanager
+def killed_at_end(run):
+    """Whatever happens inside, no process of the run survives."""
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def _train(arguments, environment, log, rank, *, fault, crash_at):
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.update(environment)
     with open(log, "a") as file:
@@ -109,43 +119,118 @@ def _train(arguments, environment, log, prepare, rank):
     from training import denoiser
 
     denoiser.PRESETS["tiny"] = TINY
-    if prepare:
-        globals()[prepare](rank)
+    if fault:
+        globals()[fault](rank)
+    if crash_at:
+        install_crash_point(crash_at)
     sys.argv = [str(TRAIN), *arguments]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 
-# ---- What may be done to a run before it begins ----------------------------------------------------------------------
+# ---- Crash points ----------------------------------------------------------------------------------------------------
 
 
-def _each_loss(change):
-    """Let change(step, loss) have each loss; steps are 0, 1, ... of this process, of one forward pass each."""
+def install_crash_point(crash_at):
+    """Let this process kill itself while it saves a checkpoint, as if the power had failed.
+
+    Args:
+        crash_at: one of these points, or "point:N" for the N-th time it is reached:
+            begin: nothing is written yet.
+            <name of a file>: half of this file is written.
+            flushed: all files are written and flushed, nothing is renamed.
+            replaced: the earlier checkpoint of the same step is moved aside, the new one not in place yet.
+            verified: the new checkpoint is complete.
+            hidden: an old checkpoint has lost its name, its files are still there.
+            deleted: an old checkpoint is deleted.
+            end: all is done.
+    """
+    from training.run import checkpoint
+
+    point, _, times = crash_at.partition(":")
+    counter = itertools.count(1)
+
+    def is_due(name):
+        return name == point and next(counter) == int(times or 1)
+
+    def reached(name):
+        if is_due(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saving = []
+    save, write, flush_folder, verify, delete, replace = (
+        checkpoint.save, checkpoint._write, checkpoint._flush_folder, checkpoint.verify, checkpoint._delete,
+        Path.replace,
+    )  # fmt: skip
+
+    def crashing_save(*args, **options):
+        reached("begin")
+        saving.append(True)
+        path = save(*args, **options)
+        saving.clear()
+        reached("end")
+        return path
+
+    def crashing_write(path, content):
+        if is_due(path.name):
+            with open(path, "xb") as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, content)
+
+    def crashing_flush_folder(path):
+        flush_folder(path)
+        if ".tmp-" in path.name:
+            reached("flushed")
+
+    def crashing_verify(path):
+        manifest = verify(path)
+        if saving:
+            reached("verified")
+        return manifest
+
+    def crashing_delete(folder):
+        delete(folder)
+        if checkpoint.NAME.fullmatch(folder.name):
+            reached("deleted")
+
+    def crashing_replace(path, target):
+        result = replace(path, target)
+        if match := re.fullmatch(checkpoint.NAME.pattern + r"\.(old|tmp)(-\d+)?", Path(target).name):
+            reached("replaced" if match[2] == "old" else "hidden")
+        return result
+
+    checkpoint.save, checkpoint._write, checkpoint._flush_folder = crashing_save, crashing_write, crashing_flush_folder
+    checkpoint.verify, checkpoint._delete, Path.replace = crashing_verify, crashing_delete, crashing_replace
+
+
+# ---- Faults ----------------------------------------------------------------------------------------------------------
+
+
+def _change_loss(change):
+    """Replace each loss of this process by change(step, loss), with one forward pass per step: step = 0, 1, ..."""
     from ddpm_pipeline import objective
 
-    simple_loss, calls = objective.simple_loss, []
-
-    def changed(prediction, target):
-        calls.append(None)
-        return change(len(calls) - 1, simple_loss(prediction, target))
-
-    objective.simple_loss = changed
+    simple_loss, calls = objective.simple_loss, itertools.count()
+    objective.simple_loss = lambda prediction, target: change(next(calls), simple_loss(prediction, target))
 
 
-def nan_on_the_last_process(rank):
+def nan_on_the_last_rank(rank):
     last = int(os.environ.get("WORLD_SIZE", 1)) - 1
-    _each_loss(lambda step, loss: loss * math.nan if step == 3 and rank == last else loss)
+    _change_loss(lambda step, loss: loss * math.nan if step == 3 and rank == last else loss)
 
 
-def one_nan_picture(rank):
-    """The prediction for the first picture of this process is no number in its fourth step."""
+def one_nan_image(rank):
+    """The prediction for the first image of this rank is NaN in the fourth step."""
+    import torch
+
     from ddpm_pipeline import objective
 
-    simple_loss, calls = objective.simple_loss, []
+    simple_loss, calls = objective.simple_loss, itertools.count(1)
 
     def changed(prediction, target):
-        calls.append(None)
-        if len(calls) == 4:
-            with __import__("torch").no_grad():
+        if next(calls) == 4:
+            with torch.no_grad():
                 prediction[0] *= math.nan
         return simple_loss(prediction, target)
 
@@ -153,36 +238,36 @@ def one_nan_picture(rank):
 
 
 def slow_steps(rank):
-    """A step takes a third of a second more and says so, so that a test can be quicker than it."""
+    """A step takes 0.3 seconds longer and prints its number, so that a test can act during it."""
 
     def slow(step, loss):
-        print(f"[step {step + 1} of {rank} begins]", flush=True)
+        print(f"[step {step + 1} on rank {rank}]", flush=True)
         time.sleep(0.3)
         return loss
 
-    _each_loss(slow)
+    _change_loss(slow)
 
 
 def slow_end(rank):
-    """A step takes longer, and so does parting from the other processes, at the very end."""
+    """A step takes longer, and so does leaving the process group at the very end."""
     slow_steps(rank)
-    from training.run import failures
+    from training.run import runtime
 
-    def part():
-        print("[parting]", flush=True)
+    def leave_process_group():
+        print("[leaving]", flush=True)
         time.sleep(1.5)
 
-    failures.part = part
+    runtime.leave_process_group = leave_process_group
 
 
 def slow_samples(rank):
-    """A step of the walk home takes a fifth of a second more."""
+    """A sampling step takes 0.2 seconds longer."""
     from ddpm_pipeline import scheduling_ddpm
 
     step = scheduling_ddpm.DDPMScheduler.step
 
     def slow(self, *args, **options):
-        print(f"[sampling on {rank}]", flush=True)
+        print(f"[sampling on rank {rank}]", flush=True)
         time.sleep(0.2)
         return step(self, *args, **options)
 
@@ -190,7 +275,7 @@ def slow_samples(rank):
 
 
 def slow_checkpoints(rank):
-    """Each file of a checkpoint takes a third of a second more."""
+    """Each file of a checkpoint takes 0.3 seconds longer."""
     from training.run import checkpoint
 
     write = checkpoint._write
@@ -203,7 +288,7 @@ def slow_checkpoints(rank):
     checkpoint._write = slow
 
 
-def no_memory_to_train(rank):
+def out_of_memory_training(rank):
     import torch
 
     def fail(step, loss):
@@ -211,10 +296,10 @@ def no_memory_to_train(rank):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return loss
 
-    _each_loss(fail)
+    _change_loss(fail)
 
 
-def no_memory_to_sample(rank):
+def out_of_memory_sampling(rank):
     from ddpm_pipeline import scheduling_ddpm
 
     def fail(self, *args, **options):
@@ -224,39 +309,40 @@ def no_memory_to_sample(rank):
         scheduling_ddpm.DDPMScheduler.step = fail
 
 
-def no_room_for_logs(rank):
-    """Whatever is written into metrics.jsonl or as a picture meets a full disk."""
+def disk_full_for_logs(rank):
+    """Writing an image, or a line of metrics.jsonl after step 2, finds the disk full."""
+    import json
+
     from PIL import Image
 
-    def full(*args, **options):
+    def disk_full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    Image.Image.save = full
-    dumps = __import__("json").dumps
+    Image.Image.save = disk_full
+    dumps = json.dumps
 
-    def dumps_or_full(content, **options):
+    def dumps_or_disk_full(content, **options):
         if isinstance(content, dict) and "learning_rate" in content and content["step"] > 2:
-            full()
+            disk_full()
         return dumps(content, **options)
 
-    __import__("json").dumps = dumps_or_full
+    json.dumps = dumps_or_disk_full
 
 
 def _disk_full_at(name):
-    """In the second checkpoint the disk is filled by another when this file is to be written."""
+    """In the second checkpoint another program fills the disk just before this file is written."""
     from training.run import checkpoint
 
-    write, calls = checkpoint._write, []
+    write, calls = checkpoint._write, itertools.count(1)
 
-    def full(path, content):
-        calls.append(path.name)
-        if calls.count(name) == 2:
+    def fill_and_write(path, content):
+        if path.name == name and next(calls) == 2:
             with contextlib.suppress(OSError), open(path.parents[2] / "filler", "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
         return write(path, content)
 
-    checkpoint._write = full
+    checkpoint._write = fill_and_write
 
 
 def disk_full_at_model(rank):
@@ -269,12 +355,3 @@ def disk_full_at_optimizer(rank):
 
 def disk_full_at_manifest(rank):
     _disk_full_at("manifest.json")
-
-
-@contextlib.contextmanager
-def ended(run):
-    """So that no process outlives its test."""
-    try:
-        yield run
-    finally:
-        run.kill()

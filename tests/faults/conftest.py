@@ -1,4 +1,4 @@
-"""Where the runs of the fault tests are, what they are asked for, and the run that nothing disturbs."""
+"""Where the runs of the fault tests live, their options, and what an undisturbed run learns."""
 
 import os
 import sys
@@ -15,10 +15,10 @@ from child import Run
 from tests.short_run import SHORT_RUN
 from training.run import checkpoint
 
-# All repeats, as `make test-faults` wants it; without it the tests that repeat do it a few times.
+# `make test-faults` sets this for all repeats; otherwise tests that repeat do so a few times only.
 FULL = os.environ.get("DDPM_FAULTS") == "full"
 
-# Global batch 4 of 10 pictures: passes end within step 3 and with step 5.
+# Global batch 4 of 10 images: epochs end within step 3 and with step 5.
 OPTIONS = SHORT_RUN | {
     "train_batch_size": 4,
     "save_images_steps": 0,
@@ -29,65 +29,70 @@ OPTIONS = SHORT_RUN | {
 }
 
 
-class Place:
-    """A folder for runs: `run` begins one, `arguments` are its command line, `sums` what it has learned."""
+class Workspace:
+    """A folder of runs: `start` starts one, `arguments` is its command line, `sha256` identifies what it has learned.
 
-    def __init__(self, folder, pictures):
-        self.folder, self.pictures = folder, pictures
+    Attributes:
+        data: folder with images/ and the cache of the decoded images.
+    """
+
+    def __init__(self, folder, data):
+        self.folder, self.data = folder, data
 
     def arguments(self, name, **options):
-        options = {"output_dir": self.folder / name, "cache_dir": self.pictures / "cache", **OPTIONS, **options}
+        options = {"output_dir": self.folder / name, "cache_dir": self.data / "cache", **OPTIONS, **options}
         if "dataset_name" not in options:
-            options.setdefault("train_data_dir", self.pictures / "pictures")
+            options.setdefault("train_data_dir", self.data / "images")
         return [f"--{option}={value}" for option, value in options.items()]
 
-    def run(self, name, *, processes=1, prepare=None, crash_at=None, bare=False, **options):
-        if processes > 1:
-            options = {"train_batch_size": 4 // processes, **options}
-        log = self.folder / f"{name}.log"
-        arguments = self.arguments(name, **options)
-        return Run(arguments, log, processes=processes, prepare=prepare, crash_at=crash_at, bare=bare)
+    def start(self, name, *, world_size=1, fault=None, crash_at=None, detect_device=False, **options):
+        """A `Run` with the global batch 4, whatever the world size."""
+        if world_size > 1:
+            options = {"train_batch_size": 4 // world_size, **options}
+        log, arguments = self.folder / f"{name}.log", self.arguments(name, **options)
+        return Run(arguments, log, world_size=world_size, fault=fault, crash_at=crash_at, detect_device=detect_device)
 
     def finish(self, name, **options):
-        """Run to the end, which must be a good one, and give what was learned."""
-        run = self.run(name, **options)
+        """Run to the end, which must be exit code 0. Returns `sha256(name)`."""
+        run = self.start(name, **options)
         assert set(run.wait(120)) == {0}, run.text()
-        return self.sums(name)
+        return self.sha256(name)
 
-    def sums(self, name, step=None):
-        """sha256 of the three files of its newest checkpoint, or that after `step`."""
+    def sha256(self, name, step=None):
+        """sha256 of the three files of the run's newest checkpoint, or of the one after `step`."""
         which = "latest" if step is None else str(self.folder / name / f"checkpoint-{step:06d}")
         _, manifest = checkpoint.find(self.folder / name, which)
         return {file: entry["sha256"] for file, entry in manifest["files"].items()}
 
     def checkpoints(self, name):
+        """Names of everything that looks like a checkpoint."""
         return sorted(path.name for path in (self.folder / name).glob("checkpoint-*"))
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    (folder / "pictures").mkdir()
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "images").mkdir()
     for i in range(10):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 1), dtype=np.uint8)
-        Image.fromarray(pixels[..., 0]).save(folder / "pictures" / f"{i}.png")
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     return folder
 
 
 @pytest.fixture
-def place(tmp_path, pictures):
-    return Place(tmp_path, pictures)
+def workspace(tmp_path, data):
+    return Workspace(tmp_path, data)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, pictures):
-    """What runs have learned that nothing disturbed, by the number of their processes."""
-    place = Place(tmp_path_factory.mktemp("undisturbed"), pictures)
-    found = {}
+def undisturbed(tmp_path_factory, data):
+    """A function of the world size: what an undisturbed run learns, as `Workspace.sha256`."""
+    workspace = Workspace(tmp_path_factory.mktemp("undisturbed"), data)
+    results = {}
 
-    def sums(processes=1):
-        if processes not in found:
-            found[processes] = place.finish(f"of {processes}", processes=processes)
-        return found[processes]
+    def sha256(world_size=1):
+        if world_size not in results:
+            results[world_size] = workspace.finish(f"world size {world_size}", world_size=world_size)
+        return results[world_size]
 
-    return sums
+    return sha256

@@ -94,7 +94,7 @@ def describe_nonfinite(step: int, loss: float, grad_norm: float, learning_rate: 
     """What is non-finite at `step`. `loss` is that of this rank, `grad_norm` of all; `images` as `describe_images`."""
     quantity = "gradient" if math.isfinite(loss) else "loss"
     return (
-        f"{quantity} is non-finite at step {step} (loss {loss:g} on this rank, gradient norm {grad_norm:g}, learning "
+        f"{quantity} is non-finite at step {step} (loss {loss:g}, gradient norm {grad_norm:g}, learning "
         f"rate {learning_rate:g}): images {images}"
     )
 
