@@ -1,0 +1,73 @@
+"""SAMPLING: the reverse process step by step with any scheduler of diffusers, and the forward process step by step."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .denoiser import UNetDenoiser
+from .scheduling_ddpm import DDPMScheduler
+
+StepCallback = Callable[[int, int, Tensor], Tensor]  # (step number, t, x_prev) to the x_prev to continue with
+
+
+class TrajectoryStep(NamedTuple):
+    """One step of a trajectory: timestep index t, x_t, and the x_0 predicted from it, both (B, C, H, W)."""
+
+    t: int
+    x_t: Tensor
+    x_0_pred: Tensor | None
+
+
+SamplingStep = tuple[TrajectoryStep, Tensor]  # a step, and the x_prev that it leads to
+
+
+class SamplingRun(NamedTuple):
+    """What the sampling loop starts from: x_T, the network, and the keyword arguments of `scheduler.step`."""
+
+    x_t: Tensor
+    denoiser: UNetDenoiser
+    step_options: dict[str, Any]
+
+
+@torch.no_grad()
+def sampling_steps(
+    scheduler: Any,
+    run: SamplingRun,
+    *,
+    interrupted: Callable[[], bool],
+    callback: StepCallback | None = None,
+) -> Iterator[SamplingStep]:
+    """Algorithm 2, DDPM, over the scheduler's timesteps.
+
+    Args:
+        interrupted: asked before each step; True ends the loop.
+        callback: called after each step.
+    """
+    x_t = run.x_t
+    timesteps = scheduler.timesteps
+    on_device = timesteps.to(x_t.device)  # moved once: the network needs them there, the scheduler on the host
+    for i, t in enumerate(timesteps):
+        if interrupted():
+            break
+        model_output = run.denoiser(scheduler.scale_model_input(x_t, t), on_device[i])
+        output = scheduler.step(model_output, t, x_t, **run.step_options)
+        step = TrajectoryStep(int(t), x_t, output.get("pred_original_sample"))
+        x_t = output.prev_sample
+        if callback is not None:
+            x_t = callback(i, step.t, x_t)
+        yield step, x_t
+
+
+def noising_steps(
+    scheduler: DDPMScheduler, x_0: Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> Iterator[TrajectoryStep]:
+    """The forward process over the scheduler's timesteps, ascending: Eq. (2), DDPM, from one to the next."""
+    x_t, prev_t = x_0, -1
+    for t in reversed(scheduler.timesteps.tolist()):
+        noise = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        x_t = scheduler.q_step(x_t, torch.tensor([t]), torch.tensor([prev_t]), noise)
+        yield TrajectoryStep(t, x_t, x_0)
+        prev_t = t

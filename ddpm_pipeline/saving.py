@@ -1,0 +1,78 @@
+"""SAVING: a folder that loads anywhere. It has diffusers' own labels and `pipeline.py`, all of this code in one file.
+
+One file, because diffusers puts the modules of local remote code into one namespace: of two models with a helper of the
+same name, the second would run the first one's helper.
+"""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .scheduling_ddpm import DDPMScheduler
+
+# The modules of `pipeline.py`, each after those it imports.
+BUNDLED = (
+    "scheduling_ddpm", "pixels", "loading", "images", "denoiser", "sampling", "inversion", "interpolation",
+    "inpainting", "arguments", "saving", "pipeline_ddpm",
+)  # fmt: skip
+
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
+DOWNLOAD_OPTIONS = (
+    "cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "variant", "use_safetensors",
+    "custom_pipeline", "custom_revision", "trust_remote_code",
+)  # fmt: skip
+
+# As remote code all modules are this file. Read it now: another model's may replace it while this process runs.
+_OWN_SOURCE = Path(__file__).read_text(encoding="utf-8") if DDPMScheduler.__module__ == __name__ else None
+
+
+def pipeline_source() -> str:
+    """The text of `pipeline.py`: the bundled modules without their relative imports; as remote code, its own text."""
+    if _OWN_SOURCE is not None:
+        return _OWN_SOURCE
+    files = [Path(__file__).with_name(f"{name}.py") for name in BUNDLED]
+    lines = [line for file in files for line in [*file.read_text(encoding="utf-8").splitlines(), "", ""]]
+    return "\n".join(line for line in lines if not line.startswith("from .")).rstrip("\n") + "\n"
+
+
+def complete_folder(folder: Path) -> None:
+    """Add `pipeline.py` to a saved folder, and remove from its files the path that the model was loaded from."""
+    (folder / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
+    for config_file in (folder / "model_index.json", folder / "unet" / "config.json"):
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., Any]) -> Path:
+    """A local folder, or a model of the Hub once it is downloaded.
+
+    Args:
+        options: of `from_pretrained`; those of DOWNLOAD_OPTIONS are passed on.
+        download: diffusers' `DiffusionPipeline.download`.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name} is not a local folder, and not the name of a model on the Hub (user/model)")
+    return Path(download(name, **{option: options[option] for option in DOWNLOAD_OPTIONS if option in options}))
+
+
+def isolate_remote_code() -> None:
+    """Give this version of the remote code a module of its own. Does nothing in the package.
+
+    diffusers runs the `pipeline.py` of every model in one module of one name. The next one replaces its contents, and
+    the classes of the one before would find the helpers of the other version.
+    """
+    if _OWN_SOURCE is None or __name__ not in sys.modules:
+        return
+    name = f"{__name__}_{hashlib.sha256(_OWN_SOURCE.encode()).hexdigest()[:16]}"
+    for value in list(globals().values()):
+        if inspect.isclass(value) and value.__module__ == __name__:
+            value.__module__ = name
+    sys.modules[name] = sys.modules.pop(__name__)
