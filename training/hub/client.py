@@ -1,10 +1,7 @@
-"""TO THE HUB: a clean folder, its card, a look whether it loads, and one commit.
+"""THE HUB CLIENT: huggingface_hub with one deadline for all calls, and retries where they are safe.
 
-    run -> stage: what is on the list, and README.md -> check_loading: the same pictures in three ways -> push
-
-What is published is on a list; all else stays at home. No number is typed by hand: pipeline/training.json says how the
-model was trained, report.json what was measured, and what nobody measured is not said. The Hub's client waits for an
-answer for ever and never sends a commit twice; here everything has one deadline, and is tried again where that is safe.
+HfApi waits for an answer without a limit, retries few of its requests, and reports an error for a commit that the Hub
+has made if the answer gets lost.
 """
 
 import json
@@ -15,79 +12,92 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-WAITS = (1, 2, 4, 8)  # seconds before what failed is tried again
-MAY_PASS = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
+RETRY_DELAYS = (1, 2, 4, 8)  # seconds
+TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+HINTS = {
+    401: "; log in with `hf auth login`, or set HF_TOKEN to a valid token",
+    403: "; use a token with write permission for it",
+}
 Result = TypeVar("Result")
 
 
 class HubError(RuntimeError):
-    """The Hub, or the way to it, failed. What is on this machine is as it was."""
+    """The Hub refused, failed or could not be reached. Nothing on this machine has changed."""
 
 
 @dataclass
-class Hub:
-    """The Hub's client with what it lacks: one deadline for everything, and another try where that is safe."""
+class HubClient:
+    """Calls of the Hub's API that end, by a deadline, with a result or with HubError.
 
-    seconds: float  # from now on, for all that is asked of it
+    Args:
+        seconds: from now on, for all calls together.
+    """
+
+    seconds: float
 
     def __post_init__(self) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
         self.api = HfApi()
-        # All that goes wrong between here and the Hub: its answers, and no answer at all.
+        # The base class of refusals and of connection failures: of httpx or of httpx2, which depends on the version.
         http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
         self._errors: tuple[type[Exception], ...] = (
             http_error,
             ConnectionError,
             TimeoutError,
-            json.JSONDecodeError,
+            json.JSONDecodeError,  # an HTML page from a gateway
         )
-        self._until = time.monotonic() + self.seconds
+        self._deadline = time.monotonic() + self.seconds
 
-    def ask(self, what: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
-        """Call a function of the client that may be called twice.
+    def call(self, action: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+        """Call a function of the API that may safely be called twice.
 
+        Args:
+            action: what the call does, for messages.
         Raises:
-            HubError: the Hub said no, or nothing, or that it is busy, five times.
+            HubError: the Hub refused, gave no answer before the deadline, or failed five times.
         """
-        for wait in (*WAITS, None):
+        for delay in (*RETRY_DELAYS, None):
             try:
-                return self._in_time(what, function, *args, **options)
+                return self._call_once(action, function, *args, **options)
             except self._errors as error:
-                self._pause_or_fail(what, error, wait)
-        raise AssertionError("the last wait is None")
+                self._wait_or_raise(action, error, delay)
+        raise AssertionError("the last delay is None")
 
     def commit(self, repo_id: str, parent: str, title: str, operations: list[Any]) -> str:
-        """Make one commit on top of `parent`, and no second one if an answer gets lost: its hash.
+        """Make exactly one commit on top of `parent`, even if an answer gets lost.
 
+        Returns:
+            The hash of the commit.
         Raises:
-            HubError: as `ask`, or somebody else has pushed since.
+            HubError: as in `call`, or somebody else pushed in the meantime.
         """
-        for wait in (*WAITS, None):
+        action = "create the commit"
+        for delay in (*RETRY_DELAYS, None):
             try:
-                made = self._in_time(
-                    "the commit", self.api.create_commit, repo_id, operations, commit_message=title,
-                    parent_commit=parent,
-                )  # fmt: skip
-                return made.oid
+                created = self._call_once(
+                    action, self.api.create_commit, repo_id, operations, commit_message=title, parent_commit=parent
+                )
+                return created.oid
             except self._errors as error:
-                if _status(error) != 412:  # 412: the parent is not the newest commit any more
-                    self._pause_or_fail("the commit", error, wait)
-                newest = self.ask("the newest commit", self.api.list_repo_commits, repo_id)[0]
+                parent_is_stale = _status(error) == 412
+                if not parent_is_stale:
+                    self._wait_or_raise(action, error, delay)
+                newest = self.call("read the newest commit", self.api.list_repo_commits, repo_id)[0]
                 if newest.commit_id != parent:
-                    if newest.title == title:  # it was made, and the answer got lost
+                    if newest.title == title:  # the commit was made, and the answer got lost
                         return newest.commit_id
                     raise HubError(
-                        f"somebody else has pushed to {repo_id} in these seconds ({newest.title!r}): look at it, and "
-                        "publish again"
+                        f"somebody else pushed to {repo_id} in the meantime ({newest.title!r}): check that commit, "
+                        "then publish again"
                     ) from error
-                if _status(error) == 412:
-                    raise self._failed("the commit", error) from error
-        raise AssertionError("the last wait is None")
+                if parent_is_stale:
+                    raise _hub_error(action, error) from error
+        raise AssertionError("the last delay is None")
 
-    def _in_time(self, what: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
-        """Call it in a thread of its own, which may be left behind: the client itself waits for ever."""
+    def _call_once(self, action: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
+        """Call it in a thread of its own, which is abandoned at the deadline: the API itself waits without a limit."""
         outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def call() -> None:
@@ -98,33 +108,32 @@ class Hub:
 
         threading.Thread(target=call, daemon=True).start()
         try:
-            value, error = outcome.get(timeout=max(0.0, self._until - time.monotonic()))
+            value, error = outcome.get(timeout=max(0.0, self._deadline - time.monotonic()))
         except queue.Empty:
-            raise HubError(f"{what}: the Hub has not answered, and its {self.seconds:g} seconds are over") from None
+            raise HubError(f"{action}: no answer from the Hub within its {self.seconds:g} seconds") from None
         if error is not None:
             raise error
         return value
 
-    def _pause_or_fail(self, what: str, error: Exception, wait: float | None) -> None:
+    def _wait_or_raise(self, action: str, error: Exception, delay: float | None) -> None:
+        """Wait before the next try; raise HubError if there is no next one (None), no use in it, or no time for it."""
         status = _status(error)
-        if wait is None or (status is not None and status not in MAY_PASS):
-            raise self._failed(what, error) from error
-        asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-        wait = max(wait, float(asked)) if asked.isdecimal() else wait
-        if time.monotonic() + wait > self._until:
-            raise self._failed(what, error) from error
-        time.sleep(wait)
+        if delay is None or (status is not None and status not in TRANSIENT_STATUSES):
+            raise _hub_error(action, error) from error
+        retry_after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+        if retry_after.isdecimal():
+            delay = max(delay, float(retry_after))
+        if time.monotonic() + delay > self._deadline:
+            raise _hub_error(action, error) from error
+        time.sleep(delay)
 
-    def _failed(self, what: str, error: Exception) -> HubError:
-        status = _status(error)
-        hint = {
-            401: "; log in with `hf auth login`, or set HF_TOKEN to a token of yours",
-            403: "; take a token that may write there",
-        }.get(status or 0, "")
-        said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        return HubError(f"{what}: {status or type(error).__name__}: {said}{hint}")
+
+def _hub_error(action: str, error: Exception) -> HubError:
+    status = _status(error)
+    message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return HubError(f"{action}: {status or type(error).__name__}: {message}{HINTS.get(status or 0, '')}")
 
 
 def _status(error: Exception) -> int | None:
-    """The number of the Hub's answer; None if there was none."""
+    """The HTTP status of the answer; None if there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,6 +1,6 @@
-"""The Hub, for a run: may it be written to, publishing beside the training, and weights to begin from.
+"""PUBLISHING DURING TRAINING: write access is checked before, and training/publish.py runs in a process beside it.
 
-A run is published by training/publish.py in a process of its own: whatever the Hub does, training goes on.
+Whatever the Hub does, training goes on.
 """
 
 from __future__ import annotations
@@ -12,44 +12,35 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from training.config import Config
+from training.hub.client import HubClient, HubError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ddpm_pipeline import DDPMScheduler
+__all__ = ["EXIT_CODE", "BackgroundPublisher", "HubError", "check_access"]
 
 SCRIPT = Path(__file__).parents[1] / "publish.py"
-EXIT_CODE = 3  # the model is whole, and is not on the Hub
-SECONDS_TO_CHECK = 60
+EXIT_CODE = 3  # the model is complete, but not on the Hub
+ACCESS_CHECK_SECONDS = 60
 
 
-class HubError(RuntimeError):
-    """The Hub refuses, or cannot be reached, before anything is trained."""
+def check_access(config: Config) -> None:
+    """Check before training that the model can be published, and create the repository.
 
-
-def check(config: Config) -> None:
-    """Raise HubError unless the model can be published at the end, as far as one can know at the beginning.
-
-    The repository is made, private if that is wanted.
+    Raises:
+        HubError: the Hub refused, failed or could not be reached.
     """
-    from training.hub import client, push
+    from training.hub import push
 
-    try:
-        push.check_access(
-            client.Hub(SECONDS_TO_CHECK),
-            str(config.hub_model_id),
-            private=config.hub_private_repo,
-            license=config.license,
-        )
-    except client.HubError as error:
-        raise HubError(str(error)) from error
+    push.check_access(
+        HubClient(ACCESS_CHECK_SECONDS),
+        str(config.hub_model_id),
+        private=config.hub_private_repo,
+        license=config.license,
+    )
 
 
-class Pushes:
-    """Publishing of a run, in a process beside it while it trains, and once more at its end."""
+class BackgroundPublisher:
+    """Publishes pipeline/ in a background process during training, and in the foreground at the end."""
 
     def __init__(self, config: Config) -> None:
         self.run = Path(config.output_dir).expanduser()
@@ -58,35 +49,35 @@ class Pushes:
             self.options.append("--hub_private_repo")
         if config.license:
             self.options += ["--license", config.license]
-        self._running: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._copy: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Publish what is in pipeline/ now, unless the time before it is not over yet."""
-        if self._running is not None and self._running.poll() is None:
-            print("The model of the last time is still on its way to the Hub: this one is not published")
+        """Publish the current pipeline/ in the background, unless the previous publication is still running."""
+        if self._process is not None and self._process.poll() is None:
+            print("The previous publication is still running: this model is not published")
             return
         self._finish()
-        # A copy, since training may write the next one before the process has so much as begun.
+        # A copy, because training may replace pipeline/ before the process has read it.
         self._copy = tempfile.TemporaryDirectory()
         copy = Path(self._copy.name, self.run.resolve().name)
         shutil.copytree(self.run / "pipeline", copy / "pipeline")
-        quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-        self._running = subprocess.Popen(
+        environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT), str(copy), *self.options],
-            env=quiet,
+            env=environment,
             text=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
 
-    def end(self) -> None:
-        """Leave off, without waiting for the Hub."""
-        if self._running is not None:
-            self._running.terminate()
+    def cancel(self) -> None:
+        """Terminate a running publication, without waiting for the Hub."""
+        if self._process is not None:
+            self._process.terminate()
         self._finish()
 
-    def last(self) -> int:
+    def publish_final(self) -> int:
         """Publish the finished model: 0, or EXIT_CODE."""
         self._finish()
         command = [os.path.relpath(SCRIPT), str(self.run), *self.options]
@@ -94,52 +85,13 @@ class Pushes:
         return EXIT_CODE if subprocess.run([sys.executable, *command]).returncode else 0
 
     def _finish(self) -> None:
-        """Wait for the process, and say it if it failed."""
-        if self._running is not None:
-            _, errors = self._running.communicate()
-            if self._running.returncode:
-                first = (errors.strip().splitlines() or [f"it ended with {self._running.returncode}"])[0]
-                print(f"WARNING: the model was not published ({first}). The run goes on", file=sys.stderr)
-            self._running = None
+        """Wait for the background process, and warn if it failed."""
+        if self._process is not None:
+            _, errors = self._process.communicate()
+            if self._process.returncode:
+                reason = (errors.strip().splitlines() or [f"exit code {self._process.returncode}"])[0]
+                print(f"WARNING: the model was not published ({reason}). Training continues", file=sys.stderr)
+            self._process = None
         if self._copy is not None:
             self._copy.cleanup()
             self._copy = None
-
-
-def begin_from(name: str, unet: Any, scheduler: DDPMScheduler, say: Callable[[str], object]) -> None:
-    """Copy the weights of a saved or published model into `unet`.
-
-    Args:
-        name: a folder, or a name on the Hub.
-    Raises:
-        ValueError: it is no DDPM, or its network has other tensors, or it was trained to predict something else.
-    """
-    from ddpm_pipeline import DDPMPipeline
-
-    try:
-        pipe = DDPMPipeline.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"init_from is {name!r}: {error}") from error
-    theirs, ours = pipe.unet.state_dict(), unet.state_dict()
-    for tensor in [*ours, *theirs]:
-        shapes = [tuple(state[tensor].shape) if tensor in state else None for state in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            there, here = ("none" if shape is None else f"{shape}" for shape in shapes)
-            raise ValueError(
-                f"init_from is {name!r}, whose network is another one: {tensor} has shape {there} there and {here} "
-                "here. denoiser and the number of channels must be those that it was trained with"
-            )
-    for setting, given_by in (
-        ("prediction_type", "prediction_type"),
-        ("num_train_timesteps", "ddpm_num_steps"),
-    ):
-        then, now = pipe.scheduler.config[setting], scheduler.config[setting]
-        if then != now:
-            raise ValueError(
-                f"init_from is {name!r}, which was trained with {given_by} {then!r}, and here it is {now!r}: "
-                f"give --{given_by} {then}"
-            )
-    if not pipe.scheduler.alphas_cumprod.allclose(scheduler.alphas_cumprod):
-        say(f"WARNING: {name} was trained with another noise schedule than ddpm_beta_schedule says here")
-    unet.load_state_dict(theirs)
-    say(f"first weights: those of {name}")

@@ -1,10 +1,6 @@
-"""TO THE HUB: a clean folder, its card, a look whether it loads, and one commit.
+"""THE PUSH: one commit with a tag, on top of the commit that was looked at.
 
-    run -> stage: what is on the list, and README.md -> check_loading: the same pictures in three ways -> push
-
-What is published is on a list; all else stays at home. No number is typed by hand: pipeline/training.json says how the
-model was trained, report.json what was measured, and what nobody measured is not said. The Hub's client waits for an
-answer for ever and never sends a commit twice; here everything has one deadline, and is tried again where that is safe.
+publish: check_access -> read_repo_state -> stage -> check_loading -> push
 """
 
 import tempfile
@@ -13,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.hub.check import check_loading, told
-from training.hub.client import Hub, HubError
-from training.hub.stage import CARD, PUBLISHED, _read, digest, files_of, stage
+from training.hub.check import check_loading, describe_differences
+from training.hub.client import HubClient, HubError
+from training.hub.files import CARD, FORMER_NAMES, PUBLISHED, digest, list_files, read_json
+from training.hub.stage import stage
 
-HUBS_OWN = {".gitattributes", CARD, "LICENSE"}  # what the Hub, or its page for a new model, puts into one
+INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}  # what the Hub, or its page for a new model, puts into a repository
 
 
 def publish(
@@ -29,51 +26,74 @@ def publish(
     license: str | None = None,
     fp16: bool = False,
     seconds: float = 600,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> str:
-    """Publish a run: stage it, look whether it loads, push it as one commit with a tag.
+    """Publish a run: stage it, check that it loads, push it as one commit with a tag.
 
     Args:
-        run, revision_tag, license, fp16, say: see `stage`.
-        repo_id: "user/name", or "name" of the user whose token it is; made if it is missing.
-        private: make it private; an error if it is there and public.
-        seconds: that the Hub may take for everything.
+        run, revision_tag, license, fp16: as for `stage`.
+        repo_id: "user/name", or "name" for the user of the token; created if it does not exist.
+        private: create it as private; an error if it exists and is public.
+        seconds: deadline for all calls of the Hub together.
     Returns:
         The hash of the commit.
     Raises:
-        HubError: the Hub failed or refused.
-        LoadingError: it does not load, or not to the same pictures in the three ways. Nothing was sent then.
-        ValueError, OSError: the run is not complete, or a name is none.
+        HubError: the Hub refused or failed.
+        LoadingError: the folder does not load, or not to the same images in the three ways. Nothing was sent.
+        ValueError, OSError: the run is incomplete, or an argument is invalid.
     """
-    hub = Hub(seconds)
+    hub = HubClient(seconds)
     repo_id = check_access(hub, repo_id, private=private, license=license)
-    seen = look(hub, repo_id)
+    repo = read_repo_state(hub, repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, say=say)
-        title = f"{Path(run).resolve().name}, step {_read(Path(run) / 'pipeline' / 'training.json')['step']}"
-        title += f" ({digest(folder)[:12]})"  # by which a commit is known again
+        tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, log=log)
+        step = read_json(Path(run) / "pipeline" / "training.json")["step"]
+        title = f"{Path(run).resolve().name}, step {step} ({digest(folder)[:12]})"  # identifies the contents
         if revision_tag is not None:
-            check_tag(seen, revision_tag, title)
-        say("It loads in three ways: " + told(check_loading(folder)))
-        commit = push(hub, folder, seen, tag=tag, title=title)
-    news = "Published" if commit != seen.commit else "Nothing has changed since it was published"
-    say(
-        f"{news}: {hub.api.endpoint}/{repo_id}, commit {commit[:8]}, tag {tag}. To load it:\n"
+            check_tag(repo, revision_tag, title)
+        log(describe_differences(check_loading(folder)))
+        commit = push(hub, folder, repo, tag=tag, title=title)
+    log(
+        f"{'Published' if commit != repo.commit else 'Unchanged since it was published'}: "
+        f"{hub.api.endpoint}/{repo_id}, commit {commit[:8]}, tag {tag}. To load it:\n"
         f"    from diffusers import DiffusionPipeline\n"
         f'    pipe = DiffusionPipeline.from_pretrained("{repo_id}", revision="{tag}")'
     )
     return commit
 
 
-def check_access(hub: Hub, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
-    """Make the repository if it is missing, private from its first moment if wanted; make sure it may be written to.
+def show(run: str | Path, repo_id: str, log: Callable[[str], object] = print, **options: Any) -> None:
+    """Log what `publish` would send, the files with their sizes and the card, without a request to the Hub.
+
+    Args:
+        options: revision_tag, license and fp16 of `stage`.
+    Raises:
+        LoadingError, ValueError, OSError: as `publish`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tag = stage(run, folder, repo_id=repo_id, log=log, **options)
+        sizes = {name: (folder / name).stat().st_size for name in list_files(folder)}
+        for name, size in sizes.items():
+            log(f"{size:>13,}  {name}")
+        log(f"{sum(sizes.values()):>13,}  bytes in {len(sizes)} files, for {repo_id} with the tag {tag}\n")
+        log(describe_differences(check_loading(folder)) + "\n")
+        log((folder / CARD).read_text(encoding="utf-8"))
+
+
+# ---- The repository --------------------------------------------------------------------------------------------------
+
+
+def check_access(hub: HubClient, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
+    """Check that the token may write to the repository; create it if it does not exist, private from the start.
 
     Returns:
-        Its whole name, "user/name".
+        Its full id, "user/name".
     Raises:
-        HubError: no token, or none that may write there; the Hub cannot be reached; or it is public and shall not be.
-        ValueError: that is no name for a repository, or for a licence.
+        HubError: there is no token, or it has no write access; the Hub failed; or the repository exists, is public and
+            should be private.
+        ValueError: the id or the licence is invalid.
     """
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -81,79 +101,81 @@ def check_access(hub: Hub, repo_id: str, *, private: bool = False, license: str 
 
     validate_repo_id(repo_id)
     try:
-        user = hub.ask("who you are", hub.api.whoami)
+        user = hub.call("identify the user", hub.api.whoami)
     except LocalTokenNotFoundError:
-        raise HubError("there is no token: log in with `hf auth login`, or set HF_TOKEN") from None
+        raise HubError("no access token found: log in with `hf auth login`, or set HF_TOKEN") from None
     owner = repo_id.split("/")[0] if "/" in repo_id else user["name"]
     if owner not in [user["name"], *(org["name"] for org in user.get("orgs", []))]:
-        raise HubError(f"{repo_id} is not yours to write: the token is of {user['name']}")
+        raise HubError(f"no write access to {repo_id}: the token belongs to {user['name']}")
     if license is not None:
         try:
-            hub.ask("the licence", ModelCard(f"---\nlicense: {license}\n---\n").validate)
+            hub.call("check the licence", ModelCard(f"---\nlicense: {license}\n---\n").validate)
         except ValueError as error:
-            raise ValueError(f"license is {license!r}, which the Hub does not know: {str(error)[:200]} ...") from None
-    # False would make a new one public where an organisation wants private ones: None leaves it to its settings.
-    made = hub.ask("making the repository", hub.api.create_repo, repo_id, private=private or None, exist_ok=True)
-    repo_id = made.repo_id
-    hub.ask("the right to write", hub.api.auth_check, repo_id, write=True)
-    if private and not hub.ask("the repository", hub.api.model_info, repo_id).private:
-        raise HubError(
-            f"{repo_id} is there already and is public: make it private in its settings, or leave hub_private_repo out"
-        )
+            raise ValueError(f"license is {license!r}, which the Hub does not accept: {str(error)[:200]} ...") from None
+    # None leaves it to the owner's settings; False would make it public where an organisation defaults to private.
+    created = hub.call("create the repository", hub.api.create_repo, repo_id, private=private or None, exist_ok=True)
+    repo_id = created.repo_id
+    hub.call("check write access", hub.api.auth_check, repo_id, write=True)
+    if private and not hub.call("read the repository", hub.api.model_info, repo_id).private:
+        raise HubError(f"{repo_id} exists and is public: make it private in its settings, or omit --hub_private_repo")
     return repo_id
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a repository holds before it is pushed to."""
+class RepoState:
+    """A repository before the push."""
 
     repo_id: str
-    commit: str  # hash of the newest
-    title: str  # of the newest
+    commit: str  # hash of the newest commit
+    title: str  # of the newest commit
     files: list[str]
-    tags: dict[str, str]  # name: hash of its commit
+    tags: dict[str, str]  # name: hash of the commit
 
 
-def look(hub: Hub, repo_id: str) -> Seen:
-    """Look at a repository.
+def read_repo_state(hub: HubClient, repo_id: str) -> RepoState:
+    """What the repository holds now.
 
     Raises:
-        HubError: it holds something that is no published model; or see Hub.
+        HubError: it has files, and they are not those of a published model; or as `HubClient.call`.
     """
-    newest = hub.ask("the newest commit", hub.api.list_repo_commits, repo_id)[0]
-    files = hub.ask("its files", hub.api.list_repo_files, repo_id, revision=newest.commit_id)
-    if not {"model_index.json", "pipeline.py"} <= set(files) and (foreign := sorted(set(files) - HUBS_OWN)):
-        raise HubError(f"{repo_id} holds other things ({', '.join(foreign[:5])}): give another hub_model_id")
-    refs = hub.ask("its tags", hub.api.list_repo_refs, repo_id)
-    return Seen(repo_id, newest.commit_id, newest.title, files, {ref.name: ref.target_commit for ref in refs.tags})
+    newest = hub.call("read the newest commit", hub.api.list_repo_commits, repo_id)[0]
+    files = hub.call("list the files", hub.api.list_repo_files, repo_id, revision=newest.commit_id)
+    is_published_model = {"model_index.json", "pipeline.py"} <= set(files)
+    if not is_published_model and (foreign := sorted(set(files) - INITIAL_FILES)):
+        raise HubError(
+            f"{repo_id} has files that are not part of a published model ({', '.join(foreign[:5])}): give another "
+            "hub_model_id"
+        )
+    refs = hub.call("list the tags", hub.api.list_repo_refs, repo_id)
+    return RepoState(repo_id, newest.commit_id, newest.title, files, {ref.name: ref.target_commit for ref in refs.tags})
 
 
-def check_tag(seen: Seen, tag: str, title: str) -> None:
-    """Raise HubError if a tag is on another commit than the one that this push makes, or has made before."""
-    there = seen.tags.get(tag)
-    if there is not None and not (seen.title == title and there == seen.commit):
-        raise HubError(f"{seen.repo_id} has a tag {tag} already, on commit {there[:8]}: give another revision_tag")
+def check_tag(repo: RepoState, tag: str, title: str) -> None:
+    """Raise HubError if the tag exists, unless it is on the newest commit and that has this title: the same push."""
+    commit = repo.tags.get(tag)
+    if commit is not None and not (repo.title == title and commit == repo.commit):
+        raise HubError(f"{repo.repo_id} already has the tag {tag}, on commit {commit[:8]}: give another revision_tag")
 
 
-def push(hub: Hub, folder: Path, seen: Seen, *, tag: str, title: str) -> str:
-    """Push a staged folder as one commit on top of the one that was seen, with a tag.
+def push(hub: HubClient, folder: Path, repo: RepoState, *, tag: str, title: str) -> str:
+    """Push a staged folder as one commit on top of `repo.commit`, and tag it. Repeating it changes nothing.
 
-    Files on the list that an earlier publication left, and this one has not, go in the same commit. Done twice, the
-    second changes nothing.
+    The same commit deletes files of an earlier publication that this one does not have.
 
     Returns:
         The hash of the commit.
     Raises:
-        HubError: see Hub.
+        HubError: as `HubClient.call` and `HubClient.commit`.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    commit = seen.commit
-    if seen.title != title:
-        operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in files_of(folder)]
-        gone = [name for name in seen.files if name in PUBLISHED and not (folder / name).exists()]
-        operations += [CommitOperationDelete(name) for name in gone]
-        commit = hub.commit(seen.repo_id, seen.commit, title, operations)
-    if tag not in seen.tags:
-        hub.ask("the tag", hub.api.create_tag, seen.repo_id, tag=tag, revision=commit, exist_ok=True)
+    commit = repo.commit
+    if repo.title != title:
+        names = list_files(folder)
+        operations: list[Any] = [CommitOperationAdd(name, str(folder / name)) for name in names]
+        obsolete = [name for name in repo.files if name in {*PUBLISHED, *FORMER_NAMES} and name not in names]
+        operations += [CommitOperationDelete(name) for name in obsolete]
+        commit = hub.commit(repo.repo_id, repo.commit, title, operations)
+    if tag not in repo.tags:
+        hub.call("create the tag", hub.api.create_tag, repo.repo_id, tag=tag, revision=commit, exist_ok=True)
     return commit

@@ -1,0 +1,90 @@
+"""THE PUBLISHED FOLDER: the names of its files, and what can be read from them without loading the model."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout: the card's template and the licence are there
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+HALF_WEIGHTS = "unet/diffusion_pytorch_model.fp16.safetensors"
+MODEL_FILES = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
+IMAGES = ("samples.png", "trajectory.png")
+CARD = "README.md"
+PUBLISHED = (*MODEL_FILES, HALF_WEIGHTS, *IMAGES, CARD, "config.yaml", "report.json", "LICENSE")  # and nothing else
+FORMER_NAMES = {"walk.png": "trajectory.png"}  # of files in runs and repositories from earlier versions
+
+
+def list_files(folder: Path) -> list[str]:
+    """The paths of all files in a folder, relative to it and sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def digest(folder: Path) -> str:
+    """sha256 of the names and contents of all files in a folder, hexadecimal."""
+    total = hashlib.sha256()
+    for name in list_files(folder):
+        total.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+    return total.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not contain a JSON object")
+    return content
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "scheduler" / "scheduler_config.json")
+
+
+def unet_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "unet" / "config.json")
+
+
+def has_class_labels(unet: Mapping[str, Any]) -> bool:
+    return unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
+
+
+def count_parameters(file: Path) -> int:
+    """The number of parameters in a safetensors file, from its header."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118  not a dict
+        return sum(math.prod(shape) for shape in shapes)
+
+
+def built_in_limits(folder: Path) -> list[str]:
+    """What diffusers' own classes get wrong with the model in this folder, one sentence each (tests/test_stock.py)."""
+    scheduler, unet = scheduler_config(folder), unet_config(folder)
+    variance, spacing = scheduler["variance_type"], scheduler["timestep_spacing"]
+    instead = "load it in one of the other two ways."
+    limits = []
+    if has_class_labels(unet):
+        limits.append(f"They do not support class labels and cannot sample this model: {instead}")
+    if unet["in_channels"] > 3:
+        limits.append(f'They cannot make PIL images with {unet["in_channels"]} channels: pass `output_type="np"`.')
+    if variance == "fixed_large" and spacing != "leading":
+        limits.append(
+            "With fewer sampling steps than training timesteps they leave noise in the final image "
+            f"(variance_type {variance}, timestep_spacing {spacing}): {instead}"
+        )
+    if variance in ("fixed_large_log", "learned"):
+        limits.append(
+            f"They use the logarithm of the variance as the variance (variance_type {variance}), and their samples "
+            f"are non-finite: {instead}"
+        )
+    return limits
+
+
+def is_hub_id(name: str) -> bool:
+    """True for an id on the Hub, "user/name", unless a local folder has that path."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()

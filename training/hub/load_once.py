@@ -1,0 +1,56 @@
+"""Load a published folder in one of the three ways, sample two images and save them: run by check.py.
+
+    python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels K ...]
+
+A process of its own for each way: except in the first, ddpm_pipeline cannot be imported.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+WAYS = ("package", "remote-code", "built-in")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("way", choices=WAYS)
+    parser.add_argument("folder")
+    parser.add_argument("output")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--class_labels", type=int, nargs=2)
+    args = parser.parse_args()
+
+    if args.way == "package":
+        sys.path[0] = str(Path(__file__).resolve().parents[2])
+    else:
+        del sys.path[0]  # this folder
+        sys.modules["ddpm_pipeline"] = None  # type: ignore[assignment]  # makes its import fail
+
+    import diffusers
+    import torch
+    from safetensors.torch import save_file
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    if args.way == "package":
+        from ddpm_pipeline import DDPMPipeline
+
+        pipe: Any = DDPMPipeline.from_pretrained(args.folder)
+    elif args.way == "remote-code":
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            args.folder, custom_pipeline="pipeline", trust_remote_code=True
+        )
+    else:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(args.folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"class_labels": args.class_labels} if args.class_labels else {}
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(2, generator, num_inference_steps=args.steps, output_type="np", **options).images
+    save_file({"images": torch.from_numpy(images).contiguous()}, args.output)
+
+
+if __name__ == "__main__":
+    main()
