@@ -1,9 +1,11 @@
-"""The three ways to load a saved folder, each in a process of its own, and what is in the folder.
+"""The three ways to load a saved folder, each in its own process, and the content of the folder.
 
-The children only report what they see; what is expected stands here. An import of diffusers takes seconds, so that one
-child looks at many things.
+The child processes only report what they observe; the expectations are here. An import of diffusers takes seconds, so
+one child observes many things.
 """
 
+import ast
+import configparser
 import json
 import os
 import re
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as BuiltInDDPMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, pipeline_ddpm
+import ddpm_pipeline
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, pipeline_ddpm, saving
+from tests.models import tiny_unet
 
 SCHEDULERS = {
     "plain": {"num_train_timesteps": 6},
@@ -38,12 +42,12 @@ REMOTE = {
     "scheduler": "diffusers_modules.local.pipeline.DDPMScheduler",
 }
 
-# What every child begins with. `use` loads in some way and reports the classes, what was said, the schedule and images.
+# The start of every child. `use` loads in some way and reports classes, warnings and log messages, schedule and images.
 BEGIN = """
 import importlib.abc, json, logging, sys, warnings
 folder, work, package = sys.argv[1:]
 
-class Hide(importlib.abc.MetaPathFinder):
+class HidePackage(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "ddpm_pipeline":
             raise ModuleNotFoundError(name)
@@ -51,25 +55,25 @@ class Hide(importlib.abc.MetaPathFinder):
 if package:
     sys.path.insert(0, package)
 else:
-    sys.meta_path.insert(0, Hide())
+    sys.meta_path.insert(0, HidePackage())
 
 import diffusers, numpy as np, torch
 from diffusers import DiffusionPipeline
 diffusers.utils.logging.disable_progress_bar()
 
-class Say(logging.Handler):
+class Record(logging.Handler):
     def emit(self, record):
-        said.append(record.getMessage())
+        messages.append(record.getMessage())
 
-logging.getLogger("diffusers").addHandler(Say())
+logging.getLogger("diffusers").addHandler(Record())
 report = {}
 
 def name_of(thing):
     return type(thing).__module__ + "." + type(thing).__name__
 
 def use(name, load, save_as=None, **options):
-    global said
-    said = []
+    global messages
+    messages = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pipe = load()
@@ -78,7 +82,7 @@ def use(name, load, save_as=None, **options):
     np.save(f"{work}/{name}.npy", images)
     report[name] = {
         "pipe": name_of(pipe), "unet": name_of(pipe.unet), "scheduler": name_of(pipe.scheduler),
-        "said": said + [str(warning.message) for warning in caught],
+        "messages": messages + [str(warning.message) for warning in caught],
         "betas": pipe.scheduler.betas.tolist(), "timesteps": pipe.scheduler.timesteps.tolist(),
         "spacing": pipe.scheduler.config.timestep_spacing,
     }
@@ -92,14 +96,14 @@ WITHOUT_PACKAGE = (
     + """
 trust = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 for name in ("plain", "su"):
-    where = f"{folder}/{name}"
-    use(f"{name} as anyone", lambda: DiffusionPipeline.from_pretrained(where), save_as=f"{name} built-in")
-    pipe = use(f"{name} remote", lambda: DiffusionPipeline.from_pretrained(where, **trust), save_as=f"{name} 1")
+    path = f"{folder}/{name}"
+    use(f"{name} plain line", lambda: DiffusionPipeline.from_pretrained(path), save_as=f"{name} built-in")
+    pipe = use(f"{name} remote", lambda: DiffusionPipeline.from_pretrained(path, **trust), save_as=f"{name} 1")
     use(f"{name} again", lambda: DiffusionPipeline.from_pretrained(f"{work}/{name} 1", **trust), save_as=f"{name} 2")
     steps = list(pipe.trajectory(seeds=[1, 2]))
     report[f"{name} remote"] |= {
-        "walk": [step.t for step in steps],
-        "arrived": torch.equal(steps[-1].x_0_pred, pipe(seeds=[1, 2], output_type="latent").images),
+        "timesteps seen": [step.t for step in steps],
+        "same images": torch.equal(steps[-1].x_0_pred, pipe(seeds=[1, 2], output_type="latent").images),
     }
 report["package"] = [name for name in sys.modules if name.startswith("ddpm_pipeline")]
 json.dump(report, open(f"{work}/report.json", "w"))
@@ -114,8 +118,8 @@ import ddpm_pipeline
 report["lazy"] = [name for name in sys.modules if name.startswith("ddpm_pipeline.")]
 plain = lambda: DiffusionPipeline.from_pretrained(f"{folder}/plain")
 for name in ("plain", "su"):
-    where = f"{folder}/{name}"
-    use(name, lambda: ddpm_pipeline.DDPMPipeline.from_pretrained(where), save_as=f"{name} 3")
+    path = f"{folder}/{name}"
+    use(name, lambda: ddpm_pipeline.DDPMPipeline.from_pretrained(path), save_as=f"{name} 3")
     use(f"{name} again", lambda: ddpm_pipeline.DDPMPipeline.from_pretrained(f"{work}/{name} 3"), save_as=f"{name} 4")
 use("import alone", plain)
 ddpm_pipeline.register()
@@ -139,24 +143,16 @@ json.dump(report, open(f"{work}/report.json", "w"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two pipelines, saved from where they were made."""
+    """Two saved pipelines."""
     folder = tmp_path_factory.mktemp("saved")
     for name, options in SCHEDULERS.items():
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            layers_per_block=1,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-        )
+        unet = tiny_unet(channels=3)
         DDPMPipeline(unet, DDPMScheduler(**options)).save_pretrained(folder / name)
     return folder
 
 
 class Child:
-    """A fresh process, its report, and the folders and images that it leaves."""
+    """A fresh process, its report, and the folders and images that it writes."""
 
     def __init__(self, script, folder, work, package):
         self.work = work
@@ -167,7 +163,7 @@ class Child:
             "HF_HOME": str(work / "hf"),
             "HF_MODULES_CACHE": str(work / "modules"),
         }
-        # package is where the child finds ours; with "" it finds none
+        # package: the folder where the child finds ddpm_pipeline; "" hides it
         command = [sys.executable, "-I", "-c", script, str(folder), str(work), package]
         self.process = subprocess.Popen(command, cwd=work, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -186,21 +182,21 @@ class Child:
 
 @pytest.fixture(scope="module")
 def children(folder, tmp_path_factory):
-    """Both at the same time."""
-    where = str(Path(pipeline_ddpm.__file__).parents[1])
+    """Both run at the same time."""
+    package_folder = str(Path(pipeline_ddpm.__file__).parents[1])
     return [
         Child(script, folder, tmp_path_factory.mktemp("child"), package)
-        for script, package in ((WITHOUT_PACKAGE, ""), (WITH_PACKAGE, where))
+        for script, package in ((WITHOUT_PACKAGE, ""), (WITH_PACKAGE, package_folder))
     ]
 
 
 @pytest.fixture(scope="module")
-def without_package(children):
+def bare(children):
     return children[0].wait()
 
 
 @pytest.fixture(scope="module")
-def with_package(children):
+def packaged(children):
     return children[1].wait()
 
 
@@ -212,69 +208,69 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_anyone_gets_the_built_in_classes_and_no_warning(name, without_package):
-    assert without_package.report["package"] == []
-    assert without_package.classes(f"{name} as anyone") == BUILT_IN
-    assert without_package.report[f"{name} as anyone"]["said"] == []
+def test_the_plain_line_gives_the_built_in_classes_and_no_warning(name, bare):
+    assert bare.report["package"] == []
+    assert bare.classes(f"{name} plain line") == BUILT_IN
+    assert bare.report[f"{name} plain line"]["messages"] == []
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_with_the_package_it_is_ours(name, with_package):
+def test_the_package_loads_its_own_classes(name, packaged):
     for way in (name, f"{name} again"):
-        assert with_package.classes(way) == OURS
-        assert with_package.report[way]["said"] == []
+        assert packaged.classes(way) == OURS
+        assert packaged.report[way]["messages"] == []
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_without_the_package_it_is_ours_as_remote_code(name, without_package):
+def test_remote_code_loads_our_classes_without_the_package(name, bare):
     for way in (f"{name} remote", f"{name} again"):
-        names = {part: re.sub(r"_[0-9a-f]{16}\.", ".", name) for part, name in without_package.classes(way).items()}
-        assert names == REMOTE  # in a module of this version's own: tests/hub has two versions in one process
-        assert without_package.report[way]["said"] == []
+        names = {part: re.sub(r"_[0-9a-f]{16}\.", ".", name) for part, name in bare.classes(way).items()}
+        assert names == REMOTE  # each version has its own module: tests/hub loads two versions in one process
+        assert bare.report[way]["messages"] == []
     num_steps = SCHEDULERS[name]["num_train_timesteps"]
-    assert without_package.report[f"{name} remote"]["walk"] == list(range(num_steps))[::-1]
-    assert without_package.report[f"{name} remote"]["arrived"]
+    assert bare.report[f"{name} remote"]["timesteps seen"] == list(range(num_steps))[::-1]
+    assert bare.report[f"{name} remote"]["same images"]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_same_images_and_the_same_schedule_every_way(name, folder, without_package, with_package):
-    here = DDPMPipeline.from_pretrained(folder / name)
-    here.set_progress_bar_config(disable=True)
-    expected = here(2, torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
+def test_every_way_gives_the_same_images_and_schedule(name, folder, bare, packaged):
+    local = DDPMPipeline.from_pretrained(folder / name)
+    local.set_progress_bar_config(disable=True)
+    expected = local(2, torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
     assert expected.std() > 0.1
-    ways = [(without_package, way) for way in (f"{name} as anyone", f"{name} remote", f"{name} again")]
-    ways += [(with_package, way) for way in (name, f"{name} again")]
+    ways = [(bare, way) for way in (f"{name} plain line", f"{name} remote", f"{name} again")]
+    ways += [(packaged, way) for way in (name, f"{name} again")]
     for child, way in ways:
         np.testing.assert_allclose(child.images(way), expected, rtol=0, atol=1e-5)
         seen = child.report[way]
         np.testing.assert_allclose(seen["betas"], DDPMScheduler(**SCHEDULERS[name]).betas, rtol=1e-6)
-        assert seen["timesteps"] == here.scheduler.timesteps.tolist()
+        assert seen["timesteps"] == local.scheduler.timesteps.tolist()
         assert seen["spacing"] == SCHEDULERS[name].get("timestep_spacing", "leading")
         assert seen["unet"] == "diffusers.models.unets.unet_2d.UNet2DModel"
     if name == "su":
-        assert here.scheduler.timesteps.tolist() == [7, 6, 4, 3, 2, 0]  # trailing, which rounds half to even
+        assert local.scheduler.timesteps.tolist() == [7, 6, 4, 3, 2, 0]  # trailing, which rounds half to even
         np.testing.assert_allclose(seen["betas"], 0.02 * np.arange(1, 9) / 8, rtol=1e-12)
 
 
-def test_register_is_for_the_plain_line_and_can_be_taken_back(with_package):
-    assert with_package.report["lazy"] == []  # the package's name costs no import of diffusers' pipelines
-    assert with_package.classes("import alone") == BUILT_IN
+def test_register_affects_the_plain_line_and_can_be_undone(packaged):
+    assert packaged.report["lazy"] == []  # importing the package does not import diffusers' pipelines
+    assert packaged.classes("import alone") == BUILT_IN
     for way in ("registered", "registered twice"):
-        assert with_package.classes(way) == OURS
-        assert with_package.report[way]["names"] == [True, True]
-    assert with_package.classes("by name") == OURS
-    assert with_package.classes("unregistered") == BUILT_IN
-    assert with_package.report["unregistered"]["names"]
+        assert packaged.classes(way) == OURS
+        assert packaged.report[way]["names"] == [True, True]
+    assert packaged.classes("by name") == OURS
+    assert packaged.classes("unregistered") == BUILT_IN
+    assert packaged.report["unregistered"]["names"]
     for way in ("import alone", "registered", "registered twice", "by name", "unregistered"):
-        assert with_package.report[way]["said"] == []
-        np.testing.assert_allclose(with_package.images(way), with_package.images("plain"), rtol=0, atol=1e-5)
+        assert packaged.report[way]["messages"] == []
+        np.testing.assert_allclose(packaged.images(way), packaged.images("plain"), rtol=0, atol=1e-5)
 
 
 # ---- The folder ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_saved_from_anywhere_it_is_the_same_to_the_byte(name, folder, without_package, with_package, tmp_path):
+def test_every_way_saves_the_same_bytes(name, folder, bare, packaged, tmp_path):
     expected = contents(folder / name)
     assert sorted(expected) == [
         "model_index.json",
@@ -283,20 +279,20 @@ def test_saved_from_anywhere_it_is_the_same_to_the_byte(name, folder, without_pa
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]
-    for child, copies in ((without_package, (1, 2)), (with_package, (3, 4))):
+    for child, copies in ((bare, (1, 2)), (packaged, (3, 4))):
         for copy in copies:
             assert contents(child.work / f"{name} {copy}") == expected, copy
-    # from what the built-in classes saved, and over what is there
-    again = DDPMPipeline.from_pretrained(without_package.work / f"{name} built-in")
+    # from a folder that the built-in classes saved, and over an existing folder
+    again = DDPMPipeline.from_pretrained(bare.work / f"{name} built-in")
     again.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == expected
     again.save_pretrained(str(folder / name))
     assert contents(folder / name) == expected
     if name == "plain":
-        assert contents(with_package.work / "registered") == expected
+        assert contents(packaged.work / "registered") == expected
 
 
-def test_the_labels_are_the_built_in_ones(folder):
+def test_class_names_are_the_built_in_ones(folder):
     for name in SCHEDULERS:
         index = json.loads((folder / name / "model_index.json").read_text())
         assert index.pop("_diffusers_version")
@@ -312,10 +308,10 @@ def test_the_labels_are_the_built_in_ones(folder):
         assert json.loads((folder / name / "unet/config.json").read_text())["_class_name"] == "UNet2DModel"
 
 
-def test_no_path_of_this_machine_is_in_a_file(folder, without_package):
+def test_no_file_contains_a_local_path(folder, bare):
     again = DDPMPipeline.from_pretrained(folder / "plain")
-    assert str(folder) in str(again.unet.config._name_or_path)  # from where it would come into a file
-    for place in (folder, without_package.work / "plain 2"):
+    assert str(folder) in str(again.unet.config._name_or_path)  # which could end up in a file
+    for place in (folder, bare.work / "plain 2"):
         for name, data in contents(place).items():
             for path in (folder.parent, Path(__file__).parents[1], Path.home(), Path(sys.prefix)):
                 assert str(path).encode() + b"/" not in data, (name, path)
@@ -323,23 +319,39 @@ def test_no_path_of_this_machine_is_in_a_file(folder, without_package):
 
 
 def test_the_remote_code_is_one_file_with_one_pipeline(folder):
-    """diffusers finds the relative imports by regular expression, and the pipeline as the one subclass in the file."""
+    """diffusers finds relative imports by regular expression, and the pipeline as the only subclass in the file."""
     text = (folder / "plain" / "pipeline.py").read_text()
     assert get_relative_imports(folder / "plain" / "pipeline.py") == []
     assert re.findall(r"^\s*(?:from|import)\s+\.", text, re.MULTILINE) == []
     assert re.findall(r"^class (\w+)\([\w, ]*Pipeline\w*\)", text, re.MULTILINE) == ["DDPMPipeline"]
     assert re.findall(r"^class (\w+)\(\w*Scheduler\w*\)", text, re.MULTILINE) == ["DDPMScheduler"]
     assert "ddpm_pipeline" not in re.sub(r"pipeline_ddpm|ddpm\.pipeline", "", text).replace("scheduling_ddpm", "")
-    here = Path(pipeline_ddpm.__file__)
-    for module in (
-        here,
-        *map(here.with_name, ("scheduling_ddpm.py", "images.py", "fusion.py")),
-    ):  # all but the one import
-        lines = [line for line in module.read_text().splitlines() if not line.startswith("from .")]
-        assert "\n".join(lines) in text
+    for name in saving.BUNDLED:
+        source = Path(pipeline_ddpm.__file__).with_name(f"{name}.py").read_text()
+        lines = [line for line in source.splitlines() if not line.startswith("from .")]  # relative imports
+        assert "\n".join(lines) in text, name
 
 
-def test_the_label_follows_the_scheduler(folder, tmp_path):
+def test_bundled_modules_share_no_name():
+    """In one file the second definition of a name would replace the first."""
+    owners = {}
+    for name in saving.BUNDLED:
+        tree = ast.parse(Path(pipeline_ddpm.__file__).with_name(f"{name}.py").read_text())
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [child.id for target in targets for child in ast.walk(target) if isinstance(child, ast.Name)]
+            else:
+                continue
+            for defined in names:
+                owners.setdefault(defined, set()).add(name)
+    assert len(owners) > 50
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+
+
+def test_the_class_name_follows_the_scheduler(folder, tmp_path):
     pipe = DDPMPipeline.from_pretrained(folder / "su")
     for i, (scheduler, label) in enumerate(
         [
@@ -361,7 +373,7 @@ def test_the_label_follows_the_scheduler(folder, tmp_path):
         assert ours.config.num_train_timesteps == theirs.config.num_train_timesteps == 7
 
 
-def test_saving_takes_what_diffusers_takes(folder, tmp_path):
+def test_save_pretrained_accepts_the_arguments_of_diffusers(folder, tmp_path):
     pipe = DDPMPipeline.from_pretrained(folder / "plain")
     pipe.save_pretrained(tmp_path / "positional", True, "ema")  # safe_serialization, variant
     assert (tmp_path / "positional" / "unet" / "diffusion_pytorch_model.ema.safetensors").is_file()
@@ -372,9 +384,34 @@ def test_saving_takes_what_diffusers_takes(folder, tmp_path):
     assert half.unet.dtype == torch.bfloat16
 
 
-def test_another_name_in_the_package_is_an_error():
-    import ddpm_pipeline
-
+def test_the_public_names_of_the_package():
     with pytest.raises(AttributeError, match="'DDIMPipeline'"):
         ddpm_pipeline.DDIMPipeline  # noqa: B018
     assert set(ddpm_pipeline.__all__) == {"DDPMPipeline", "DDPMScheduler", "register", "unregister"}
+    assert set(dir(ddpm_pipeline)) == {*ddpm_pipeline.__all__, "__version__"}
+    for name in dir(ddpm_pipeline):
+        assert getattr(ddpm_pipeline, name)
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    assert parser.read(Path(ddpm_pipeline.__file__).parents[1] / "setup.cfg")
+    return parser
+
+
+def test_the_version_is_in_one_place(setup_cfg):
+    """setup.cfg reads the literal from the source: an import would need torch where a wheel is built."""
+    assert setup_cfg["metadata"]["version"] == "attr: ddpm_pipeline.__version__"
+    tree = ast.parse(Path(ddpm_pipeline.__file__).read_text())
+    literals = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    assert literals["__version__"] == ddpm_pipeline.__version__
+
+
+def test_the_package_is_typed(setup_cfg):
+    assert (Path(ddpm_pipeline.__file__).parent / "py.typed").is_file()
+    assert setup_cfg["options.package_data"]["ddpm_pipeline"] == "py.typed"

@@ -1,4 +1,4 @@
-"""The moons against geometry: the area of an ellipse, mirror images, what averaging pixels and turning a picture do."""
+"""The moons against geometry: the area of an ellipse, mirror images, averages of pixels, rotations."""
 
 import math
 
@@ -26,14 +26,14 @@ def phases():
 
 @pytest.fixture(scope="module")
 def disc():
-    """x, y in radii of the moon and whether a pixel is on it, for 256 x 256 pixels; made here, not in moons.py."""
+    """x, y in radii of the moon and whether a pixel is on it, for 256 x 256 pixels, independent of moons.py."""
     along = (torch.arange(256) - 127.5) / (256 * moons.RADIUS)
     x, y = along[None, :].expand(256, 256), -along[:, None].expand(256, 256)
     return x, y, x**2 + y**2 < 1
 
 
 def lit(phase):
-    """Pixels nearer to the full moon than to the new moon."""
+    """Pixels closer to the full moon than to the new moon."""
     new, full, image = render([0, FULL, phase], 256)
     return (image > (new + full) / 2)[0]
 
@@ -49,7 +49,7 @@ def test_lit_fraction_at_the_quarters():
 
 
 @pytest.mark.parametrize("phase", [0.3, 0.8, 1.2, 1.9, 2.5, 3.0, 3.4, 4.1, 4.5, 5.0, 5.7, 6.0])
-def test_the_lit_part_ends_on_the_half_ellipse_and_has_its_area(phase, disc):
+def test_the_terminator_is_a_half_ellipse_and_the_lit_area_is_its(phase, disc):
     x, y, on_disc = disc
     side = x if phase < math.pi else -x  # waxing moons are lit on the right, waning ones on the left
     expected = side > math.cos(phase) * (1 - y**2).clamp(min=0).sqrt()
@@ -59,16 +59,16 @@ def test_the_lit_part_ends_on_the_half_ellipse_and_has_its_area(phase, disc):
 
 
 @pytest.mark.parametrize("phase", [0.5, 1.0, HALF, 2.0, 2.8])
-def test_the_waning_moon_is_lit_where_the_waxing_one_mirrored_is(phase, disc):
+def test_a_waning_moon_is_a_mirrored_waxing_moon(phase, disc):
     assert (lit(phase) ^ lit(TURN - phase).flip(-1))[disc[2]].float().mean() < 0.02
 
 
-def test_the_sky_is_black_and_every_moon_a_disc(phases):
+def test_the_sky_is_black_and_every_moon_is_a_disc(phases):
     images = render(phases, 64)
     edge = math.ceil(64 * (0.5 - moons.RADIUS)) - 1
     assert (images[..., :edge, :] == -1).all()
     assert (images[..., :edge] == -1).all()
-    assert (images[..., 28:36, 28:36] > -0.97).all()  # earthshine: also the new moon
+    assert (images[..., 28:36, 28:36] > -0.97).all()  # earthshine: the new moon as well
     assert images.max() <= 1
 
 
@@ -79,13 +79,13 @@ def test_north_is_up_and_east_is_right():
     assert west[..., 18:26].mean() < east[..., :6].mean()  # Imbrium is west of the middle
 
 
-def test_a_small_picture_is_the_mean_of_a_large_one(phases):
+def test_a_small_image_is_the_pixel_mean_of_a_large_one(phases):
     difference = F.avg_pool2d(render(phases, 64), 2) - render(phases, 32)
     assert difference.square().mean().sqrt() < 0.005
     assert difference.abs().max() < 0.2  # somewhere along the thinnest crescent
 
 
-def test_tilt_turns_counterclockwise():
+def test_tilt_rotates_counterclockwise():
     image = render(1.0, 48)
     assert torch.allclose(render(1.0, 48, tilt=HALF), image.rot90(1, (-2, -1)), atol=1e-4)
     assert torch.allclose(render([1.0, 1.0], 48, tilt=[0.0, FULL])[1], image.rot90(2, (-2, -1)), atol=1e-4)
@@ -93,14 +93,14 @@ def test_tilt_turns_counterclockwise():
     assert torch.allclose(wide[..., 8:40], render(1.0, 32, tilt=0.4), atol=1e-4)
 
 
-def test_shapes_and_kinds_of_phase():
+def test_shapes_and_types_of_phase():
     assert render(1.0).shape == (1, 32, 32)
     assert render(torch.tensor(1.0), (20, 30)).shape == (1, 20, 30)
     batch = render([1.0, 2.0, 3.0], (20, 30))
     assert batch.shape == (3, 1, 20, 30)
     assert batch.dtype == torch.float32
     assert torch.equal(batch, render(np.array([1.0, 2.0, 3.0]), (20, 30)))
-    assert torch.equal(batch[1], render(2.0, (20, 30)))  # one agrees with many
+    assert torch.equal(batch[1], render(2.0, (20, 30)))  # a single image equals that of a batch
     assert torch.allclose(batch[1], render(2.0 - TURN, (20, 30)), atol=1e-5)
     assert strip([0.0, HALF, FULL], 24).size == (72, 24)
 
@@ -108,7 +108,7 @@ def test_shapes_and_kinds_of_phase():
 # ---- Distances and phase_of ------------------------------------------------------------------------------------------
 
 
-def test_distance_grows_smoothly_with_the_difference_in_phase():
+def test_distance_increases_smoothly_with_the_difference_in_phase():
     step = TURN / 1024
     bank = render(torch.arange(1024) * step).flatten(1)
     near, twice = ((bank - bank.roll(k, 0)).square().mean(1) for k in (1, 2))
@@ -116,7 +116,7 @@ def test_distance_grows_smoothly_with_the_difference_in_phase():
     assert near.max() < 5e-4  # and none jumps
     assert ((twice / near - 4).abs() < 0.5).all()  # quadratic, as of a differentiable curve
     away = torch.stack([(bank - bank.roll(k, 0)).square().mean(1) for k in range(0, 257, 16)])
-    assert (away.diff(dim=0) > 0).all()  # up to a quarter turn, the further the phase the further the picture
+    assert (away.diff(dim=0) > 0).all()  # up to a quarter turn, a larger difference in phase is a larger distance
 
 
 def test_phase_of_inverts_render(phases):
@@ -134,20 +134,20 @@ def test_phase_of_under_noise(phases):
     std = 0.05
     images = render(phases)
     noise = std * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    noisy = images - images.sign() * noise.abs()  # inwards, so that it stays in [-1, 1]
+    noisy = images - images.sign() * noise.abs()  # inwards, so that values stay in [-1, 1]
     phase, distance = phase_of(noisy)
     assert circle_distance(phase, phases).max() < 0.1
     assert (distance / noise.square().flatten(1).mean(1) - 1).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("half", [HALF, 3 * HALF])
-def test_the_ghost_between_half_and_full_moon_is_far_from_every_moon(half):
-    ghost = (render(FULL) + render(half)) / 2
-    assert phase_of(ghost).distance > 0.1
+def test_the_mean_of_half_and_full_moon_is_far_from_every_moon(half):
+    mean = (render(FULL) + render(half)) / 2
+    assert phase_of(mean).distance > 0.1
     assert phase_of(render((FULL + half) / 2)).distance < 1e-6
 
 
-def test_phase_of_takes_floats_bytes_and_pil_images():
+def test_phase_of_accepts_floats_uint8_and_pil_images():
     floats = render([1.0, 4.0], 24)
     array = ((floats + 1) * 127.5).round().byte()
     pil = [Image.fromarray(image[0].numpy()) for image in array]
@@ -183,7 +183,7 @@ def test_item_i_depends_on_i_alone(tilt):
     assert [len(data), len(list(iter(data)))] == [40, 40]
 
 
-def test_images_show_their_phase_and_are_tilted_at_most_as_asked():
+def test_images_show_their_phase_and_are_tilted_within_the_limit():
     data = MoonDataset(200, seed=5)
     assert circle_distance(phase_of(data.images()).phase, data.phases()).max() < 0.02
     tilted = MoonDataset(200, seed=5, tilt=0.1)
@@ -212,7 +212,7 @@ def test_phases_are_uniform_on_the_circle_and_independent():
 
 
 @pytest.mark.parametrize("index", [5, -6, 10**9])
-def test_an_index_out_of_range(index):
+def test_an_index_out_of_range_is_an_error(index):
     with pytest.raises(IndexError, match=str(index)):
         MoonDataset(5)[index]
     with pytest.raises(IndexError, match=str(index)):
@@ -253,6 +253,6 @@ def test_an_index_out_of_range(index):
         (phase_of, {"images": "moon.png"}, "str"),
     ],
 )
-def test_bad_input_is_named(call, arguments, value):
+def test_bad_input_is_named_in_the_error(call, arguments, value):
     with pytest.raises(ValueError, match=value):
         call(**arguments)

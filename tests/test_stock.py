@@ -1,6 +1,6 @@
 """Where diffusers' DDPMScheduler and DDPMPipeline are wrong, slow or silent, one row each, and ours beside them.
 
-A row measures the same thing on both. What the built-in gives is checked too: once diffusers mends it, a test says so.
+A row measures the same on both. The built-in result is checked too: a test fails once diffusers fixes it.
 """
 
 import inspect
@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as BuiltInDDPMPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_pipeline.pipeline_ddpm import DDPMPipeline
 from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
+from tests.models import tiny_unet
 
 BUILT_IN = SimpleNamespace(Scheduler=BuiltInDDPMScheduler, Pipeline=BuiltInDDPMPipeline, Ddim=DDIMScheduler, ddim={})
 OURS = SimpleNamespace(Scheduler=DDPMScheduler, Pipeline=DDPMPipeline, Ddim=DDPMScheduler, ddim={"eta": 0.0})
@@ -36,7 +37,7 @@ ROWS: list[Row] = []
 
 
 def row(number, built_in, ours):
-    """Make the measurement below a row: what it must give for the built-in, and what for ours."""
+    """Make a measurement a row; its result must satisfy one condition for the built-in classes, another for ours."""
 
     def add(measure):
         ROWS.append(Row(number, measure.__name__, measure, built_in, ours))
@@ -46,19 +47,19 @@ def row(number, built_in, ours):
 
 
 def outcome(call, *args, **kwargs):
-    """What a call returns, or the exception that it raises."""
+    """The result of a call, or the exception that it raises."""
     try:
         return call(*args, **kwargs)
     except Exception as error:
         return error
 
 
-def refused(error, *words):
-    return isinstance(error, ValueError) and all(word in str(error) for word in words)
+def rejected(error, *fragments):
+    return isinstance(error, ValueError) and all(fragment in str(error) for fragment in fragments)
 
 
 def ramp(*shape):
-    """Numbers in [-1, 1], all different."""
+    """Distinct numbers in [-1, 1]."""
     return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
 
@@ -66,24 +67,8 @@ def noise_like(images, seed=0):
     return torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small_unet(channels=1, sample_size=8, **options):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=sample_size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-        **options,
-    )
-
-
 def small_pipe(kind, num_train_timesteps=4, **options):
-    pipe = kind.Pipeline(small_unet(**options), kind.Scheduler(num_train_timesteps))
+    pipe = kind.Pipeline(tiny_unet(**options), kind.Scheduler(num_train_timesteps))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -91,15 +76,15 @@ def small_pipe(kind, num_train_timesteps=4, **options):
 # ---- The scheduler ---------------------------------------------------------------------------------------------------
 
 
-def trailing_walk(kind, number, image):
-    """Where the walk home ends if the model knows that every picture is `image`."""
+def sample_trailing(kind, number, image):
+    """The sample of a model that is exact for data where every pixel is `image`."""
     scheduler = kind.Scheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(number)
     x_t = torch.full((1, 1, 1, 1), 0.7)
     for t in scheduler.timesteps.tolist():
         alpha_bar_t = scheduler.alphas_cumprod[t].item()
         eps = (x_t - math.sqrt(alpha_bar_t) * image) / math.sqrt(1 - alpha_bar_t)
-        if t == -1:  # the clean picture, with no noise in it
+        if t == -1:  # the clean image, with no noise in it
             eps = torch.zeros_like(eps)
         x_t = scheduler.step(eps, t, x_t, generator=torch.Generator().manual_seed(t + 1)).prev_sample
     return x_t.item()
@@ -110,7 +95,7 @@ def trailing_walk(kind, number, image):
     built_in=lambda r: len(r[0]) == 62 and {61, 103, 121, 122, 201} <= set(r[0]) and r[1] == pytest.approx(1, abs=1e-3),
     ours=lambda r: r[0] == [] and r[1] == pytest.approx(0.3, abs=1e-6),
 )
-def trailing_takes_one_step_too_many(kind):
+def trailing_spacing_has_one_step_too_many(kind):
     scheduler = kind.Scheduler(timestep_spacing="trailing")
     wrong = []
     for number in range(1, 1001):
@@ -118,7 +103,7 @@ def trailing_takes_one_step_too_many(kind):
         steps = scheduler.timesteps
         if len(set(steps.tolist())) != number or steps.min() < 0 or steps.max() > 999:
             wrong.append(number)
-    return wrong, trailing_walk(kind, 61, image=0.3)
+    return wrong, sample_trailing(kind, 61, image=0.3)
 
 
 @row(2, built_in=lambda std: std == pytest.approx(0.3216, abs=0.01), ours=lambda std: std == 0)
@@ -134,7 +119,7 @@ def the_last_step_adds_noise(kind):
     built_in=lambda r: r == ([500, 599, 897, 0], []),
     ours=lambda r: r[0] == [500, 599, 897, 0] and len(r[1]) == 4 and all("trailing" in text for text in r[1]),
 )
-def leading_starts_in_the_middle_without_a_word(kind):
+def leading_spacing_starts_in_the_middle_without_a_warning(kind):
     scheduler = kind.Scheduler(timestep_spacing="leading")
     starts = []
     with warnings.catch_warnings(record=True) as caught:
@@ -150,7 +135,7 @@ def leading_starts_in_the_middle_without_a_word(kind):
     built_in=lambda r: r[0].isnan().all(),
     ours=lambda r: torch.equal(r[0], r[1]) and not torch.equal(r[0], r[2]),
 )
-def fixed_large_log_takes_a_logarithm_for_a_variance(kind):
+def fixed_large_log_uses_a_logarithm_as_a_variance(kind):
     x = ramp(2, 1, 4, 4)
 
     def step(variance_type):
@@ -165,11 +150,11 @@ def fixed_large_log_takes_a_logarithm_for_a_variance(kind):
     built_in=lambda r: r[0].isnan().all() and all(isinstance(error, TypeError) for error in r[1:]),
     ours=lambda r: (
         torch.allclose(r[0], torch.full_like(r[0], math.exp(-2.0)), atol=1e-5)
-        and all(refused(error, "6 channels", "(1, 3, 4, 4)") for error in r[1:])
+        and all(rejected(error, "6 channels", "(1, 3, 4, 4)") for error in r[1:])
     ),
 )
 def learned_variance(kind):
-    """The noise that is added, over the noise that is drawn, for an output of -4; and a model without the channels."""
+    """Added noise divided by drawn noise for a predicted log-variance of -4; and a model without these channels."""
     x, eps = ramp(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     scheduler = kind.Scheduler(variance_type="learned")
     output = torch.cat([eps, torch.full_like(eps, -4.0)], dim=1)
@@ -181,7 +166,9 @@ def learned_variance(kind):
     )
 
 
-@row(6, built_in=lambda r: not r.isfinite().any(), ours=lambda r: refused(r, '"epsilon"', '"v_prediction"', '"sample"'))
+@row(
+    6, built_in=lambda r: not r.isfinite().any(), ours=lambda r: rejected(r, '"epsilon"', '"v_prediction"', '"sample"')
+)
 def zero_terminal_snr_with_epsilon(kind):
     def first_step():
         scheduler = kind.Scheduler(rescale_betas_zero_snr=True, clip_sample=False)
@@ -191,7 +178,7 @@ def zero_terminal_snr_with_epsilon(kind):
 
 
 @row(7, built_in=lambda beta_end: beta_end == 0.02, ours=lambda beta_end: beta_end == 0.03)
-def positional_arguments_are_forgotten(kind):
+def positional_arguments_are_lost_in_the_config(kind):
     scheduler = kind.Scheduler(1000, 1e-4, 0.03)
     return kind.Scheduler.from_config(scheduler.config).config.beta_end
 
@@ -217,21 +204,21 @@ def half_precision_images_get_no_noise(kind):
 
 
 @row(12, built_in=lambda r: isinstance(r, Exception), ours=lambda r: torch.equal(*r))
-def a_picture_elsewhere_moves_the_tables(kind):
+def an_image_on_another_device_moves_the_tables(kind):
     scheduler, x, t = kind.Scheduler(), ramp(2, 1, 4, 4), torch.tensor([3, 500])
 
     def step():
         return scheduler.step(x, 500, x, generator=torch.Generator().manual_seed(0)).prev_sample
 
     before = step()
-    there = x.to("meta")
-    scheduler.add_noise(there, there, t)
-    scheduler.get_velocity(there, there, t)
+    on_meta = x.to("meta")
+    scheduler.add_noise(on_meta, on_meta, t)
+    scheduler.get_velocity(on_meta, on_meta, t)
     return outcome(lambda: (before, step()))
 
 
 class Count(TorchDispatchMode):
-    """The names of the tensor calls made inside it."""
+    """Names of the tensor operations dispatched within the context."""
 
     def __init__(self):
         super().__init__()
@@ -243,12 +230,12 @@ class Count(TorchDispatchMode):
 
 
 @row(13, built_in=lambda r: r[0] > 50 and r[1] > 10, ours=lambda r: r[0] <= 10 and r[1] == 0)
-def one_step_is_many_calls(kind):
-    """Tensor calls in one step, and how many of them the host waits for."""
+def one_step_is_many_operations(kind):
+    """Tensor operations in one step, and how many of them make the host wait."""
     scheduler, x = kind.Scheduler(), ramp(2, 3, 4, 4)
     scheduler.set_timesteps(50)
     t = scheduler.timesteps[10]
-    scheduler.step(x, t, x)  # the first makes the coefficients of the whole schedule
+    scheduler.step(x, t, x)  # the first call computes the coefficients of the whole schedule
     with Count() as count:
         scheduler.step(x, t, x)
     return len(count.names), count.names.count("_local_scalar_dense")
@@ -260,7 +247,7 @@ def one_step_is_many_calls(kind):
     ours=lambda r: max(r[0]) < 1e-6 and r[1] <= 2,
 )
 def step_cannot_be_compiled(kind):
-    """The largest difference from the plain step at each t, and how many graphs were made for all of them."""
+    """The largest difference from the uncompiled step at each t, and the number of graphs compiled for all of them."""
     torch.compiler.reset()
     graphs = []
 
@@ -282,8 +269,8 @@ def step_cannot_be_compiled(kind):
     return outcome(compiled)
 
 
-@row(15, built_in=lambda r: isinstance(r, IndexError), ours=lambda r: refused(r, "1000", "steps_offset=1"))
-def an_offset_beyond_the_end(kind):
+@row(15, built_in=lambda r: isinstance(r, IndexError), ours=lambda r: rejected(r, "1000", "steps_offset=1"))
+def an_offset_beyond_the_last_timestep(kind):
     def start():
         scheduler, x = kind.Scheduler(steps_offset=1), ramp(1, 1, 4, 4)
         scheduler.set_timesteps(1000)
@@ -296,7 +283,7 @@ def an_offset_beyond_the_end(kind):
     16,
     built_in=lambda r: [type(error) for error in r] == [IndexError, RuntimeError, AttributeError],
     ours=lambda r: (
-        refused(r[0], "501", "980, 960") and refused(r[1], "2 elements", "980, 960", "p_mean_variance")
+        rejected(r[0], "501", "980, 960") and rejected(r[1], "2 elements", "980, 960", "p_mean_variance")
         and r[2].mean.shape == (2, 1, 4, 4)
     ),
 )  # fmt: skip
@@ -317,13 +304,13 @@ def timesteps_outside_the_schedule(kind):
     ours=lambda errors: max(errors) < 1e-6,
 )
 def tables_in_float32(kind):
-    """The largest relative error of the posterior variance, T = 1000 and T = 10000 with betas a tenth of those."""
+    """The largest relative error of the posterior variance, T = 1000 and T = 10000 with a tenth of the betas."""
     errors = []
     for num_steps in (1000, 10000):
         first, last = 0.1 / num_steps, 20 / num_steps
         scheduler = kind.Scheduler(num_steps, beta_start=first, beta_end=last)
         alpha_bar, worst = 1.0, 0.0
-        for t in range(200):  # the worst are at the start, where 1 - alpha_bar is small
+        for t in range(200):  # the largest are at the start, where 1 - alpha_bar is small
             beta = first + (last - first) * t / (num_steps - 1)
             alpha_bar_prev, alpha_bar = alpha_bar, alpha_bar * (1 - beta)
             if t > 0:
@@ -339,7 +326,7 @@ def tables_in_float32(kind):
     ours=lambda r: r[0] and r[1] == pytest.approx((1.5 * 0.995, 1.0), abs=1e-6),
 )
 def thresholding(kind):
-    """Whether the default threshold is clipping, and s and the largest value of an image with 17 million values."""
+    """Whether the default threshold equals clipping; s and the maximum of an image with 17 million values."""
     x = 3 * ramp(1, 3, 8, 8)
     clipped = torch.equal(kind.Scheduler(thresholding=True)._threshold_sample(x), x.clamp(-1, 1))
 
@@ -356,9 +343,9 @@ def thresholding(kind):
 @row(
     19,
     built_in=lambda r: not any(isinstance(error, ValueError) for error in r.values()),
-    ours=lambda r: all(refused(error, value) for value, error in r.items()),
+    ours=lambda r: all(rejected(error, value) for value, error in r.items()),
 )
-def bad_values_are_taken(kind):
+def bad_values_are_accepted(kind):
     scheduler = kind.Scheduler()
     return {
         "fixed_smal": outcome(kind.Scheduler, variance_type="fixed_smal"),
@@ -381,7 +368,7 @@ def images_in_0_to_255(kind):
 
 
 @row(22, built_in=lambda number: number == 50, ours=lambda number: number == 3)
-def own_timesteps_keep_the_old_count(kind):
+def custom_timesteps_keep_the_old_count(kind):
     scheduler = kind.Scheduler()
     scheduler.set_timesteps(50)
     scheduler.set_timesteps(timesteps=[900, 500, 100])
@@ -390,7 +377,7 @@ def own_timesteps_keep_the_old_count(kind):
 
 @row(23, built_in=lambda error: error > 1e-3, ours=lambda error: error < 1e-6)
 def ddim_leaves_the_schedule(kind):
-    """How far a step ends from where its schedule says, N = 7 with linspace, for a model that knows x_0 and eps."""
+    """Error of x_prev for a model that knows x_0 and eps: the largest over 7 linspace steps."""
     scheduler = kind.Ddim(timestep_spacing="linspace", clip_sample=False)
     scheduler.set_timesteps(7)
     x_0, eps, worst = ramp(1, 1, 4, 4), noise_like(ramp(1, 1, 4, 4)), 0.0
@@ -407,7 +394,7 @@ def ddim_leaves_the_schedule(kind):
 @row(
     9,
     built_in=lambda r: "class_labels" in str(r[0]) and all(isinstance(error, Exception) for error in r),
-    ours=lambda r: refused(r[0], "class_labels", "[0, 3)") and r[1].images.shape == (2, 8, 8, 1),
+    ours=lambda r: rejected(r[0], "class_labels", "[0, 3)") and r[1].images.shape == (2, 8, 8, 1),
 )
 def networks_with_classes(kind):
     pipe = small_pipe(kind, num_class_embeds=3)
@@ -422,9 +409,9 @@ def networks_with_classes(kind):
     built_in=lambda r: len(r[0]) == 6 and isinstance(r[1], TypeError),
     ours=lambda r: r[0] == set() and r[1] == ([3, 1], (1, 16, 8, 1)),
 )
-def what_a_call_takes(kind):
-    """What is missing of what other pipelines take; the steps seen by a callback that ends the walk, and the image."""
-    wanted = {"latents", "timesteps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "height", "width"}
+def arguments_of_a_call(kind):
+    """Arguments of other pipelines that are missing; timesteps until a callback interrupts, and the image shape."""
+    common = {"latents", "timesteps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "height", "width"}
     pipe, seen = small_pipe(kind), []
 
     def callback(pipe, step, t, tensors):
@@ -437,12 +424,12 @@ def what_a_call_takes(kind):
         options = {"latents": latents, "height": 16, "width": 8, "timesteps": [3, 1, 0], "output_type": "np"}
         return seen, pipe(callback_on_step_end=callback, **options).images.shape
 
-    return wanted - set(inspect.signature(kind.Pipeline.__call__).parameters), outcome(call)
+    return common - set(inspect.signature(kind.Pipeline.__call__).parameters), outcome(call)
 
 
-@row(11, built_in=lambda r: refused(r, "1000"), ours=lambda r: r == 7)
-def the_default_of_a_short_walk(kind):
-    """How many steps a call without arguments takes for a model that was trained with T = 7."""
+@row(11, built_in=lambda r: rejected(r, "1000"), ours=lambda r: r == 7)
+def the_default_steps_of_a_short_schedule(kind):
+    """Sampling steps of a call without arguments, for a model that was trained with T = 7."""
     pipe = small_pipe(kind, num_train_timesteps=7)
 
     def steps():
@@ -462,8 +449,8 @@ def from_pipe_casts_its_source(kind):
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.number}-{row.case}") for row in sorted(ROWS)])
 def test_row(row):
     theirs, ours = row.measure(BUILT_IN), row.measure(OURS)
-    assert row.built_in(theirs), f"the built-in gives {theirs}"
-    assert row.ours(ours), f"ours gives {ours}"
+    assert row.built_in(theirs), f"built-in: {theirs}"
+    assert row.ours(ours), f"ours: {ours}"
 
 
 def test_every_row_has_a_test():
