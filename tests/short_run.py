@@ -1,4 +1,4 @@
-"""Short runs of the scripts in training/: how the tests start them, and what train.py is asked for."""
+"""Short runs of the scripts in training/: options of a run of a few seconds, and two ways to start a script."""
 
 import os
 import runpy
@@ -12,14 +12,14 @@ from accelerate.state import AcceleratorState, GradientState
 
 TRAINING = Path(__file__).parents[1] / "training"
 
-# Global batch 4 of 10 pictures, 6 steps.
+# 6 steps of train.py.
 SHORT_RUN = {
     "denoiser": "tiny",
     "ddpm_num_steps": 20,
     "random_flip": True,
     "max_train_steps": 6,
     "learning_rate": 1e-3,
-    "adam_epsilon": 1e-5,  # Adam makes steps of full length of gradients that are 0 but for rounding, which differs
+    "adam_epsilon": 1e-5,  # a gradient that is 0 up to rounding, which varies, must not make Adam take a full step
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
     "mixed_precision": "no",
@@ -28,11 +28,11 @@ SHORT_RUN = {
 }
 
 
-def run_here(script, words):
+def run_here(script, arguments):
     """Run a script of training/ in this process, which has imported everything: its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", [str(TRAINING / script), *words])
+        patch.setattr(sys, "argv", [str(TRAINING / script), *arguments])
         patch.setattr(sys, "path", list(sys.path))
         try:
             runpy.run_path(str(TRAINING / script), run_name="__main__")
@@ -44,13 +44,16 @@ def run_here(script, words):
     return 0
 
 
-def run_in_child(launcher, script, words, cwd=None, expected=0):
-    """Run it with the launcher in a process of its own, and end it with all its children after two minutes.
+def run_in_child(launcher, script, arguments, cwd=None, expected=0):
+    """Run a script of training/ in a new process: its output, if it exits with the expected code.
 
-    Returns what it printed; its exit code must be the expected one.
+    Args:
+        launcher: arguments of Python before the script, such as `-m torch.distributed.run`.
+        script: name of a file in training/, or None if the launcher names a module itself.
+    The process and its children are killed after two minutes.
     """
     child = subprocess.Popen(
-        [sys.executable, *launcher, str(TRAINING / script), *words],
+        [sys.executable, *launcher, *([str(TRAINING / script)] if script else []), *arguments],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         cwd=cwd,
         stdout=subprocess.PIPE,

@@ -1,13 +1,16 @@
-"""Whole runs of training/train.py: what they leave behind, and that interrupted and shared ones leave the same.
+"""Whole runs of training/train.py: what they write, and that resumed and distributed runs equal uninterrupted ones.
 
-Most runs happen in this process, which has imported everything; a run that has to begin anew or to be two is a child.
+Most runs happen in this process, which has imported everything. A run that needs a new process is a child.
 """
 
+import contextlib
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
+import accelerate.tracking
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,13 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, objective, visualize
+from tests.models import tiny_pipe
 from tests.short_run import SHORT_RUN, run_here, run_in_child
-from training.run import checkpoint
+from training.config import TRACKERS
+from training.run import checkpoint, sampling
+from training.run.record import SAMPLE_SEED, RunRecord
+from training.train import Clock, is_due
 
 ROOT = Path(__file__).parents[1]
-SAMPLE_SEED = 1_000_000
 
-# Global batch 4 of 10 pictures: passes end within step 3 and with step 5, and the checkpoint of step 3 is between.
+# Global batch 4 of 10 images: epochs end within step 3 and with step 5, and the checkpoint of step 3 lies between.
 OPTIONS = SHORT_RUN | {
     "train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -37,37 +43,45 @@ OPTIONS = SHORT_RUN | {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Where the runs of this file are, with a folder of pictures."""
+    """A folder for the runs of this file, with a folder of images."""
     work = tmp_path_factory.mktemp("runs")
-    (work / "pictures" / "class").mkdir(parents=True)
+    (work / "images" / "class").mkdir(parents=True)
     for i in range(10):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(work / "pictures" / ("class" if i % 2 else "") / f"{i}.png")
+        Image.fromarray(pixels).save(work / "images" / ("class" if i % 2 else "") / f"{i}.png")
     return work
 
 
-def arguments(work, name, **options):
-    """The command line of run `name` with OPTIONS and these."""
+def command_line(work, name, **options):
+    """Arguments of train.py for run `name`: OPTIONS, and these."""
     options = {"output_dir": work / name, "cache_dir": work / "cache", **OPTIONS, **options}
     if not {"dataset_name", "config"} & options.keys():
-        options.setdefault("train_data_dir", work / "pictures")
+        options.setdefault("train_data_dir", work / "images")
     first = [f"--config={options.pop('config')}"] if "config" in options else []
     return first + [f"--{option}={value}" for option, value in options.items()]
 
 
-def metrics(folder):
-    """Lines of metrics.jsonl without what a clock measured."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+def train(work, name, **options):
+    return run_here("train.py", command_line(work, name, **options))
 
 
-def sums(path):
-    """sha256 of a checkpoint's three files."""
-    return {name: file["sha256"] for name, file in checkpoint.verified(path)["files"].items()}
+def read_metrics(folder):
+    """Entries of metrics.jsonl without the rate, which a clock measured."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "images_per_second"} for entry in entries]
+
+
+def hashes(path):
+    """sha256 of the three files of a checkpoint."""
+    return {name: file["sha256"] for name, file in checkpoint.verify(path)["files"].items()}
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def read_pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
 
 
 class Interruption(Exception):
@@ -75,15 +89,15 @@ class Interruption(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(work):
-    """A run of 6 steps from beginning to end."""
-    assert run_here("train.py", arguments(work, "whole")) == 0
-    return work / "whole"
+def uninterrupted(work):
+    """A run of 6 steps."""
+    assert train(work, "uninterrupted") == 0
+    return work / "uninterrupted"
 
 
 @pytest.fixture(scope="module")
 def resumed(work):
-    """The same run, which dies after the checkpoint of step 3 and goes on in another process."""
+    """The same run, interrupted after the checkpoint of step 3 and resumed in another process."""
     save = checkpoint.save
 
     def save_and_die(*args, **options):
@@ -93,33 +107,33 @@ def resumed(work):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", save_and_die)
         with pytest.raises(Interruption):
-            run_here("train.py", arguments(work, "resumed"))
+            train(work, "resumed")
     folder = work / "resumed"
     assert "checkpoint-000003" in names(folder)
-    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
-    # As if it had been killed a little later: a line more in the log, and half a checkpoint.
+    assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
+    # As if it had been killed a little later: one more entry of the metrics, and half a checkpoint.
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 4, "loss": 99.0}) + "\n")
     (folder / "checkpoint-000004.tmp").mkdir()
-    again = [f"--config={folder / 'config.yaml'}", "--resume_from_checkpoint=latest"]
-    output = run_in_child(["-m", "accelerate.commands.launch"], "train.py", again)
+    arguments = [f"--config={folder / 'config.yaml'}", "--resume_from_checkpoint=latest"]
+    output = run_in_child(["-m", "accelerate.commands.launch"], "train.py", arguments)
     assert f"resumed from {folder / 'checkpoint-000003'}, after step 3" in output
     return folder
 
 
 @pytest.fixture(scope="module")
-def shared(work):
-    """The same run by two processes, which have half of the global batch each."""
-    command_line = arguments(work, "shared", train_batch_size=1)
-    run_in_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "train.py", command_line)
-    return work / "shared"
+def two_ranks(work):
+    """The same run with half of the global batch on each of two ranks."""
+    arguments = command_line(work, "two ranks", train_batch_size=1)
+    run_in_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "train.py", arguments)
+    return work / "two ranks"
 
 
-# ---- What a run leaves behind ----------------------------------------------------------------------------------------
+# ---- What a run writes -----------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_what_is_promised_and_no_more(whole):
-    assert names(whole) == [
+def test_folder_of_a_run_has_the_documented_files_only(uninterrupted):
+    assert names(uninterrupted) == [
         ".lock",
         "checkpoint-000003",
         "checkpoint-000006",
@@ -129,151 +143,378 @@ def test_the_folder_has_what_is_promised_and_no_more(whole):
         "samples",
         "tensorboard",
     ]
-    assert names(whole / "samples") == ["step-000003.png", "step-000006.png", "walk.png"]
-    assert {"model_index.json", "scheduler", "unet"} <= set(names(whole / "pipeline"))
-    assert all(name.startswith("events") for name in names(whole / "tensorboard"))
+    assert names(uninterrupted / "samples") == ["step-000003.png", "step-000006.png", "trajectory.png"]
+    assert {"model_index.json", "scheduler", "unet", "training.json", "samples.png", "trajectory.png"} <= set(
+        names(uninterrupted / "pipeline")
+    )
+    assert all(name.startswith("events") for name in names(uninterrupted / "tensorboard"))
     for step in (3, 6):
-        manifest = checkpoint.verified(whole / f"checkpoint-{step:06d}")
+        manifest = checkpoint.verify(uninterrupted / f"checkpoint-{step:06d}")
         assert (manifest["step"], manifest["global_batch"], manifest["num_processes"]) == (step, 4, 1)
         assert manifest["num_images"] == 10
         assert manifest["versions"]["torch"] == torch.__version__
-        assert manifest["config"] == yaml.safe_load((whole / "config.yaml").read_text())
+        assert manifest["config"] == yaml.safe_load((uninterrupted / "config.yaml").read_text())
 
 
-def test_metrics_count_steps_and_pictures(whole):
-    lines = metrics(whole)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["images"] for line in lines] == [4, 8, 12, 16, 20, 24]
-    assert [line["learning_rate"] for line in lines[:3]] == [0.0005, 0.001, 0.001]
-    assert lines[5]["learning_rate"] == pytest.approx(0.001 * (1 + math.cos(0.75 * math.pi)) / 2)
-    assert all(0.5 < line["loss"] < 3 for line in lines)
-    assert lines[0]["ema_decay"] == 0 < lines[5]["ema_decay"]
+def test_metrics_count_steps_and_images(uninterrupted):
+    entries = read_metrics(uninterrupted)
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert [entry["images"] for entry in entries] == [4, 8, 12, 16, 20, 24]
+    assert [entry["learning_rate"] for entry in entries[:3]] == [0.0005, 0.001, 0.001]
+    assert entries[5]["learning_rate"] == pytest.approx(0.001 * (1 + math.cos(0.75 * math.pi)) / 2)
+    assert all(0.5 < entry["loss"] < 3 for entry in entries)
+    assert entries[0]["ema_decay"] == 0 < entries[5]["ema_decay"]
 
 
-def test_the_pipeline_has_the_averaged_weights_and_loads_and_samples(whole):
-    ours = load_file(whole / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
-    ema, trained = (load_file(whole / "checkpoint-000006" / name) for name in ("ema.safetensors", "model.safetensors"))
-    assert ours.keys() == ema.keys()
-    assert all(torch.equal(ours[name], ema[name]) for name in ema)
-    assert not any(torch.equal(ours[name], trained[name]) for name in ("conv_in.weight", "conv_out.weight"))
-    pipe = DiffusionPipeline.from_pretrained(whole / "pipeline")
+def test_pipeline_has_the_ema_weights_and_samples(uninterrupted):
+    saved = load_file(uninterrupted / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    ema, online = (
+        load_file(uninterrupted / "checkpoint-000006" / name) for name in ("ema.safetensors", "model.safetensors")
+    )
+    assert saved.keys() == ema.keys()
+    assert all(torch.equal(saved[name], ema[name]) for name in ema)
+    assert not any(torch.equal(saved[name], online[name]) for name in ("conv_in.weight", "conv_out.weight"))
+    pipe = DiffusionPipeline.from_pretrained(uninterrupted / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(batch_size=2, num_inference_steps=3, output_type="np").images
     assert images.shape == (2, 16, 16, 3)
     assert np.isfinite(images).all()
 
 
-def test_the_sample_picture_is_drawn_with_the_averaged_weights(whole):
-    def drawn():
-        seeds = [SAMPLE_SEED, SAMPLE_SEED + 1, SAMPLE_SEED + 2]
-        return np.asarray(visualize.grid(pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images)).astype(
-            int
-        )
-
-    saved = np.asarray(Image.open(whole / "samples" / "step-000006.png")).astype(int)
-    pipe = DDPMPipeline.from_pretrained(whole / "pipeline")
+def test_sample_grid_is_drawn_with_the_ema_weights(uninterrupted):
+    saved = read_pixels(uninterrupted / "samples" / "step-000006.png")
+    pipe = DDPMPipeline.from_pretrained(uninterrupted / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert abs(drawn() - saved).max() <= 1
-    pipe.unet.load_state_dict(load_file(whole / "checkpoint-000006" / "model.safetensors"))
-    assert abs(drawn() - saved).max() > 1
+
+    def draw():
+        seeds = [SAMPLE_SEED, SAMPLE_SEED + 1, SAMPLE_SEED + 2]
+        samples = pipe(seeds=seeds, num_inference_steps=3, output_type="latent").images
+        return np.asarray(visualize.grid(samples)).astype(int)
+
+    assert abs(draw() - saved).max() <= 1
+    pipe.unet.load_state_dict(load_file(uninterrupted / "checkpoint-000006" / "model.safetensors"))
+    assert abs(draw() - saved).max() > 1
 
 
-def test_the_configuration_of_a_run_given_back_repeats_it_bit_for_bit(whole, work):
-    config = whole / "config.yaml"
-    assert (
-        run_here("train.py", [f"--config={config}", f"--output_dir={work / 'again'}", "--checkpoints_total_limit=1"])
-        == 0
-    )
+def test_config_yaml_repeats_the_run_bit_for_bit(uninterrupted, work):
+    arguments = [f"--config={uninterrupted / 'config.yaml'}", f"--output_dir={work / 'again'}"]
+    assert run_here("train.py", [*arguments, "--checkpoints_total_limit=1"]) == 0
     assert "checkpoint-000003" not in names(work / "again")
-    assert sums(work / "again" / "checkpoint-000006") == sums(whole / "checkpoint-000006")
-    assert metrics(work / "again") == metrics(whole)
-    for name in names(whole / "samples"):
-        assert (work / "again" / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+    assert hashes(work / "again" / "checkpoint-000006") == hashes(uninterrupted / "checkpoint-000006")
+    assert read_metrics(work / "again") == read_metrics(uninterrupted)
+    for name in names(uninterrupted / "samples"):
+        assert (work / "again" / "samples" / name).read_bytes() == (uninterrupted / "samples" / name).read_bytes()
 
 
-# ---- Interrupted and shared runs -------------------------------------------------------------------------------------
+def test_run_record_is_in_the_pipeline_and_the_checkpoints(uninterrupted, tmp_path):
+    record = RunRecord.load(uninterrupted / "pipeline")
+    manifest = checkpoint.verify(uninterrupted / "checkpoint-000006")
+    assert record.step == 6 and record.num_images == 10 and record.seconds > 0
+    ignored = ("files", "scaler", "seconds")
+    assert {name: value for name, value in manifest.items() if name not in ignored} == {
+        name: value for name, value in record.as_dict().items() if name not in ignored
+    }
+    record.save(tmp_path)
+    assert (tmp_path / "training.json").read_bytes() == (uninterrupted / "pipeline" / "training.json").read_bytes()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, resumed):
+def test_a_missing_run_record_is_none_and_a_damaged_one_is_refused(uninterrupted, tmp_path):
+    assert RunRecord.load(tmp_path) is None
+    values = RunRecord.load(uninterrupted / "pipeline").as_dict()
+    (tmp_path / "training.json").write_text(json.dumps({**values, "of a later version": 1}))
+    assert RunRecord.load(tmp_path).as_dict() == values
+    del values["num_images"]
+    for text, message in ((json.dumps(values), "num_images"), ("[1]", "global_batch"), ("{", "not valid JSON")):
+        (tmp_path / "training.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            RunRecord.load(tmp_path)
+
+
+# ---- Resumed and distributed runs ------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(uninterrupted, resumed):
     for name in ("checkpoint-000003", "checkpoint-000006"):
-        assert sums(resumed / name) == sums(whole / name)
-    assert metrics(resumed) == metrics(whole)
+        assert hashes(resumed / name) == hashes(uninterrupted / name)
+    assert read_metrics(resumed) == read_metrics(uninterrupted)
     unet = Path("pipeline", "unet", "diffusion_pytorch_model.safetensors")
-    assert (resumed / unet).read_bytes() == (whole / unet).read_bytes()
-    last = Path("samples", "step-000006.png")
-    assert (resumed / last).read_bytes() == (whole / last).read_bytes()
+    assert (resumed / unet).read_bytes() == (uninterrupted / unet).read_bytes()
+    grid = Path("samples", "step-000006.png")
+    assert (resumed / grid).read_bytes() == (uninterrupted / grid).read_bytes()
 
 
-def test_two_processes_do_what_one_does(whole, shared):
-    assert checkpoint.verified(shared / "checkpoint-000006")["num_processes"] == 2
+def test_two_ranks_equal_one(uninterrupted, two_ranks):
+    assert checkpoint.verify(two_ranks / "checkpoint-000006")["num_processes"] == 2
     for file in ("checkpoint-000006/model.safetensors", "checkpoint-000006/ema.safetensors"):
-        one, two = load_file(whole / file), load_file(shared / file)
-        assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
-    for one, two in zip(metrics(whole), metrics(shared), strict=True):
-        assert two == pytest.approx(one, rel=1e-5)
-    assert names(shared / "samples") == names(whole / "samples")
-    pixels = [np.asarray(Image.open(run / "samples" / "step-000006.png")).astype(int) for run in (whole, shared)]
-    assert abs(pixels[0] - pixels[1]).max() <= 2  # the same three pictures in the same order
-    assert len(names(shared / "tensorboard")) == 1
+        of_one, of_two = load_file(uninterrupted / file), load_file(two_ranks / file)
+        assert max((of_one[name] - of_two[name]).abs().max().item() for name in of_one) < 1e-5
+    for of_one, of_two in zip(read_metrics(uninterrupted), read_metrics(two_ranks), strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-5)
+    assert names(two_ranks / "samples") == names(uninterrupted / "samples")
+    pixels = [read_pixels(run / "samples" / "step-000006.png") for run in (uninterrupted, two_ranks)]
+    assert abs(pixels[0] - pixels[1]).max() <= 2  # the same three images in the same order
+    assert len(names(two_ranks / "tensorboard")) == 1
 
 
-def test_a_run_may_go_on_with_another_number_of_forward_passes_but_the_same_global_batch(whole, work):
-    shutil.copytree(whole, work / "other passes")
+def test_a_run_resumes_with_other_accumulation_steps_and_the_same_global_batch(uninterrupted, work):
+    shutil.copytree(uninterrupted, work / "other accumulation")
     options = {"train_batch_size": 4, "gradient_accumulation_steps": 1}
-    start = work / "other passes" / "checkpoint-000003"
-    assert run_here("train.py", arguments(work, "other passes", resume_from_checkpoint=start, **options)) == 0
-    for one, two in zip(metrics(whole), metrics(work / "other passes"), strict=True):
-        assert two == pytest.approx(one, rel=1e-5)
+    options["resume_from_checkpoint"] = work / "other accumulation" / "checkpoint-000003"
+    assert train(work, "other accumulation", **options) == 0
+    for before, after in zip(read_metrics(uninterrupted), read_metrics(work / "other accumulation"), strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
 
 
-def test_in_bfloat16_the_weights_are_float32(work):
+def test_bf16_keeps_the_weights_in_float32(work):
     options = {"mixed_precision": "bf16", "train_batch_size": 1, "max_train_steps": 1, "num_sample_images": 1}
-    assert run_here("train.py", arguments(work, "bf16", **options)) == 0
-    assert checkpoint.verified(work / "bf16" / "checkpoint-000001")["mixed_precision"] == "bf16"
+    assert train(work, "bf16", **options) == 0
+    assert checkpoint.verify(work / "bf16" / "checkpoint-000001")["mixed_precision"] == "bf16"
     for file in ("checkpoint-000001/model.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors"):
         assert all(t.dtype == torch.float32 and t.isfinite().all() for t in load_file(work / "bf16" / file).values())
 
 
-def test_time_that_is_up_ends_a_run_as_its_last_step_does(work):
-    assert run_here("train.py", arguments(work, "short", max_train_minutes=1e-9)) == 0
-    assert {"checkpoint-000001", "pipeline"} < set(names(work / "short"))
-    assert names(work / "short" / "samples") == ["step-000001.png", "walk.png"]
+def test_the_time_limit_ends_a_run_like_its_last_step(work):
+    assert train(work, "time limit", max_train_minutes=1e-9) == 0
+    assert {"checkpoint-000001", "pipeline"} < set(names(work / "time limit"))
+    assert names(work / "time limit" / "samples") == ["step-000001.png", "trajectory.png"]
+
+
+def test_pauses_do_not_count_as_training_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = Clock(seconds_before=1000.0)
+    now = 110.0
+    clock.restart()
+    now = 115.0
+    with clock.paused():
+        now = 195.0
+    now = 197.0
+    assert (clock.seconds, clock.total_seconds) == (7, 1007)
+    with contextlib.suppress(Interruption), clock.paused():
+        now = 297.0
+        raise Interruption
+    assert (clock.seconds, clock.total_seconds) == (7, 1007)
+
+
+def test_an_interval_of_zero_steps_is_never_due():
+    assert [step for step in range(1, 7) if is_due(step, 3)] == [3, 6]
+    assert not any(is_due(step, 0) for step in range(1, 7))
+
+
+# ---- Launch ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_runs_as_a_module_and_imports_the_rest_after_the_first_step(work):
+    """What is not needed before the first step costs seconds of the time to it."""
+    code = """
+import runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+def check_imports(*_):
+    lazy = {"ddpm_pipeline.pipeline_ddpm", "ddpm_pipeline.visualize", "tensorboard", "matplotlib", "datasets"}
+    print(f"imported before the first step: {sorted(lazy & sys.modules.keys())}")
+
+register_optimizer_step_post_hook(check_imports)
+path = list(sys.path)
+try:
+    runpy.run_module("training.train", run_name="__main__", alter_sys=True)
+finally:
+    print(f"path changed: {sys.path != path}")
+"""
+    output = run_in_child(["-c", code], None, command_line(work, "module", max_train_steps=1), cwd=ROOT)
+    assert "imported before the first step: []" in output
+    assert "path changed: False" in output
+    assert "pipeline" in names(work / "module")
+
+
+# ---- Trackers --------------------------------------------------------------------------------------------------------
+
+
+class FakeTracker:
+    """A tracker of accelerate that keeps what it gets."""
+
+    requires_logging_directory = False
+    main_process_only = True
+    fails = False
+
+    def __init__(self, project, **options):
+        self.calls = [("init", project)]
+        FakeTracker.last = self
+
+    def start(self):
+        if self.fails == "start":
+            raise RuntimeError("not logged in")
+
+    def store_init_configuration(self, values):
+        self.calls.append(("config", values["seed"]))
+
+    def log(self, values, step=None):
+        if self.fails == "log":
+            raise ConnectionError("no network")
+        self.calls.append(("log", step, "loss" in values))
+
+    def log_images(self, values, step=None):
+        self.calls.append(("images", step, values["samples"][0].size))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+    return FakeTracker
+
+
+def test_metrics_and_samples_go_to_the_trackers(work, fake_wandb):
+    options = {"max_train_steps": 3, "save_images_steps": 2, "report_to": "wandb,tensorboard"}
+    assert train(work, "trackers", **options) == 0
+    init, config, *calls = fake_wandb.last.calls
+    assert (init, config) == (("init", "ddpm-pipeline"), ("config", 0))
+    size = Image.open(work / "trackers" / "samples" / "step-000002.png").size
+    assert calls == [
+        ("log", 2, True), ("images", 2, size), ("log", 3, True), ("images", 3, size), ("finish",),
+    ]  # fmt: skip
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(work / "trackers" / "tensorboard")).Reload()
+    entries = {entry["step"]: entry for entry in read_metrics(work / "trackers")}
+    for name in ("loss", "learning_rate", "images"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({step: entries[step][name] for step in (2, 3)})
+    assert [image.step for image in events.Images("samples")] == [2, 3]
+
+
+@pytest.mark.parametrize("fails", ["start", "log"])
+def test_a_failing_tracker_does_not_end_training(work, fake_wandb, monkeypatch, capsys, fails):
+    monkeypatch.setattr(fake_wandb, "fails", fails)
+    options = {"max_train_steps": 3, "save_images_steps": 0, "report_to": "wandb"}
+    assert train(work, f"failing {fails}", **options) == 0
+    reason = {"start": "not logged in", "log": "no network"}[fails]
+    folder = work / f"failing {fails}"
+    assert capsys.readouterr().err.count(f"WARNING: cannot write wandb of {folder}: {reason}. Training continues") == 1
+    assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
+    assert not (folder / "tensorboard").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that of tensorboard's writer
+def test_a_full_disk_under_tensorboard_does_not_end_training(work, monkeypatch, capsys):
+    from tensorboard.summary.writer import record_writer
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    assert train(work, "full disk", max_train_steps=3, save_images_steps=2) == 0
+    folder = work / "full disk"
+    warning = f"WARNING: cannot write tensorboard of {folder}: No space left on device. Training continues"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
+
+
+def test_report_to_none_leaves_metrics_jsonl_alone(work):
+    assert train(work, "no trackers", max_train_steps=2, report_to="none", save_images_steps=0) == 0
+    assert not (work / "no trackers" / "tensorboard").exists()
+    assert [entry["step"] for entry in read_metrics(work / "no trackers")] == [1, 2]
+
+
+def test_trackers_that_are_unknown_or_not_installed_are_refused(work, capsys, monkeypatch):
+    assert set(TRACKERS) == set(accelerate.tracking.LOGGER_TYPE_TO_CLASS)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: ["tensorboard"])
+    for report_to, message in (
+        ("tensorbored", "report_to is 'tensorbored'"),
+        ("", "report_to is ''"),
+        ("tensorboard,none", "report_to is 'tensorboard,none'"),
+        ("tensorboard,wandb", "wandb is not installed"),
+    ):
+        assert train(work, "no such tracker", report_to=report_to) == 2
+        assert message in capsys.readouterr().err
+    assert not (work / "no such tracker").exists()
+
+
+# ---- Saving pipeline/ ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(uninterrupted):
+    return RunRecord.load(uninterrupted / "pipeline")
+
+
+def test_a_failed_save_keeps_the_earlier_pipeline(tmp_path, record):
+    pipe = tiny_pipe()
+    sampling.save_pipeline(pipe, tmp_path / "pipeline", record, {})
+
+    class Failing:
+        def save_pretrained(self, folder):
+            Path(folder).mkdir()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        sampling.save_pipeline(Failing(), tmp_path / "pipeline", record, {})
+    assert names(tmp_path) == ["pipeline"]
+    assert RunRecord.load(tmp_path / "pipeline") == record
+    DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+
+
+def test_an_image_that_cannot_be_saved_does_not_cost_the_pipeline(tmp_path, record, capsys):
+    class Unwritable:
+        def save(self, path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    sampling.save_pipeline(tiny_pipe(), tmp_path / "pipeline", record, {"samples.png": Unwritable()})
+    assert "samples.png: No space left on device" in capsys.readouterr().err
+    assert "samples.png" not in names(tmp_path / "pipeline")
+    DDPMPipeline.from_pretrained(tmp_path / "pipeline")
+
+
+def test_a_pipeline_is_recovered_after_a_kill_while_it_was_replaced(tmp_path):
+    for name in ("pipeline.old", ".pipeline.tmp-123", "pipeline.tmp", "pipeline.backup"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    sampling.recover_pipeline(tmp_path)
+    assert names(tmp_path) == ["pipeline", "pipeline.backup"]
+    assert (tmp_path / "pipeline" / "file").read_text() == "pipeline.old"
+    (tmp_path / "pipeline.old").mkdir()
+    sampling.recover_pipeline(tmp_path)
+    assert names(tmp_path) == ["pipeline", "pipeline.backup"]
+    assert (tmp_path / "pipeline" / "file").read_text() == "pipeline.old"
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_the_loss_falls(work, prediction_type):
+def test_loss_falls(work, prediction_type):
     steps = 60
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
     options |= {"checkpointing_steps": steps, "save_images_steps": 0}
-    assert run_here("train.py", arguments(work, prediction_type, **options)) == 0
-    lines = metrics(work / prediction_type)
-    losses = [line["loss"] for line in lines[:steps]]
+    assert train(work, prediction_type, **options) == 0
+    entries = read_metrics(work / prediction_type)
+    losses = [entry["loss"] for entry in entries[:steps]]
     assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
-    assert lines[-1]["step"] == steps
-    assert 0 < lines[-1]["moon_distance"] < 2
-    assert (
-        DDPMPipeline.from_pretrained(work / prediction_type / "pipeline").scheduler.prediction_type == prediction_type
-    )
+    assert entries[-1]["step"] == steps
+    assert 0 < entries[-1]["moon_distance"] < 2
+    pipe = DDPMPipeline.from_pretrained(work / prediction_type / "pipeline")
+    assert pipe.scheduler.prediction_type == prediction_type
 
 
-# ---- Mistakes and mishaps --------------------------------------------------------------------------------------------
+# ---- Mistakes and failures -------------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_named(work, capsys):
-    shutil.copytree(work / "pictures", work / "some bad")
-    (work / "some bad" / "class" / "broken.png").write_text("no picture")
-    assert run_here("train.py", arguments(work, "bad", train_data_dir=work / "some bad")) == 2
+def test_unreadable_images_are_named(work, capsys):
+    shutil.copytree(work / "images", work / "some unreadable")
+    (work / "some unreadable" / "class" / "broken.png").write_text("not an image")
+    assert train(work, "unreadable", train_data_dir=work / "some unreadable") == 2
     assert "broken.png" in capsys.readouterr().err
-    assert run_here("train.py", arguments(work, "bad", train_data_dir=work / "nowhere")) == 2
-    assert "nowhere" in capsys.readouterr().err
+    assert train(work, "unreadable", train_data_dir=work / "missing") == 2
+    assert "missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"resume_from_checkpoint": "latest"}, "no checkpoint to resume from"),
         ({"resume_from_checkpoint": "runs/nothing"}, "runs/nothing"),
@@ -285,36 +526,39 @@ def test_unreadable_pictures_are_named(work, capsys):
         ({"resolution": 18}, "18"),  # cannot be halved twice
     ],
 )
-def test_what_cannot_be_done_ends_with_2_and_its_value(work, capsys, options, words):
-    assert run_here("train.py", arguments(work, "mistake", **options)) == 2
-    assert words in capsys.readouterr().err
+def test_a_mistake_exits_with_code_2_and_names_the_value(work, capsys, options, message):
+    assert train(work, "mistake", **options) == 2
+    assert message in capsys.readouterr().err
     assert not (work / "mistake" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"seed": 1}, "seed 0, now it is 1"),
-        ({"train_batch_size": 3}, "global batch of 4, now it is 6"),
-        ({"denoiser": "small"}, "denoiser 'tiny', now it is 'small'"),
+        ({"seed": 1}, "seed 0, but now it is 1"),
+        ({"train_batch_size": 3}, "global batch 4, but now it is 6"),
+        ({"denoiser": "small"}, "denoiser 'tiny', but now it is 'small'"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_and_nothing_changed(whole, work, capsys, options, words):
-    before = (whole / "config.yaml").read_bytes(), (whole / "metrics.jsonl").read_bytes(), names(whole)
-    assert run_here("train.py", arguments(work, "whole", resume_from_checkpoint="latest", **options)) == 2
-    assert words in capsys.readouterr().err
-    assert ((whole / "config.yaml").read_bytes(), (whole / "metrics.jsonl").read_bytes(), names(whole)) == before
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(uninterrupted, work, capsys, options, message):
+    def content():
+        return [(uninterrupted / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")], names(uninterrupted)
+
+    before = content()
+    assert train(work, "uninterrupted", resume_from_checkpoint="latest", **options) == 2
+    assert message in capsys.readouterr().err
+    assert content() == before
 
 
-def test_an_output_folder_that_is_a_file(work, capsys):
+def test_an_output_folder_that_is_a_file_is_refused(work, capsys):
     (work / "file").write_text("mine")
     for name in ("file", "file/run"):
-        assert run_here("train.py", arguments(work, name)) == 2
+        assert train(work, name) == 2
         assert str(work / name) in capsys.readouterr().err
     assert (work / "file").read_text() == "mine"
 
 
-def test_one_nan_stops_the_run_before_weights_and_checkpoints_are_spoiled(work, monkeypatch, capsys):
+def test_a_nan_loss_stops_the_run_before_it_reaches_the_weights(work, monkeypatch, capsys):
     simple_loss, calls = objective.simple_loss, []
 
     def nan_in_step_4(prediction, target):
@@ -322,9 +566,7 @@ def test_one_nan_stops_the_run_before_weights_and_checkpoints_are_spoiled(work, 
         return simple_loss(prediction, target) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(objective, "simple_loss", nan_in_step_4)
-    assert (
-        run_here("train.py", arguments(work, "nan", logging_steps=100, checkpointing_steps=1, save_images_steps=0)) == 1
-    )
+    assert train(work, "nan", logging_steps=100, checkpointing_steps=1, save_images_steps=0) == 1
     assert "step 4" in capsys.readouterr().err
     assert [name for name in names(work / "nan") if "checkpoint" in name] == ["checkpoint-000002", "checkpoint-000003"]
     _, manifest = checkpoint.find(work / "nan", "latest")
@@ -332,9 +574,9 @@ def test_one_nan_stops_the_run_before_weights_and_checkpoints_are_spoiled(work, 
     assert not (work / "nan" / "pipeline").exists()
 
 
-def test_a_learning_rate_much_too_high_stops_the_run(work, capsys):
+def test_a_learning_rate_far_too_high_stops_the_run(work, capsys):
     options = {"learning_rate": 1e30, "lr_scheduler": "constant", "lr_warmup_steps": 0}
-    assert run_here("train.py", arguments(work, "high", **options, logging_steps=4, checkpointing_steps=1)) == 1
+    assert train(work, "high", **options, logging_steps=4, checkpointing_steps=1) == 1
     assert "1e+30" in capsys.readouterr().err
     for path in (work / "high").glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(path / "ema.safetensors").values())
@@ -342,14 +584,14 @@ def test_a_learning_rate_much_too_high_stops_the_run(work, capsys):
     assert not (work / "high" / "pipeline").exists()
 
 
-# ---- Real pictures ---------------------------------------------------------------------------------------------------
+# ---- Real data sets --------------------------------------------------------------------------------------------------
 
 
-def first_rows(source, target, number=40):
-    """The first rows of a data set of parquet files, laid out as it is; decoding all takes longer than the test."""
+def first_rows(source, target, count=40):
+    """The first rows of a data set of parquet files, in the same layout: decoding all takes longer than the test."""
     for file in source.rglob("*train*.parquet"):
         (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-        rows = next(pq.ParquetFile(file).iter_batches(batch_size=number))
+        rows = next(pq.ParquetFile(file).iter_batches(batch_size=count))
         table = pq.ParquetFile(file).schema_arrow.empty_table()
         pq.write_table(table.from_batches([rows], schema=table.schema), target / file.relative_to(source))
     return target
@@ -363,14 +605,13 @@ def first_rows(source, target, number=40):
         ("cifar10", "cifar10.yaml", (3, 32, 32), {"denoiser": "tiny"}),
     ],
 )
-def test_the_presets_train_on_the_real_pictures(work, shared_data, name, config, shape, options):
+def test_presets_train_on_their_data(work, shared_data, name, config, shape, options):
     source = shared_data / name
     if name.startswith("crawl"):
         options = {"train_data_dir": source, **options}
     else:
         options = {"dataset_name": first_rows(source, work / "data" / name), **options}
     options = {
-        "config": ROOT / "training" / "configs" / config,
         "output_dir": work / config,
         "cache_dir": work / "cache",
         "train_batch_size": 2,
@@ -381,8 +622,8 @@ def test_the_presets_train_on_the_real_pictures(work, shared_data, name, config,
         "ddpm_num_inference_steps": 2,
         **options,
     }
-    config_first = [f"--config={options.pop('config')}"]
-    assert run_here("train.py", config_first + [f"--{option}={value}" for option, value in options.items()]) == 0
+    arguments = [f"--{option}={value}" for option, value in options.items()]
+    assert run_here("train.py", [f"--config={ROOT / 'training' / 'configs' / config}", *arguments]) == 0
     pipe = DDPMPipeline.from_pretrained(work / config / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(seeds=[1], num_inference_steps=2, output_type="latent").images

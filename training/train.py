@@ -353,7 +353,7 @@ def train(run: Run, state: TrainingState) -> bool:
             logged_at, num_losses = now, 0
 
         # ---- Checkpoint
-        if is_due(state.step, config.checkpointing_steps) or is_last:
+        if is_due(state.step, config.checkpointing_steps):
             save_checkpoint(run, state)
 
         # ---- Validate
@@ -373,7 +373,7 @@ def train(run: Run, state: TrainingState) -> bool:
                 if publish and run.publisher is not None and not run.stop.requested():
                     run.publisher.start()
             (stopping,) = runtime.any(run.stop.requested())
-    if state.saved_step != state.step:  # a signal came during sampling
+    if state.saved_step != state.step:
         save_checkpoint(run, state)
     run.stop.in_loop = False
     progress.close()
