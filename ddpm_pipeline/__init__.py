@@ -7,22 +7,29 @@ as the three-quarter moon between a half moon and a full moon.
 
 The chapters, one file each:
     scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
-    pipeline_ddpm.py     the pipeline: sampling, trajectory, and methods over the next three
+    pipeline_ddpm.py     the pipeline for users, thin methods over the next five
+    denoiser.py          the network as a function of x_t and t
+    sampling.py          the reverse process with any scheduler, and the forward process step by step
     inversion.py         DDIM inversion: from an image to its latent
     interpolation.py     interpolation between images, distance-balanced
     inpainting.py        RePaint
+    arguments.py         checks of the pipeline's arguments
     images.py            images in and out, of any kind
-    pixels.py            scaling between pixel values and [-1, 1], sizes
+    pixels.py            scaling between pixel values and [-1, 1], image sizes
     visualize.py         image grid, trajectory strip, animation
-    loading.py           strict checks of a folder before it is loaded
-    objective.py         noised batches, targets and losses
+    saving.py            the saved folder and its one file of remote code
+    loading.py           checks of a saved folder before anything in it is loaded
+    objective.py         noised batches, targets and the loss
     rng.py               counter-based random numbers, stream ids
     likelihood.py        variational bound, bits per dimension, probability-flow ODE
     fidelity.py          distances between sets of images, precision and recall, copies
     features.py          feature extractors for these distances
-    classifier.py        the small classifier that is one of them
+    classifier.py        a small classifier whose features measure distances
+    image_arrays.py      data sets as arrays: checks and chunks
+    tensor_cache.py      cached results, named by a hash of what they depend on
     moons.py             the built-in data set: moons with a phase that can be measured
     files.py             atomic replacement of files and folders
+    __main__.py          the pipeline's methods on the command line
 """
 
 import importlib

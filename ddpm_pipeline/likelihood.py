@@ -1,9 +1,9 @@
 """LIKELIHOOD: the variational bound term by term, bits per dimension, and the likelihood of the probability-flow ODE.
 
     -log p(x_0) <= L_T + sum_t L_{t-1} + L_0                                   (Eq. 5, DDPM; expectations over x_t)
-    L_T     = KL(q(x_T | x_0) || N(0, I))                        what is left of the image after the forward process
-    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))      the error of one step of the reverse process
-    L_0     = -log p(x_0 | x_1)                                  of whole pixel values, each a bin of a Gaussian (Eq. 13)
+    L_T     = KL(q(x_T | x_0) || N(0, I))                    what is left of the image after the forward process
+    L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))  the error of one step of the reverse process
+    L_0     = -log p(x_0 | x_1)                              of whole pixel values: bins of a Gaussian (Eq. 13)
 
 The bound holds for any sub-sequence of the diffusion timesteps. It is summed over all of them, or estimated without
 bias from a few per image. The probability-flow ODE has the same marginals as the forward process and is deterministic,
@@ -238,9 +238,9 @@ def probability_flow_nats(
 
         dx/du = sqrt(1 - alpha_bar) eps(x, t(u)) - (1 - alpha_bar) x
 
-    and along it the log-density falls by the divergence of the right-hand side. It leads from x_t at t = 0, where x_0 is
-    taken for x_t / sqrt(alpha_bar_t), to N(0, I) at the last t. Between two timesteps t is fractional: the network has
-    not been trained there, but interpolates.
+    and along it the log-density falls by the divergence of the right-hand side. It leads from x_t at t = 0, where x_0
+    is taken for x_t / sqrt(alpha_bar_t), to N(0, I) at the last t. Between two timesteps t is fractional: the network
+    has not been trained there, but interpolates.
 
     Args:
         network: as for `variational_bound`, but t is a float and a gradient can be taken; in float32 or float64, not in
@@ -296,7 +296,7 @@ def discrete_nats(nats: Tensor, shape: Sequence[int], levels: int) -> Tensor:
 
 
 def _probe_vectors(x_0: Tensor, index: Tensor, seed: int, probes: int | None) -> Tensor:
-    """Vectors v of E[v v^T] = I to estimate a trace with, (probes, B, C, H, W); the standard basis if probes is None."""
+    """Vectors v with E[v v^T] = I, to estimate a trace: (probes, B, C, H, W). For probes=None the standard basis."""
     dims = x_0[0].numel()
     if probes is None:
         basis = torch.eye(dims, dtype=x_0.dtype, device=x_0.device).view(-1, 1, *x_0.shape[1:])

@@ -400,6 +400,12 @@ def setup_cfg():
     return parser
 
 
+def test_the_docstring_of_the_package_lists_every_module():
+    files = {path.name for path in Path(ddpm_pipeline.__file__).parent.glob("*.py")} - {"__init__.py"}
+    listed = re.findall(r"^    (\w+\.py) ", ddpm_pipeline.__doc__, re.MULTILINE)
+    assert sorted(listed) == sorted(files)
+
+
 def test_the_version_is_in_one_place(setup_cfg):
     """setup.cfg reads the literal from the source: an import would need torch where a wheel is built."""
     assert setup_cfg["metadata"]["version"] == "attr: ddpm_pipeline.__version__"
