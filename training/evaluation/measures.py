@@ -1,16 +1,16 @@
-"""What is measured of a model: its samples against training pictures, and the bound of held-out ones.
+"""What is measured of a model: distances of its samples to real images, and bits per dimension of held-out images.
 
-The mathematics is in ddpm_pipeline/fidelity.py and likelihood.py; here is which sets are compared, and the rows of the
-report. Each distance has a floor beside it: the same distance of as many real pictures.
+The mathematics is in ddpm_pipeline/fidelity.py and likelihood.py. Here is which images are compared with which, and
+what the report says about it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,241 +18,293 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
-from ddpm_pipeline.features import extract_features
+from ddpm_pipeline.features import Extractor, extract_features
+from ddpm_pipeline.fidelity import Estimate
 from ddpm_pipeline.pixels import from_pixels, num_levels
-from training.config import OF_FEATURES
-from training.data.split import DataSplit, evenly
-from training.evaluation.samples import Model
-from training.run.runtime import dtype
+from training.data.split import evenly_spaced
+from training.evaluation.config import FEATURE_METRICS
+from training.evaluation.reference import RealImages
+from training.evaluation.samples import Model, SamplerConfig
+from training.run.runtime import Runtime
 
-FEWEST = 6  # pictures in a floor: density and coverage look at the five nearest neighbours of one
+ODE_TOLERANCE = 1e-3  # relative and absolute, of the ODE solver
 
-Row = dict[str, Any]
-
-
-# ---- Which pictures --------------------------------------------------------------------------------------------------
+Curve = dict[str, Any]
 
 
-class Real(NamedTuple):
-    """Real pictures: what samples are compared with, and as many as there are samples, for the floor."""
-
-    reference: np.ndarray
-    reference_words: str
-    floor: np.ndarray
-    floor_words: str
-    apart: np.ndarray  # (len(reference),) bool: what the floor is compared with, all but the floor's own pictures
-    held_out: np.ndarray
-
-
-def real_pictures(
-    parts: DataSplit, num_reference: int, number: int, warnings: list[str], kind: str = "training pictures"
-) -> Real:
-    """The reference, num_reference of the training pictures (0: all), and `number` others for the floor.
-
-    These are held out from training, or, if too few are, training pictures, at most half of them; the floor is then
-    measured against those of the reference that are not in it.
+@dataclass(frozen=True)
+class Result:
+    """One value, without the model and the sampler that it was measured of.
 
     Args:
-        kind: what the pictures are called in the report.
+        measure: its id, as kernel_distance.
+        name: what tables and plots call it.
+        n: number of samples or of held-out images.
+        real_data_baseline: the same measure of real images instead of samples; None if there is none.
+        extractor: name of the feature extractor; None for measures of pixels and for bits.
+        channel: index of the colour channel, for measures of a single one.
     """
-    rows, held_out = parts.train_indices, parts.held_out
-    chosen = rows if not num_reference or num_reference >= len(rows) else rows[evenly(len(rows), num_reference)]
-    if len(held_out) >= number:
-        floor, words, apart = held_out[evenly(len(held_out), number)], "held-out pictures", np.ones(len(chosen), bool)
-    else:
-        left = np.setdiff1d(rows, chosen)
-        source = left if len(left) >= number else rows
-        taken = source[evenly(len(source), min(number, len(rows) // 2))]
-        floor, words, apart = parts.data.images[taken], kind, ~np.isin(chosen, taken)
-    if min(len(floor), int(apart.sum())) < FEWEST:
-        floor = floor[:0]
-        warnings.append(f"there is no floor: {len(rows)} pictures are too few to take {FEWEST} out")
-    elif len(floor) < number:
-        warnings.append(
-            f"the floor is of {len(floor)} pictures, as there are no more, and distances and manifolds depend on their "
-            f"number: it does not quite compare with {number} samples"
-        )
-    which = f"{len(chosen)} {kind}" if len(chosen) < len(rows) else f"all {len(rows)} {kind}"
-    return Real(np.asarray(parts.data.images[chosen]), which, np.asarray(floor), words, apart, held_out)
+
+    measure: str
+    name: str
+    estimate: Estimate
+    n: int
+    real_data_baseline: float | None = None
+    extractor: str | None = None
+    channel: int | None = None
 
 
-def digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+@dataclass(frozen=True)
+class Measurement:
+    """An entry of "measurements" in report.json: a Result, and what it was measured of.
+
+    Args:
+        reference: the real images that the samples were compared with, or the held-out images.
+        weights: EMA or online.
+        primary: of the first weights and the first sampler, which is what a model card shows.
+        seed: of the first sample, or of the noise of the bound.
+        seconds: spent sampling, or measuring held-out images.
+        sampler, num_inference_steps, eta: how the samples were drawn; None for held-out images.
+    """
+
+    measure: str
+    name: str
+    value: float
+    standard_error: float | None
+    real_data_baseline: float | None
+    n: int
+    extractor: str | None
+    channel: int | None
+    reference: str
+    weights: str
+    primary: bool
+    seed: int
+    seconds: float
+    sampler: str | None
+    num_inference_steps: int | None
+    eta: float | None
+
+
+def make_measurement(
+    result: Result,
+    model: Model,
+    sampler: SamplerConfig | None,
+    *,
+    reference: str,
+    primary: bool,
+    seed: int,
+    seconds: float,
+) -> Measurement:
+    """The only place where measurements are made. sampler: None for held-out images."""
+    scheduler = model.pipe.scheduler
+    description = None
+    if sampler is not None:
+        description = f"{type(scheduler).__name__}, eta {sampler.eta:g}, {scheduler.config.timestep_spacing}"
+    return Measurement(
+        measure=result.measure,
+        name=result.name,
+        value=result.estimate.value,
+        standard_error=result.estimate.standard_error,
+        real_data_baseline=result.real_data_baseline,
+        n=result.n,
+        extractor=result.extractor,
+        channel=result.channel,
+        reference=reference,
+        weights=model.weights,
+        primary=primary,
+        seed=seed,
+        seconds=round(seconds, 1),
+        sampler=description,
+        num_inference_steps=None if sampler is None else sampler.num_inference_steps,
+        eta=None if sampler is None else sampler.eta,
+    )
 
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 
-def compare(pixels: np.ndarray, real: Real, extractor: Any, metrics: Sequence[str], cache_dir: Path) -> Iterator[Row]:
-    """Rows of measures between samples and the reference."""
-    if not set(metrics) & set(OF_FEATURES):
-        return
-    features = extract_features(extractor, pixels)
-    reference = extract_features(extractor, real.reference, cache_dir=cache_dir)
-    apart = reference[torch.from_numpy(real.apart)]
-    floor = extract_features(extractor, real.floor, cache_dir=cache_dir) if len(real.floor) else None
+def compare_features(
+    samples: np.ndarray, real: RealImages, extractor: Extractor, metrics: Sequence[str], cache_dir: Path
+) -> Iterator[Result]:
+    """Distances between samples and the reference set in the features of an extractor.
 
-    def row(measure: str, name: str, found: fidelity.Estimate, floor: float | None) -> Row:
-        return _row(measure, name, found, floor, len(pixels)) | {"extractor": extractor.name}
+    Args:
+        samples: (N, C, H, W), uint8 or uint16.
+        metrics: those that are not in FEATURE_METRICS are ignored.
+        cache_dir: where features of real images are kept.
+    Raises:
+        ValueError: there is no distance, for example because all samples are equal.
+    """
+    if not set(metrics) & set(FEATURE_METRICS):
+        return
+    features = extract_features(extractor, samples)
+    reference = extract_features(extractor, real.reference, cache_dir=cache_dir)
+    baseline_reference = reference[torch.from_numpy(real.not_in_baseline)]
+    baseline = extract_features(extractor, real.baseline, cache_dir=cache_dir) if len(real.baseline) else None
+
+    def result(measure: str, name: str, estimate: Estimate, real_value: float | None) -> Result:
+        return Result(measure, name, estimate, len(samples), real_value, extractor.name)
 
     if "frechet" in metrics:
-        found = fidelity.jackknife(fidelity.frechet_distance, features, reference)
-        best = None if floor is None else fidelity.frechet_distance(floor, apart)
-        yield row("frechet_distance", "FID" if extractor.is_inception else "Frechet distance", found, best)
+        estimate = fidelity.jackknife(fidelity.frechet_distance, features, reference)
+        real_value = None if baseline is None else fidelity.frechet_distance(baseline, baseline_reference)
+        yield result("frechet_distance", "FID" if extractor.is_inception else "Frechet distance", estimate, real_value)
     if "kernel" in metrics:
-        found = fidelity.kernel_distance(features, reference)
-        best = None if floor is None else fidelity.kernel_distance(floor, apart).value
-        yield row("kernel_distance", "KID" if extractor.is_inception else "kernel distance", found, best)
-    # Of equally many pictures: the balls around them shrink with their number.
-    equal = reference[evenly(len(reference), len(pixels))]
+        estimate = fidelity.kernel_distance(features, reference)
+        real_value = None if baseline is None else fidelity.kernel_distance(baseline, baseline_reference).value
+        yield result("kernel_distance", "KID" if extractor.is_inception else "kernel distance", estimate, real_value)
+    # Between sets of equal size: the balls around the images shrink as their number grows.
+    equal = reference[evenly_spaced(len(reference), len(samples))]
     for metric, measures, statistic in (
         ("precision", ("precision", "recall"), fidelity.precision_recall),
         ("density", ("density", "coverage"), fidelity.density_coverage),
     ):
         if metric in metrics:
-            best_of = (None, None) if floor is None else statistic(floor, apart[evenly(len(apart), len(floor))])
-            for measure, found, best in zip(measures, fidelity.jackknives(statistic, features, equal), best_of):
-                yield row(measure, measure, found, best)
+            real_values: tuple[float | None, float | None] = (None, None)
+            if baseline is not None:
+                index = evenly_spaced(len(baseline_reference), len(baseline))
+                real_values = statistic(baseline, baseline_reference[index])
+            estimates = fidelity.jackknives(statistic, features, equal)
+            for measure, estimate, real_value in zip(measures, estimates, real_values):
+                yield result(measure, measure, estimate, real_value)
     if "memorisation" in metrics and len(real.held_out) > 1:
         held_out = extract_features(extractor, real.held_out, cache_dir=cache_dir)
-        found = fidelity.memorisation(features, reference, held_out)
-        yield row("memorisation", "nearer to a training picture than held-out ones are", found, 0.5)
+        estimate = fidelity.memorisation(features, reference, held_out)
+        yield result("memorisation", "memorisation (0.5: none, 1: copies)", estimate, 0.5)
 
 
-def shifts(pixels: np.ndarray, real: Real) -> Iterator[Row]:
-    """Rows of how much brighter each channel is, and how much wider its values spread."""
-    of_samples = fidelity.channel_shift(pixels, real.reference)
-    of_real = fidelity.channel_shift(real.floor, real.reference[real.apart]) if len(real.floor) else None
-    for channel, shift in enumerate(of_samples):
-        which = f", channel {channel}" if len(of_samples) > 1 else ""
-        best = None if of_real is None else of_real[channel]
-        for measure, name, found, floor in (
-            ("mean_shift", f"brighter by{which} (of 1)", shift.mean, best and best.mean.value),
-            ("std_ratio", f"spread over that of real ones{which}", shift.std_ratio, best and best.std_ratio.value),
+def compare_channels(samples: np.ndarray, real: RealImages) -> Iterator[Result]:
+    """Brightness and contrast of each colour channel, compared with the reference set.
+
+    Raises:
+        ValueError: all pixels of a channel are equal.
+    """
+    shifts = fidelity.channel_shift(samples, real.reference)
+    baseline = None
+    if len(real.baseline):
+        baseline = fidelity.channel_shift(real.baseline, real.reference[real.not_in_baseline])
+    for channel, shift in enumerate(shifts):
+        suffix = f", channel {channel}" if len(shifts) > 1 else ""
+        real_mean = None if baseline is None else baseline[channel].mean.value
+        real_ratio = None if baseline is None else baseline[channel].std_ratio.value
+        for measure, name, estimate, real_value in (
+            ("mean_shift", "brightness difference", shift.mean, real_mean),
+            ("std_ratio", "standard deviation ratio", shift.std_ratio, real_ratio),
         ):
-            yield _row(measure, name, found, floor, len(pixels)) | {"channel": channel}
+            yield Result(measure, name + suffix, estimate, len(samples), real_value, channel=channel)
 
 
-def _row(measure: str, name: str, found: fidelity.Estimate, floor: float | None, n: int) -> Row:
-    return {"measure": measure, "name": name, "value": found.value, "standard_error": found.standard_error,
-            "floor": floor, "n": n, "extractor": None}  # fmt: skip
+# ---- Held-out images -------------------------------------------------------------------------------------------------
 
 
-# ---- Held-out pictures -----------------------------------------------------------------------------------------------
-
-
-class HeldOut:
-    """The held-out pictures that this process measures the bits of.
+class HeldOutBits:
+    """Bits per dimension of held-out images, which are divided among the ranks.
 
     Args:
-        images: (M, C, H, W) uint8 or uint16.
-        processes: an Accelerator.
+        images: (M, C, H, W), uint8 or uint16.
+        batch_size: images per forward pass.
+        seed: of the noise, the timesteps, the dequantisation and the divergence probes.
     """
 
-    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, processes: Any) -> None:
-        self._images, self._batch_size, self._seed, self._processes = images, batch_size, seed, processes
-        self.shape = images.shape[1:]
-        self.levels = num_levels(images.dtype)
+    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, runtime: Runtime) -> None:
+        self._images, self._batch_size, self._seed, self._runtime = images, batch_size, seed, runtime
+        self._shape = images.shape[1:]
+        self._levels = num_levels(images.dtype)
 
-    def _batches(self, number: int, title: str) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Of `number` pictures those of this process: their places in the row, and they."""
-        chosen = evenly(len(self._images), number)
-        mine = torch.arange(len(chosen))[self._processes.process_index :: self._processes.num_processes]
-        quiet = not self._processes.is_main_process
-        for index in tqdm(mine.split(self._batch_size), title, disable=quiet, leave=False):
-            if not len(index):  # more processes than pictures
-                continue
-            yield index, np.asarray(self._images[chosen[index.numpy()]])
-
-    def _gathered(self, parts: list[Any]) -> list[Any]:
-        from accelerate.utils import gather_object
-
-        return gather_object(parts) if self._processes.num_processes > 1 else parts
-
-    def bound(self, model: Model, variance_type: str, number: int, strata: int) -> tuple[Row, Row]:
-        """A row of the bound with this variance, and its curves over t; strata 0: from all steps."""
-        began = time.monotonic()
-        device, computes_in = self._processes.device, dtype(self._processes)
-        unet = model.pipe.unet.to(device)
-        walk: Any = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type=variance_type)
-        few = min(strata, walk.num_steps - 1) or None
+    def variational_bound(self, model: Model, variance_type: str, num_images: int, strata: int) -> tuple[Result, Curve]:
+        """The variational bound with this variance, and its curves over t. strata: 0 for all timesteps."""
+        unet = model.pipe.unet.to(self._runtime.device)
+        scheduler: Any = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type=variance_type)
+        strata = min(strata, scheduler.num_steps - 1)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(device.type, computes_in, enabled=computes_in != torch.float32):
+            with self._runtime.autocast():
                 output: Tensor = unet(x_t, t, return_dict=False)[0]
             return output.to(x_t.dtype)
 
-        found = []
-        for index, pixels in self._batches(number, f"bound, {model.weights}, {variance_type}"):
-            x_0 = from_pixels(pixels, device)
-            part = likelihood.variational_bound(
-                network, walk, x_0, index=index, seed=self._seed, strata=few, levels=self.levels
+        parts = []
+        for index, pixels in self._own_batches(num_images, f"variational bound, {model.weights}, {variance_type}"):
+            x_0 = from_pixels(pixels, self._runtime.device)
+            bound = likelihood.variational_bound(
+                network, scheduler, x_0, index=index, seed=self._seed, strata=strata or None, levels=self._levels
             )
-            found.append({name: value.cpu() for name, value in part._asdict().items()})
-        found = self._gathered(found)
-        whole = {name: torch.cat([part[name] for part in found]) for name in found[0] if name != "share"}
-        bound = likelihood.VariationalBound(**whole, share=found[0]["share"])
-        steps = f"{few} steps of each picture" if few else "all steps"
-        name = f"bits per dimension, bound, {variance_type}, {steps}"
-        return self._row("bits_per_dim", name, bound.total, model, began), self._curves(bound, model, variance_type)
-
-    def flow(self, model: Model, number: int) -> Row:
-        """A row of the exact likelihood of the walk without noise, always in float32."""
-        began = time.monotonic()
-        unet = model.pipe.unet.to(self._processes.device)
-        found = []
-        for index, pixels in self._batches(number, f"flow, {model.weights}"):
-            x_0 = likelihood.dequantised(torch.from_numpy(pixels), index=index, seed=self._seed)
-            nats = likelihood.probability_flow_nats(
-                unet,
-                model.pipe.scheduler,
-                x_0.to(self._processes.device),
-                index=index,
-                seed=self._seed,
-                rtol=1e-3,
-                atol=1e-3,
-            )
-            found.append(nats.cpu())
-        nats = likelihood.discrete_nats(torch.cat(self._gathered(found)), self.shape, self.levels)
-        return self._row("bits_per_dim_flow", "bits per dimension, flow without noise", nats, model, began)
-
-    def _row(self, measure: str, name: str, nats: Tensor, model: Model, began: float) -> Row:
-        each = likelihood.bits_per_dim(nats, self.shape)
-        found = fidelity.Estimate(each.mean().item(), each.std().item() / len(each) ** 0.5)
-        about = {"sampler": None, "num_inference_steps": None, "eta": None, "reference": "held-out pictures",
-                 "weights": model.weights, "seed": self._seed,
-                 "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-        return _row(measure, name, found, None, len(each)) | about
-
-    def _curves(self, bound: likelihood.VariationalBound, model: Model, variance_type: str) -> Row:
-        """The bound step by step and the rate-distortion curve, as lists of numbers."""
-        in_bits = {
-            "prior": likelihood.bits_per_dim(bound.prior.mean(), self.shape),
-            "step": likelihood.bits_per_dim(bound.step.mean(0), self.shape),
-            "decoder": likelihood.bits_per_dim(bound.decoder.mean(), self.shape),
+            parts.append((index, {name: value.cpu() for name, value in bound._asdict().items()}))
+        parts = self._runtime.gather_objects(parts)
+        stratum_size = parts[0][1]["stratum_size"]
+        per_image = {
+            name: _in_order([(index, values[name]) for index, values in parts])
+            for name in parts[0][1]
+            if name != "stratum_size"
         }
-        progressive = likelihood.rate_distortion(bound, self.shape)
+        bound = likelihood.VariationalBound(**per_image, stratum_size=stratum_size)
+        timesteps = f"{strata} timesteps per image" if strata else "all timesteps"
+        name = f"bits per dimension, variational bound, {variance_type}, {timesteps}"
+        return self._result("bits_per_dim", name, bound.total), self._curve(bound, model, variance_type)
+
+    def ode_likelihood(self, model: Model, num_images: int) -> Result:
+        """The likelihood by the probability-flow ODE, always in float32."""
+        device = self._runtime.device
+        unet = model.pipe.unet.to(device)
+        parts = []
+        for index, pixels in self._own_batches(num_images, f"probability-flow ODE, {model.weights}"):
+            x_0 = likelihood.dequantise(torch.from_numpy(pixels), index=index, seed=self._seed).to(device)
+            nats = likelihood.probability_flow_nats(
+                unet, model.pipe.scheduler, x_0, index=index, seed=self._seed, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE
+            )
+            parts.append((index, nats.cpu()))
+        nats = _in_order(self._runtime.gather_objects(parts))
+        nats = likelihood.discrete_nats(nats, self._shape, self._levels)
+        return self._result("bits_per_dim_ode", "bits per dimension, probability-flow ODE", nats)
+
+    def _own_batches(self, num_images: int, title: str) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """The index and the pixels of the images that this rank measures, batch by batch."""
+        chosen = evenly_spaced(len(self._images), num_images)
+        own = torch.arange(len(chosen))[self._runtime.rank :: self._runtime.world_size]
+        for index in tqdm(own.split(self._batch_size), title, disable=not self._runtime.is_main, leave=False):
+            if len(index):  # with more ranks than images, some rank has none
+                yield index, np.asarray(self._images[chosen[index.numpy()]])
+
+    def _result(self, measure: str, name: str, nats: Tensor) -> Result:
+        bits = likelihood.bits_per_dim(nats, self._shape)
+        estimate = Estimate(bits.mean().item(), bits.std().item() / math.sqrt(len(bits)))
+        return Result(measure, name, estimate, len(bits))
+
+    def _curve(self, bound: likelihood.VariationalBound, model: Model, variance_type: str) -> Curve:
+        """The terms of the bound against t and the rate-distortion curve, as means over the images."""
+        terms = {
+            name: likelihood.bits_per_dim(value.mean(0), self._shape)
+            for name, value in (("prior", bound.prior), ("kl", bound.kl), ("decoder", bound.decoder))
+        }
+        progressive = likelihood.rate_distortion(bound, self._shape)
         return {
             "weights": model.weights,
             "variance_type": variance_type,
             "t": _rounded(bound.t.double().mean(0)),
-            "share": bound.share.tolist(),
-            **{name: _rounded(value) for name, value in in_bits.items()},
+            "stratum_size": bound.stratum_size.tolist(),
+            **{name: _rounded(value) for name, value in terms.items()},
             "rate_distortion": {name: _rounded(value) for name, value in progressive._asdict().items()},
         }
 
 
 def variance_types(model: Model) -> list[str]:
-    """With which variances of the walk home the network has a bound."""
-    walk = model.pipe.scheduler
-    if not isinstance(walk, DDPMScheduler):
-        raise ValueError(
-            f"the scheduler is a {type(walk).__name__}, and the bound is of a DDPM's: leave out bound, flow"
-        )
-    learned = walk.variance_type.startswith("learned")
-    return [walk.variance_type] if learned else ["fixed_small", "fixed_large"]
+    """The variances of the reverse process for which the model has a variational bound.
+
+    Raises:
+        ValueError: its scheduler is not a DDPMScheduler.
+    """
+    scheduler = model.pipe.scheduler
+    if not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(f"the scheduler is {type(scheduler).__name__}, not DDPMScheduler: leave out bound and flow")
+    learned = scheduler.variance_type.startswith("learned")
+    return [scheduler.variance_type] if learned else ["fixed_small", "fixed_large"]
+
+
+def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values of all images by index, so that sums do not depend on the number of ranks."""
+    index = torch.cat([index for index, _ in parts])
+    return torch.cat([values for _, values in parts])[index.argsort()]
 
 
 def _rounded(values: Tensor) -> Any:
-    """To six digits, which is more than is known."""
+    """To six digits, more than are significant."""
     return [float(f"{value:.6g}") for value in values.tolist()] if values.ndim else float(f"{values.item():.6g}")

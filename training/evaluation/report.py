@@ -1,191 +1,265 @@
-"""What a measurement leaves: report.json, report.md, and plots. See training/evaluate.py for what is measured."""
+"""What an evaluation leaves: report.json, report.md and plots."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ddpm_pipeline import fidelity, visualize
+from ddpm_pipeline.features import Extractor, extract_features
+from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import from_pixels
+from training.evaluation.config import EvalConfig
+from training.evaluation.measures import Curve, Measurement
+from training.evaluation.samples import SamplerConfig
 
-Row = dict[str, Any]
+FORMAT = 2  # of report.json; publishing leaves out a report of another format
+PLOTTED = ("frechet_distance", "kernel_distance")  # against the number of sampling steps
+PRINTED = (*PLOTTED, "precision", "recall")
+PATH_FIELDS = ("output_dir", "train_data_dir", "dataset_name", "extractor", "cache_dir")
 
-PLOTTED = ("frechet_distance", "kernel_distance")  # against the number of steps
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of report.json.
+
+    Args:
+        weights_sha256: of the first weights that are measured, by default the published ones.
+        command: that writes this report, without paths of this machine.
+        warnings: sentences without a full stop.
+        curves: the terms of the variational bound against t, for each weights and variance.
+        data: the data set.
+        reference: description, n and sha256 of the reference set.
+        real_data_baseline: description and n of the images of the real-data baseline.
+        held_out: description and n of the held-out images.
+        extractors: name, key and accuracy of each.
+        step: optimizer steps that the model was trained for, if known.
+        precision: of the network: float32, bf16 or fp16.
+        seconds: the whole evaluation took.
+        commit: of this project's code; None outside a git checkout.
+    """
+
+    format: int = FORMAT
+    weights_sha256: str
+    command: str
+    measurements: list[Measurement]
+    warnings: list[str]
+    curves: list[Curve]
+    data: str
+    reference: dict[str, Any]
+    real_data_baseline: dict[str, Any]
+    held_out: dict[str, Any]
+    extractors: list[dict[str, Any]]
+    step: int | None
+    precision: str
+    seconds: float
+    num_processes: int
+    device: str
+    date: str
+    commit: str | None
+    versions: dict[str, str]
 
 
-def write(output_dir: Path, folder: Path, report: dict[str, Any]) -> None:
-    """report.json and report.md into output_dir, plots into folder; the first whole or not at all."""
+def write(output_dir: Path, folder: Path, report: Report) -> None:
+    """Write report.json and report.md into output_dir, plots into folder. A file is complete or as it was."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = [*plot_quality(folder, report["measurements"]), *plot_bound(folder, report["curves"])]
+    plots = [*plot_distances(folder, report.measurements), *plot_bound(folder, report.curves)]
     if (folder / "nearest.png").is_file():
         plots.append("nearest.png")
-    replace(output_dir / "report.md", markdown(report, [f"{folder.name}/{name}" for name in plots]))
-    replace(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    for name, text in (
+        ("report.md", markdown(report, [f"{folder.name}/{plot}" for plot in plots])),
+        ("report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n"),
+    ):
+        with replacing(output_dir / name) as path:
+            path.write_text(text, encoding="utf-8")
 
 
-def replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def command_line(config: EvalConfig) -> str:
+    """The command with these settings. A path outside the current folder is cut to its last component."""
+    words = ["accelerate", "launch", "training/evaluate.py", _shareable(config.model, "runs/")]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "model" or value == field.default:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if field.name in PATH_FIELDS:
+            values = tuple(map(_shareable, values))
+        numbers = (f"{item:g}" if isinstance(item, float) else str(item) for item in values)
+        words += [f"--{field.name}", ",".join(numbers)]
+    return shlex.join(words)
 
 
-def line(found: Sequence[Row], about: Row) -> str:
-    """One setting in one line, for whoever waits."""
-    head = f"{about['weights']}, {about['num_inference_steps']} steps, eta {about['eta']:g}"
-    shown = [row for row in found if row["measure"] in ("frechet_distance", "kernel_distance", "precision", "recall")]
-    of_each = []
-    for extractor in dict.fromkeys(row["extractor"] for row in shown):
-        values = ", ".join(f"{row['name']} {row['value']:.4g}" for row in shown if row["extractor"] == extractor)
-        of_each.append(f"{values} ({extractor})")
-    return f"{head}: " + "; ".join(of_each or ["sampled"])
+def _shareable(path: str, parent: str = "") -> str:
+    folder = Path(path).expanduser()
+    return parent + folder.name if folder.is_absolute() or ".." in folder.parts else path
 
 
-def markdown(report: dict[str, Any], plots: Sequence[str]) -> str:
-    """Tables: one of each extractor with a line for each sampler, and one of the bits."""
-    rows: list[Row] = report["measurements"]
-    minutes = report["seconds"] / 60
-    lines = ["# What was measured", "", f"`{report['command']}`, {report['date']}, {minutes:.1f} minutes on "
-             f"{report['num_processes']} x {report['device']}, {report['precision']}.", "",
-             f"Data: {report['data']}. Reference: {report['reference']['words']}. Floor: {report['floor']['n']} "
-             f"{report['floor']['words']} measured as if they were samples."]  # fmt: skip
-    lines += [f"\n> {warning}." for warning in report["warnings"]]
-    lines += [
-        f"\nThe {one['name']} is right about {one['accuracy']:.1%} of pictures it did not learn from. It sees "
-        "what tells its classes apart, and may be blind to the rest."
-        for one in report["extractors"]
-        if one["accuracy"] is not None
-    ]
-    drawn = [row for row in rows if row["sampler"] is not None]
-    for extractor in dict.fromkeys(row["extractor"] for row in drawn):
-        of_it = [row for row in drawn if row["extractor"] == extractor]
-        names = list(dict.fromkeys(row["name"] for row in of_it))
-        lines += [
-            "",
-            f"## {extractor or 'Pixels, channel by channel'}",
-            "",
-            "| weights | sampler | steps | samples | " + " | ".join(names) + " |",
-            "|---" * (4 + len(names)) + "|",
-        ]
-        for key in dict.fromkeys(_key(row) for row in of_it):
-            values = {row["name"]: _value(row) for row in of_it if _key(row) == key}
-            lines.append("| " + " | ".join([*map(str, key), *(values.get(name, "") for name in names)]) + " |")
-        floors = {row["name"]: row["floor"] for row in of_it}
-        lines.append("| real pictures | | | | " + " | ".join(_number(floors[name]) for name in names) + " |")
-    in_bits = [row for row in rows if row["sampler"] is None]
-    if in_bits:
-        lines += ["", "## Bits per dimension of held-out pictures", "", "| weights | measure | images | value |",
-                  "|---|---|---|---|"]  # fmt: skip
-        lines += [f"| {row['weights']} | {row['name']} | {row['n']} | {_value(row)} |" for row in in_bits]
-    lines += [
+def samples_line(weights: str, sampler: SamplerConfig, measurements: Sequence[Measurement]) -> str:
+    """The main measurements of one sampler in one line."""
+    printed = [m for m in measurements if m.measure in PRINTED]
+    groups = []
+    for extractor in dict.fromkeys(m.extractor for m in printed):
+        values = ", ".join(f"{m.name} {m.value:.4g}" for m in printed if m.extractor == extractor)
+        groups.append(f"{values} ({extractor})")
+    return f"{weights}, {sampler}: " + ("; ".join(groups) or "sampled")
+
+
+def held_out_line(measurement: Measurement) -> str:
+    """The measurement of held-out images in one line."""
+    value = f"{measurement.value:.3f} +- {measurement.standard_error:.3f}"
+    return f"{measurement.weights}, {measurement.name}: {value}, {measurement.n} images"
+
+
+# ---- report.md -------------------------------------------------------------------------------------------------------
+
+
+def markdown(report: Report, plots: Sequence[str]) -> str:
+    """A table for each extractor with a line for each sampler, one for bits per dimension, and the plots."""
+    baseline = report.real_data_baseline
+    lines = [
+        "# Evaluation",
         "",
-        "A distance compares with another one only if extractor, reference and number of samples are the same.",
+        f"`{report.command}`, {report.date}, {report.seconds / 60:.1f} minutes on {report.num_processes} x "
+        f"{report.device}, {report.precision}.",
+        "",
+        f"Data: {report.data}. Reference set: {report.reference['description']}. Real-data baseline: {baseline['n']} "
+        f"{baseline['description']}, measured as if they were samples.",
     ]
+    lines += [f"\n> {warning}." for warning in report.warnings]
+    lines += [
+        f"\nThe {extractor['name']} is right about {extractor['accuracy']:.1%} of the images that it was not trained "
+        "on. It sees what separates its classes and may be blind to the rest."
+        for extractor in report.extractors
+        if extractor["accuracy"] is not None
+    ]
+    of_samples = [m for m in report.measurements if m.sampler is not None]
+    for extractor in dict.fromkeys(m.extractor for m in of_samples):
+        lines += _samples_table(extractor, [m for m in of_samples if m.extractor == extractor])
+    if of_held_out := [m for m in report.measurements if m.sampler is None]:
+        lines += ["", "## Bits per dimension of held-out images", "", "| weights | measure | images | value |",
+                  "|---|---|---|---|"]  # fmt: skip
+        lines += [f"| {m.weights} | {m.name} | {m.n} | {_with_error(m)} |" for m in of_held_out]
+    lines += ["", "Two distances are comparable only if extractor, reference set and number of samples are the same."]
     lines += [f"\n![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n".join(lines) + "\n"
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return row["weights"], row["sampler"], row["num_inference_steps"], row["n"]
+def _samples_table(extractor: str | None, measurements: Sequence[Measurement]) -> list[str]:
+    """A line for each sampler, and one for the real-data baseline."""
+    names = list(dict.fromkeys(m.name for m in measurements))
+    lines = [
+        "",
+        f"## {extractor or 'Pixels, channel by channel'}",
+        "",
+        "| weights | sampler | steps | samples | " + " | ".join(names) + " |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    for m in measurements:
+        rows.setdefault((m.weights, m.sampler, m.num_inference_steps, m.n), {})[m.name] = _with_error(m)
+    for key, values in rows.items():
+        lines.append("| " + " | ".join([*map(str, key), *(values.get(name, "") for name in names)]) + " |")
+    baseline = {m.name: m.real_data_baseline for m in measurements}
+    lines.append("| real-data baseline | | | | " + " | ".join(_number(baseline[name]) for name in names) + " |")
+    return lines
 
 
-def _value(row: Row) -> str:
-    value = _number(row["value"])
-    return value if row["standard_error"] is None else f"{value} &plusmn; {row['standard_error']:.2g}"
+def _with_error(m: Measurement) -> str:
+    return _number(m.value) if m.standard_error is None else f"{_number(m.value)} &plusmn; {m.standard_error:.2g}"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Images and plots ------------------------------------------------------------------------------------------------
 
 
-def nearest_picture(
-    pixels: np.ndarray, reference: np.ndarray, extractor: Any, cache_dir: Path, number: int = 12
+def nearest_grid(
+    samples: np.ndarray, reference: np.ndarray, extractor: Extractor, cache_dir: Path, count: int = 12
 ) -> Image.Image:
-    """The samples that are nearest to a training picture, and below each that picture."""
-    from ddpm_pipeline import fidelity, visualize
-    from ddpm_pipeline.features import extract_features
-
-    features = extract_features(extractor, pixels)
+    """The `count` samples that are nearest to a reference image, and that image below each."""
+    features = extract_features(extractor, samples)
     distance, index = fidelity.nearest(features, extract_features(extractor, reference, cache_dir=cache_dir))
-    closest = distance.argsort()[:number]
-    both = np.concatenate([pixels[closest.numpy()], reference[index[closest].numpy()]])
-    return visualize.grid(from_pixels(both), columns=len(closest))
+    closest = distance.argsort()[:count]
+    pixels = np.concatenate([samples[closest.numpy()], reference[index[closest].numpy()]])
+    return visualize.grid(from_pixels(pixels), columns=len(closest))
 
 
-def plot_quality(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """Distances against the number of steps, if there is more than one number; the names of the files."""
-    made = []
+def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[str]:
+    """Distances against the number of sampling steps, with the first extractor. Returns the names of the files.
+
+    There is no plot if there is only one number of steps.
+    """
+    names = []
     for measure in PLOTTED:
-        of_it = [row for row in rows if row["measure"] == measure]
-        if len({row["num_inference_steps"] for row in of_it}) < 2:
+        chosen = [m for m in measurements if m.measure == measure]
+        chosen = [m for m in chosen if m.extractor == chosen[0].extractor]
+        steps = sorted({m.num_inference_steps for m in chosen if m.num_inference_steps is not None})
+        if len(steps) < 2:
             continue
         figure, axes = _figure()
-        extractor = of_it[0]["extractor"]
-        of_it = [row for row in of_it if row["extractor"] == extractor]
-        for weights, eta in dict.fromkeys((row["weights"], row["eta"]) for row in of_it):
-            chosen = sorted(
-                (row for row in of_it if (row["weights"], row["eta"]) == (weights, eta)),
-                key=lambda row: row["num_inference_steps"],
-            )
+        for weights, eta in dict.fromkeys((m.weights, m.eta) for m in chosen):
+            line = [m for m in chosen if (m.weights, m.eta) == (weights, eta)]
+            line.sort(key=lambda m: m.num_inference_steps or 0)
             axes.errorbar(
-                [row["num_inference_steps"] for row in chosen],
-                [row["value"] for row in chosen],
-                [row["standard_error"] or 0 for row in chosen],
+                [m.num_inference_steps for m in line],
+                [m.value for m in line],
+                [m.standard_error or 0 for m in line],
                 marker="o",
                 capsize=3,
                 label=f"{weights}, eta {eta:g}",
             )
-        if of_it[0]["floor"] is not None:
-            axes.axhline(of_it[0]["floor"], color="gray", linestyle="--", label="real pictures")
-        axes.set(xscale="log", xlabel="steps of the walk home", ylabel=f"{of_it[0]['name']}, {extractor}")
-        values = [row[name] for row in of_it for name in ("value", "floor") if row[name] is not None]
-        axes.set_ylim(bottom=min(0.0, *(1.1 * value for value in values)))
-        steps = sorted({row["num_inference_steps"] for row in of_it})
+        baseline = chosen[0].real_data_baseline
+        if baseline is not None:
+            axes.axhline(baseline, color="gray", linestyle="--", label="real-data baseline")
+        axes.set(xscale="log", xlabel="number of sampling steps", ylabel=f"{chosen[0].name}, {chosen[0].extractor}")
+        lowest = min(m.value for m in chosen) if baseline is None else min(baseline, *(m.value for m in chosen))
+        axes.set_ylim(bottom=min(0.0, 1.1 * lowest))
         axes.set_xticks(steps, [f"{number}" for number in steps])
         axes.minorticks_off()
-        made.append(_saved(figure, axes, folder / f"{measure}.png"))
-    return made
+        names.append(_save(figure, axes, folder / f"{measure}.png"))
+    return names
 
 
-def plot_bound(folder: Path, curves: Sequence[Row]) -> list[str]:
-    """The terms of the bound against t, and what is seen of the picture against what is sent of it."""
+def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
+    """The terms of the variational bound against t, and distortion against rate. Returns the names of the files."""
     if not curves:
         return []
     figure, axes = _figure()
     for curve in curves:
         label = f"{curve['weights']}, {curve['variance_type']}"
-        axes.plot([0, *curve["t"]], [curve["decoder"], *curve["step"]], marker=".", label=label)
+        axes.plot([0, *curve["t"]], [curve["decoder"], *curve["kl"]], marker=".", label=label)
     axes.set(
-        yscale="log",
-        xscale="symlog",
-        xlim=(0, None),
-        xlabel="t; at 0 the decoder",
-        ylabel="bits per dimension of one step",
-    )
-    made = [_saved(figure, axes, folder / "bound.png")]
+        yscale="log", xscale="symlog", xlim=(0, None), xlabel="t (at 0: the decoder)",
+        ylabel="bits per dimension of one timestep",
+    )  # fmt: skip
+    names = [_save(figure, axes, folder / "bound.png")]
     figure, axes = _figure()
     for curve in curves:
-        found = curve["rate_distortion"]
-        axes.plot(found["rate"], found["distortion"], marker=".", label=f"{curve['weights']}, {curve['variance_type']}")
-    axes.set(xlabel="bits per dimension sent", ylabel="root mean squared error, of 255", ylim=(0, None))
-    return [*made, _saved(figure, axes, folder / "rate_distortion.png")]
+        progressive = curve["rate_distortion"]
+        label = f"{curve['weights']}, {curve['variance_type']}"
+        axes.plot(progressive["rate"], progressive["distortion"], marker=".", label=label)
+    axes.set(xlabel="rate, bits per dimension", ylabel="distortion, RMS error of 255", ylim=(0, None))
+    return [*names, _save(figure, axes, folder / "rate_distortion.png")]
 
 
 def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no screen, no global state
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     return figure, figure.subplots()
 
 
-def _saved(figure: Any, axes: Any, path: Path) -> str:
+def _save(figure: Any, axes: Any, path: Path) -> str:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,11 +1,12 @@
-"""The models of a run and the samples they draw, kept so that none is drawn twice: for training/evaluate.py."""
+"""The models of a run, and their samples: saved in shards, so that no sample is ever drawn twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,160 +17,194 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_pipeline import DDPMPipeline
+from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
 from training.run import checkpoint
-from training.run.runtime import dtype
+from training.run.record import RunRecord
+from training.run.runtime import Runtime
 
-SHARD = 64  # samples in a file; a whole one is made or none
+SHARD_SIZE = 64  # samples per file
+WEIGHTS_FILE = Path("unet", "diffusion_pytorch_model.safetensors")  # in a pipeline's folder
 
 
 class Model(NamedTuple):
-    """A pipeline, and what is known of how it was trained."""
+    """A pipeline, and what is known about its training.
+
+    Args:
+        weights: "EMA" or "online".
+        sha256: of the weights' file.
+        scheduler_hash: sha256 of the scheduler's class and configuration.
+        record: how the model was trained; None if its folder has no training.json.
+    """
 
     pipe: Any
-    weights: str  # "EMA" or "raw"
+    weights: str
     sha256: str
-    walk: str  # sha256 of the scheduler's class and settings
-    trained: dict[str, Any]  # what training.json holds, if there is one
+    scheduler_hash: str
+    record: RunRecord | None
 
 
-class Setting(NamedTuple):
-    """How samples are drawn."""
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How samples are drawn: the number of sampling steps, and eta from 0 (DDIM) to 1 (DDPM)."""
 
     num_inference_steps: int
     eta: float
 
+    def __str__(self) -> str:
+        return f"{self.num_inference_steps} steps, eta {self.eta:g}"
 
-def load_models(name: str, weights: list[str], revision: str | None = None) -> list[Model]:
-    """The averaged weights of a model, and those of the last checkpoint beside it.
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def load_models(name: str, weights: Sequence[str], revision: str | None = None) -> list[Model]:
+    """The EMA weights of a model, and the online weights of the run's newest checkpoint.
 
     Args:
-        name: folder of a run, or of a saved pipeline, or a name on the Hub.
-        weights: "ema", "raw"; a model that is no run has only the first.
+        name: folder of a run, folder of a saved pipeline, or a name on the Hub.
+        weights: "ema", "online"; only a run has online weights, and without them they are left out.
+        revision: tag, branch or commit on the Hub.
     Raises:
-        ValueError: there is no such model, or the last checkpoint is not of the step that the averaged weights are of.
+        ValueError: there is no such model, none of its weights is requested, or pipeline/ and the newest checkpoint are
+            of different steps.
     """
     run = Path(name)
     is_run = (run / "pipeline").is_dir()
     if run.is_dir() and not is_run and not (run / "model_index.json").is_file():
         raise ValueError(
-            f"{run} has no pipeline/ and is no saved pipeline: give the folder of a run that has ended (to end one, "
+            f"{run} is neither a saved pipeline nor a finished run with pipeline/: give one of these (to finish a run, "
             "resume it with --max_train_steps set to the step it has reached)"
         )
-    folder = run / "pipeline" if is_run else run
+    ema = _load_ema(name, run / "pipeline" if is_run else run, revision)
+    models = [ema] if "ema" in weights else []
+    if "online" in weights and is_run and ema.record is not None:
+        models.append(_load_online(run, ema, ema.record.step))
+    if not models:
+        raise ValueError(f"weights is {','.join(weights)}, but {name} has no checkpoints: give --weights ema")
+    return models
+
+
+def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
+    """The model of a pipeline's folder, or of that name on the Hub if there is no such folder."""
     try:
         pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
     except OSError as error:
         if folder.is_dir():
             raise
         raise ValueError(
-            f"there is no folder {name}, and no such model on the Hub: {str(error).splitlines()[0]}"
+            f"there is no folder {name} and no such model on the Hub: {str(error).splitlines()[0]}"
         ) from None
-    record = folder / "training.json"
-    trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else _digest(pipe.unet.state_dict())
-    settings = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    words = json.dumps([type(pipe.scheduler).__name__, settings], sort_keys=True)
-    walk = hashlib.sha256(words.encode()).hexdigest()
-    models = [Model(pipe, "EMA", digest, walk, trained)]
-    if "raw" in weights and is_run and trained:
-        try:
-            path, manifest = checkpoint.find(run, "latest")
-        except checkpoint.CheckpointError as error:
-            raise ValueError(f"there are no raw weights: {error}: give --weights ema") from None
-        if manifest["step"] != trained["step"]:
-            raise ValueError(
-                f"{path} is of step {manifest['step']}, pipeline/ of step {trained['step']}: give --weights ema"
-            )
-        unet = type(pipe.unet).from_config(pipe.unet.config)
-        unet.load_state_dict(load_file(path / checkpoint.WEIGHTS))
-        digest = manifest["files"][checkpoint.WEIGHTS]["sha256"]
-        models.append(Model(DDPMPipeline(unet.eval(), pipe.scheduler), "raw", digest, walk, trained))
-    found = [model for model in models if model.weights.lower() in weights]
-    if not found:
-        raise ValueError(f"weights are {','.join(weights)}, but {name} is no run with checkpoints: give --weights ema")
-    return found
+    file = folder / WEIGHTS_FILE
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else _hash_weights(pipe.unet.state_dict())
+    return Model(pipe, "EMA", sha256, _hash_scheduler(pipe.scheduler), RunRecord.load(folder))
 
 
-def _digest(weights: dict[str, Tensor]) -> str:
-    """Of weights whose file is not at hand."""
-    total = hashlib.sha256()
+def _load_online(run: Path, ema: Model, step: int) -> Model:
+    """The online weights of the newest checkpoint, which must be of the same step as pipeline/."""
+    try:
+        path, manifest = checkpoint.find(run, "latest")
+    except checkpoint.CheckpointError as error:
+        raise ValueError(f"there are no online weights: {error}: give --weights ema") from None
+    if manifest["step"] != step:
+        raise ValueError(f"{path} is of step {manifest['step']}, pipeline/ of step {step}: give --weights ema")
+    unet = type(ema.pipe.unet).from_config(ema.pipe.unet.config)
+    unet.load_state_dict(load_file(path / checkpoint.WEIGHTS))
+    return ema._replace(
+        pipe=DDPMPipeline(unet.eval(), ema.pipe.scheduler),
+        weights="online",
+        sha256=manifest["files"][checkpoint.WEIGHTS]["sha256"],
+    )
+
+
+def _hash_scheduler(scheduler: Any) -> str:
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps([type(scheduler).__name__, config], sort_keys=True).encode()).hexdigest()
+
+
+def _hash_weights(weights: dict[str, Tensor]) -> str:
+    """sha256 of weights whose file is in the Hub's cache and not in a folder."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        total.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return total.hexdigest()
+        sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return sha256.hexdigest()
+
+
+# ---- Samples ---------------------------------------------------------------------------------------------------------
 
 
 class Shards:
-    """The samples of one model and setting, in files of SHARD each, by whom and whenever they are made."""
+    """The samples of one model and sampler, SHARD_SIZE to a file. A file is complete or missing.
 
-    def __init__(self, folder: Path, model: Model, setting: Setting, seed: int, precision: str) -> None:
-        steps, eta = setting
-        name = f"{model.weights.lower()}-{model.sha256[:12]}-walk-{model.walk[:8]}"
-        self.folder = folder / "samples" / f"{name}-steps{steps}-eta{eta:g}-seed{seed}-{precision}"
+    The folder's name holds everything that the samples depend on.
+    """
+
+    def __init__(self, folder: Path, model: Model, sampler: SamplerConfig, seed: int, precision: str) -> None:
+        weights = f"{model.weights.lower()}-{model.sha256[:12]}-scheduler-{model.scheduler_hash[:8]}"
+        settings = f"steps{sampler.num_inference_steps}-eta{sampler.eta:g}-seed{seed}-{precision}"
+        self.folder = folder / "samples" / f"{weights}-{settings}"
         self.seed = seed
 
-    def missing(self, number: int) -> list[int]:
-        return [k for k in range(-(-number // SHARD)) if not self._is_whole(k)]
+    def missing(self, num_samples: int) -> list[int]:
+        """Indices of the shards that have yet to be drawn for so many samples."""
+        return [shard for shard in range(-(-num_samples // SHARD_SIZE)) if not self._is_complete(shard)]
 
-    def save(self, k: int, pixels: np.ndarray) -> None:
+    def save(self, shard: int, pixels: np.ndarray) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._file(k).with_suffix(f".tmp-{os.getpid()}")
-        with open(temporary, "wb") as file:
+        with replacing(self._path(shard)) as path, open(path, "wb") as file:
             np.save(file, pixels)
-        temporary.replace(self._file(k))
 
-    def load(self, number: int) -> np.ndarray:
-        """(number, C, H, W)."""
-        return np.concatenate([np.load(self._file(k)) for k in range(-(-number // SHARD))])[:number]
+    def load(self, num_samples: int) -> np.ndarray:
+        """The first samples: (num_samples, C, H, W)."""
+        shards = [np.load(self._path(shard)) for shard in range(-(-num_samples // SHARD_SIZE))]
+        return np.concatenate(shards)[:num_samples]
 
-    def _is_whole(self, k: int) -> bool:
+    def _is_complete(self, shard: int) -> bool:
         try:
-            return len(np.load(self._file(k), mmap_mode="r")) == SHARD
+            return len(np.load(self._path(shard), mmap_mode="r")) == SHARD_SIZE
         except (OSError, ValueError):  # missing, or damaged
             return False
 
-    def _file(self, k: int) -> Path:
-        return self.folder / f"{k:05d}.npy"
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
 
 
 def sample(
     model: Model,
-    setting: Setting,
+    sampler: SamplerConfig,
     shards: Shards,
-    number: int,
+    num_samples: int,
     *,
-    pixel_type: np.dtype[Any],
+    pixel_dtype: np.dtype[Any],
     batch_size: int,
-    processes: Any,
+    runtime: Runtime,
 ) -> float:
-    """Make the shards that are missing, each process its part; the seconds it took.
+    """Draw the shards that are missing, divided among the ranks. Returns the seconds it took, 0 if none was missing.
 
     Args:
-        pixel_type: uint8 or uint16, of what is kept.
-        batch_size: samples at once; which ones they are does not depend on it, but for rounding.
-        processes: an Accelerator.
+        pixel_dtype: uint8 or uint16, of the saved samples.
+        batch_size: samples per forward pass; it changes the samples by rounding errors only.
     """
-    began = time.monotonic()
-    missing = shards.missing(number)
-    processes.wait_for_everyone()  # before one of them makes some
-    mine = missing[processes.process_index :: processes.num_processes]
-    device, computes_in = processes.device, dtype(processes)
-    pipe = model.pipe.to(device)
-    pipe.set_progress_bar_config(leave=False, position=1, disable=not processes.is_main_process)
-    title = f"sampling, {model.weights}, {setting.num_inference_steps} steps, eta {setting.eta:g}"
-    for k in tqdm(mine, title, unit=f" x {SHARD}", disable=not processes.is_main_process or not mine):
-        seeds = list(range(shards.seed + k * SHARD, shards.seed + (k + 1) * SHARD))
-        drawn = []
-        with torch.autocast(device.type, computes_in, enabled=computes_in != torch.float32):
-            for start in range(0, SHARD, batch_size):
-                drawn += pipe(
+    started = time.monotonic()
+    missing = shards.missing(num_samples)
+    runtime.barrier()  # all ranks must look before one of them writes
+    own = missing[runtime.rank :: runtime.world_size]
+    pipe = model.pipe.to(runtime.device)
+    pipe.set_progress_bar_config(leave=False, position=1, disable=not runtime.is_main)
+    title = f"sampling, {model.weights}, {sampler}"
+    for shard in tqdm(own, title, unit=f" x {SHARD_SIZE}", disable=not runtime.is_main or not own):
+        first = shards.seed + shard * SHARD_SIZE
+        seeds = list(range(first, first + SHARD_SIZE))
+        images = []
+        with runtime.autocast():
+            for start in range(0, SHARD_SIZE, batch_size):
+                images += pipe(
                     seeds=seeds[start : start + batch_size],
-                    num_inference_steps=setting.num_inference_steps,
-                    eta=setting.eta,
+                    num_inference_steps=sampler.num_inference_steps,
+                    eta=sampler.eta,
                     output_type="latent",
                     return_dict=False,
                 )
-        shards.save(k, to_pixels(torch.cat(drawn), pixel_type))
-    processes.wait_for_everyone()
-    return time.monotonic() - began if missing else 0.0
+        shards.save(shard, to_pixels(torch.cat(images), pixel_dtype))
+    runtime.barrier()
+    return time.monotonic() - started if missing else 0.0

@@ -1,0 +1,135 @@
+"""Every setting of an evaluation with its default, unit and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from training.command_line import parse_dataclass
+
+FEATURE_METRICS = ("frechet", "kernel", "precision", "density", "memorisation")  # compare features of samples
+SAMPLE_METRICS = (*FEATURE_METRICS, "shift")
+HELD_OUT_METRICS = ("bound", "flow")  # need no samples
+METRICS = (*SAMPLE_METRICS, *HELD_OUT_METRICS)
+WEIGHTS = ("ema", "online")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of an evaluation.
+
+    Args:
+        model: folder of a finished run, folder of a saved pipeline, or a name on the Hub.
+        output_dir: folder for report.json, report.md and the samples; by default the folder of the run.
+        metrics: what to measure. frechet, kernel, precision (with recall), density (with coverage), memorisation and
+            shift (brightness and contrast) compare samples with training images. bound is the variational bound on the
+            bits per dimension of held-out images, flow their likelihood by the probability-flow ODE, which needs the
+            extra `ode`. By default all but flow.
+        num_samples: samples per sampler.
+        num_inference_steps: numbers of sampling steps; the first one is what a model card shows.
+        eta: 1 is ancestral (DDPM) sampling, 0 deterministic (DDIM) sampling; the first one is what a model card shows.
+        weights: ema (the published weights) and online (without EMA; with the first sampler only).
+        extractor: feature extractors; pixels, classifier, or a .th or .pt file: see ddpm_pipeline/features.py.
+        seed: sample i is drawn from seed + i.
+        num_reference: training images to compare with; 0 means all.
+        num_bound_images: held-out images for bound.
+        strata: timesteps per image for bound; 0 means all.
+        num_flow_images: held-out images for flow.
+        dataset_name: as for train.py; by default the data that the model was trained on.
+        train_data_dir: as for train.py.
+        revision: tag, branch or commit of a model on the Hub.
+        batch_size: images per forward pass.
+        mixed_precision: what the network computes in; no means float32.
+        cpu_threads: threads per process on a CPU; by default the processes of one machine share its cores.
+        cache_dir: folder for decoded images, features and trained classifiers.
+    """
+
+    model: str
+    output_dir: str | None = None
+    metrics: tuple[str, ...] = METRICS[:-1]
+    num_samples: int = 2048
+    num_inference_steps: tuple[int, ...] = (50,)
+    eta: tuple[float, ...] = (1.0,)
+    weights: tuple[str, ...] = WEIGHTS
+    extractor: tuple[str, ...] = ("classifier",)
+    seed: int = 0
+    num_reference: int = 10_000
+    num_bound_images: int = 1000
+    strata: int = 20
+    num_flow_images: int = 64
+    dataset_name: str | None = None
+    train_data_dir: str | None = None
+    revision: str | None = None
+    batch_size: int = 64
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "no"
+    cpu_threads: int | None = None
+    cache_dir: str = "~/.cache/ddpm_pipeline"
+
+    def __post_init__(self) -> None:
+        minimums = {"num_samples": 16, "num_reference": 0, "num_bound_images": 2, "num_flow_images": 2, "strata": 0,
+                    "batch_size": 1, "seed": 0, "cpu_threads": 1}  # fmt: skip
+        for name, minimum in minimums.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}: give at least {minimum}")
+        if 0 < self.strata < 8:
+            raise ValueError(f"strata is {self.strata}: give at least 8 for a usable standard error, or 0 for all")
+        if 0 < self.num_reference < 16:
+            raise ValueError(f"num_reference is {self.num_reference}: give at least 16, or 0 for all")
+        if self.seed + self.num_samples > 2**32 - 64:
+            limit = 2**32 - 64 - self.num_samples
+            raise ValueError(f"seed is {self.seed}: give at most {limit}, so that the last sample's is below 2^32")
+        self._check_lists()
+        if self.dataset_name and self.train_data_dir:
+            raise ValueError(
+                f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
+            )
+
+    def _check_lists(self) -> None:
+        for name in ("metrics", "weights", "num_inference_steps", "eta", "extractor"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} is empty: give at least one value")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is {_join(values)}: give each value once")
+        for name, allowed in (("metrics", METRICS), ("weights", WEIGHTS)):
+            if unknown := [value for value in getattr(self, name) if value not in allowed]:
+                raise ValueError(f"{name} has {unknown[0]!r}: give some of {_join(allowed)}")
+        if wrong := [steps for steps in self.num_inference_steps if steps < 1]:
+            raise ValueError(f"num_inference_steps has {wrong[0]}: give at least 1")
+        if wrong_eta := [eta for eta in self.eta if not 0 <= eta <= 1]:
+            raise ValueError(f"eta has {wrong_eta[0]}: give numbers from 0 to 1")
+
+    @property
+    def sample_metrics(self) -> list[str]:
+        """Those of the metrics that need samples."""
+        return [metric for metric in self.metrics if metric in SAMPLE_METRICS]
+
+    @property
+    def feature_metrics(self) -> list[str]:
+        """Those of the metrics that need samples and a feature extractor."""
+        return [metric for metric in self.metrics if metric in FEATURE_METRICS]
+
+    @property
+    def held_out_metrics(self) -> list[str]:
+        """Those of the metrics that need held-out images and no samples."""
+        return [metric for metric in self.metrics if metric in HELD_OUT_METRICS]
+
+
+def parse(arguments: Sequence[str] | None = None) -> EvalConfig:
+    """The command line: the model, then flags. A mistake prints one line and exits with code 2."""
+    return parse_dataclass(EvalConfig, arguments, description="Evaluate a model.", positional=("model",))
+
+
+def check_installed(config: EvalConfig) -> None:
+    """Raise ValueError if a library is missing that would only be imported once everything is sampled."""
+    extras = {"matplotlib": "eval"} | ({"torchdiffeq": "ode"} if "flow" in config.metrics else {})
+    for module, extra in extras.items():
+        if find_spec(module) is None:
+            raise ValueError(f'{module} is not installed: pip install -c constraints.txt -e ".[train,{extra}]"')
+
+
+def _join(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))

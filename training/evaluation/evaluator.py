@@ -1,0 +1,227 @@
+"""The steps of an evaluation: models, images, samples, held-out images, report. See training/evaluate.py."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ddpm_pipeline.features import Extractor, make_extractor
+from training.evaluation import measures, report
+from training.evaluation.config import EvalConfig
+from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
+from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
+from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
+from training.run.runtime import Runtime, commit, device_name, versions
+
+
+class Evaluator:
+    """One evaluation: its settings, its processes, its models, and the warnings that have come up.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.runtime = Runtime(config.mixed_precision, config.cpu_threads)
+        self.precision = {"no": "float32"}.get(self.runtime.mixed_precision, self.runtime.mixed_precision)
+        with self.runtime.main_first():  # rank 0 downloads for all
+            self.models = load_models(config.model, config.weights, config.revision)
+        check_fits_model(config, self.models[0])
+        self.output_dir = Path(config.output_dir or config.model)
+        if config.output_dir is None and not (self.output_dir / "pipeline").is_dir():
+            raise ValueError(f"{config.model} is not the folder of a run: give --output_dir for the report")
+        self.folder = self.output_dir / "evaluation"
+        self.cache_dir = Path(config.cache_dir).expanduser() / "features"
+        self.warnings: list[str] = []
+
+    def load_images(self) -> RealImages:
+        """The data, and which of its images are compared with what."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.runtime.is_main:
+            for plot in self.folder.glob("*.png"):  # maybe of other weights
+                plot.unlink()
+        with self.runtime.main_first():  # rank 0 decodes for all
+            split = load_split(self.config, self.models[0])
+        same = was_trained_on(self.models[0], split)
+        kind = "training images" if same else f"images of {split.data.source}"
+        real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind)
+        self.runtime.print(
+            f"reference set: {real.reference_description} of {split.data.source}; real-data baseline: "
+            f"{len(real.baseline)} {real.baseline_description}"
+        )
+        self._warn_about_data(real, same)
+        return real
+
+    def _warn_about_data(self, real: RealImages, same: bool) -> None:
+        """Warn of what makes the figures less than they seem. same: the model was trained on this data."""
+        config, record = self.config, self.models[0].record
+        if config.sample_metrics and real.warning:
+            self.warnings.append(real.warning)
+        if len(real.held_out) < 2:
+            self.warnings.append("fewer than 2 images are held out: no bits per dimension and no memorisation measure")
+        elif record is None:
+            self.warnings.append(
+                "it is not known how this model was trained: it may have seen the images that are held out here"
+            )
+        elif not same:
+            self.warnings.append(
+                f"the model was trained on other images, {record.num_images} of {record.source}: it may have seen the "
+                "images that are held out here"
+            )
+        if "frechet" in config.metrics and config.num_samples < 2048:
+            self.warnings.append(
+                f"Frechet distances of {config.num_samples} samples are too large, by about 1 / n: use 2048 or more"
+            )
+
+    def make_extractors(self, real: RealImages) -> list[Extractor]:
+        """The feature extractors; the classifier is trained on the training images."""
+        if not self.config.feature_metrics:
+            return []
+        with self.runtime.main_first():  # rank 0 trains the classifier for all
+            return [
+                make_extractor(
+                    which,
+                    images=real.split.train_images,
+                    labels=real.split.train_labels(),
+                    cache_dir=self.cache_dir,
+                    device=self.runtime.device,
+                )
+                for which in self.config.extractor
+            ]
+
+    def measure_samples(self, real: RealImages, extractors: list[Extractor]) -> list[Measurement]:
+        """Draw the samples that are missing and compare them with the real images; ranks above 0 return [].
+
+        The first weights are measured with all samplers, the others with the first sampler only.
+        """
+        if not self.config.sample_metrics:
+            return []
+        samplers = [SamplerConfig(steps, eta) for eta in self.config.eta for steps in self.config.num_inference_steps]
+        measurements = []
+        for model in self.models:
+            for sampler in samplers if model is self.models[0] else samplers[:1]:
+                primary = model is self.models[0] and sampler == samplers[0]
+                measurements += self._measure_sampler(model, sampler, real, extractors, primary)
+        return measurements
+
+    def _measure_sampler(
+        self, model: Model, sampler: SamplerConfig, real: RealImages, extractors: list[Extractor], primary: bool
+    ) -> list[Measurement]:
+        config = self.config
+        shards = Shards(self.folder, model, sampler, config.seed, self.precision)
+        seconds = sample(
+            model, sampler, shards, config.num_samples, pixel_dtype=real.reference.dtype, batch_size=config.batch_size,
+            runtime=self.runtime,
+        )  # fmt: skip
+        if not self.runtime.is_main:
+            return []
+        samples = shards.load(config.num_samples)
+        results: list[Result] = []
+        try:
+            for extractor in extractors:
+                results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir)
+            if "shift" in config.metrics:
+                results += measures.compare_channels(samples, real)
+        except ValueError as error:  # all samples are equal, or all pixels of a channel, as of alpha
+            self.warnings.append(f"not everything is measured with {model.weights} weights, {sampler}: {error}")
+        if primary and "memorisation" in config.metrics:
+            grid = report.nearest_grid(samples, real.reference, extractors[0], self.cache_dir)
+            grid.save(self.folder / "nearest.png")
+        measurements = [
+            make_measurement(
+                result, model, sampler, reference=real.reference_description, primary=primary, seed=config.seed,
+                seconds=seconds,
+            )
+            for result in results
+        ]  # fmt: skip
+        self.runtime.print(report.samples_line(model.weights, sampler, measurements))
+        return measurements
+
+    def measure_held_out(self, real: RealImages) -> tuple[list[Measurement], list[Curve]]:
+        """Bits per dimension of held-out images with all weights, and the variational bound's curves over t."""
+        measurements: list[Measurement] = []
+        curves: list[Curve] = []
+        if len(real.held_out) < 2:
+            return measurements, curves
+        config = self.config
+        bits = HeldOutBits(real.held_out, batch_size=config.batch_size, seed=config.seed, runtime=self.runtime)
+
+        def add(model: Model, result: Result, started: float) -> None:
+            measurement = make_measurement(
+                result, model, None, reference="held-out images", primary=model is self.models[0], seed=config.seed,
+                seconds=time.monotonic() - started,
+            )  # fmt: skip
+            measurements.append(measurement)
+            self.runtime.print(report.held_out_line(measurement))
+
+        for model in self.models:
+            for variance_type in measures.variance_types(model) if "bound" in config.metrics else []:
+                started = time.monotonic()
+                result, curve = bits.variational_bound(model, variance_type, config.num_bound_images, config.strata)
+                add(model, result, started)
+                curves.append(curve)
+            if "flow" in config.metrics:
+                started = time.monotonic()
+                add(model, bits.ode_likelihood(model, config.num_flow_images), started)
+        return measurements, curves
+
+    def write_report(
+        self, real: RealImages, extractors: list[Extractor], measurements: list[Measurement], curves: list[Curve]
+    ) -> None:
+        """Write report.json, report.md and the plots, on rank 0."""
+        if not self.runtime.is_main:
+            return
+        first = self.models[0]
+        report.write(
+            self.output_dir,
+            self.folder,
+            report.Report(
+                weights_sha256=first.sha256,
+                command=report.command_line(self.config),
+                measurements=measurements,
+                warnings=self.warnings,
+                curves=curves,
+                data=real.split.data.source,
+                reference={
+                    "description": real.reference_description,
+                    "n": len(real.reference),
+                    "sha256": real.reference_sha256,
+                },
+                real_data_baseline={"description": real.baseline_description, "n": len(real.baseline)},
+                held_out={"description": real.split.held_out_source, "n": len(real.held_out)},
+                extractors=[
+                    {"name": extractor.name, "key": extractor.key, "accuracy": extractor.accuracy}
+                    for extractor in extractors
+                ],
+                step=None if first.record is None else first.record.step,
+                precision=self.precision,
+                seconds=round(time.monotonic() - self.started, 1),
+                num_processes=self.runtime.world_size,
+                device=device_name(self.runtime.device),
+                date=time.strftime("%Y-%m-%d"),
+                commit=commit(),
+                versions=versions(),
+            ),
+        )
+        for warning in self.warnings:
+            self.runtime.print(f"WARNING: {warning}.")
+        names = f"{self.output_dir / 'report.json'} and {self.output_dir / 'report.md'}"
+        self.runtime.print(f"\nThe report: {names}; its plots: {self.folder}.")
+
+
+def check_fits_model(config: EvalConfig, model: Model) -> None:
+    """Raise ValueError if the model cannot be sampled or measured with these settings."""
+    num_timesteps = model.pipe.scheduler.config.num_train_timesteps
+    if config.sample_metrics and (wrong := [steps for steps in config.num_inference_steps if steps > num_timesteps]):
+        raise ValueError(
+            f"num_inference_steps has {wrong[0]}: give at most {num_timesteps}, the model's number of diffusion "
+            "timesteps"
+        )
+    if config.held_out_metrics:
+        measures.variance_types(model)
+        if config.strata >= num_timesteps:
+            raise ValueError(
+                f"strata is {config.strata}: give less than {num_timesteps}, the model's number of diffusion timesteps"
+            )

@@ -1,0 +1,138 @@
+"""The real images of an evaluation: a reference set, a baseline set that stands in for the samples, a held-out set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.config import Config
+from training.data.split import DataSplit, evenly_spaced, load_data_split
+from training.evaluation.config import EvalConfig
+from training.evaluation.samples import Model
+
+SMALLEST_BASELINE = 6  # density and coverage need five nearest neighbours of every image
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Which real images are compared with what.
+
+    Samples are compared with the reference set. The real-data baseline is the same measure of real images, taken from
+    outside of the reference set or removed from it: what a perfect model would get, up to its own standard error.
+
+    Args:
+        split: the data.
+        reference: (N, C, H, W): training images.
+        reference_description: what they are, for the report.
+        baseline: (M, C, H, W): images that are measured as if they were samples; M may be 0.
+        baseline_description: what they are.
+        not_in_baseline: (N,) bool: the reference images that the baseline is compared with.
+        warning: what is wrong with the baseline, if anything.
+    """
+
+    split: DataSplit
+    reference: np.ndarray
+    reference_description: str
+    baseline: np.ndarray
+    baseline_description: str
+    not_in_baseline: np.ndarray
+    warning: str | None
+
+    @property
+    def held_out(self) -> np.ndarray:
+        return self.split.held_out
+
+    @property
+    def reference_sha256(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.reference).data).hexdigest()
+
+
+def load_split(config: EvalConfig, model: Model) -> DataSplit:
+    """The data that the model was trained on, or other data, prepared as for training.
+
+    Held out is the test split if there is one, since the others may have been looked at while training; else what was
+    held out during training.
+
+    Raises:
+        ValueError: it is not known what the model was trained on, or the images do not fit the model.
+    """
+    settings: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
+    settings |= model.record.config if model.record else {}
+    if config.dataset_name or config.train_data_dir:
+        settings |= {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+        if config.dataset_name in (None, "moons"):  # a folder and the moons have no configs and no splits to choose
+            settings["dataset_config_name"] = None
+            if settings["validation_split"] != "none":
+                settings["validation_split"] = None
+    elif not (settings["dataset_name"] or settings["train_data_dir"]):
+        raise ValueError("it is not known what this model was trained on: give --dataset_name or --train_data_dir")
+    names = "dataset_name dataset_config_name train_data_dir center_crop background on_bad_image min_side"
+    size = model.pipe.unet.config.sample_size
+    options = {name: settings[name] for name in names.split()}
+    options["resolution"] = size if isinstance(size, int) else tuple(size)
+    options["cache_dir"] = Path(config.cache_dir).expanduser()
+    # A run without validation was trained on every image of the data.
+    split = load_data_split(settings["validation_split"] if settings["validation_steps"] else "none", **options)
+    if "test" in split.data.splits:
+        split = load_data_split("test", **options)
+    channels = model.pipe.unet.config.in_channels
+    if split.data.channels != channels:
+        raise ValueError(
+            f"the images have {split.data.channels} channels, the model has {channels}: give the data it was trained on"
+        )
+    return split
+
+
+def was_trained_on(model: Model, split: DataSplit) -> bool:
+    """Whether the model was trained on these images, as far as its run record tells."""
+    record = model.record
+    if record is None or record.num_images != len(split.train_indices):
+        return False
+    return record.source.split(";")[0] == split.data.source.split(";")[0]  # the rest is remarks
+
+
+def choose_real_images(
+    split: DataSplit, num_reference: int, num_samples: int, kind: str = "training images"
+) -> RealImages:
+    """A reference set of num_reference training images (0: all), and a baseline set as large as the samples.
+
+    The baseline set is held-out images if there are enough of them, else training images outside of the reference set
+    if there are enough of those, else at most half of all training images.
+
+    Args:
+        kind: what the report calls the training images.
+    """
+    train, held_out = split.train_indices, split.held_out
+    reference = train if not num_reference else train[evenly_spaced(len(train), num_reference)]
+    if len(held_out) >= num_samples:
+        baseline, description = held_out[evenly_spaced(len(held_out), num_samples)], "held-out images"
+        not_in_baseline = np.ones(len(reference), bool)
+    else:
+        unused = np.setdiff1d(train, reference)
+        candidates = unused if len(unused) >= num_samples else train
+        chosen = candidates[evenly_spaced(len(candidates), min(num_samples, len(train) // 2))]
+        baseline, description, not_in_baseline = split.data.images[chosen], kind, ~np.isin(reference, chosen)
+    warning = None
+    if min(len(baseline), int(not_in_baseline.sum())) < SMALLEST_BASELINE:
+        baseline = baseline[:0]
+        warning = f"there is no real-data baseline: {len(train)} images are too few to set {SMALLEST_BASELINE} aside"
+    elif len(baseline) < num_samples:
+        warning = (
+            f"the real-data baseline is of {len(baseline)} images, because there are no more; distances depend on the "
+            f"number of images, so it is not quite comparable with {num_samples} samples"
+        )
+    count = f"{len(reference)}" if len(reference) < len(train) else f"all {len(train)}"
+    return RealImages(
+        split=split,
+        reference=np.asarray(split.data.images[reference]),
+        reference_description=f"{count} {kind}",
+        baseline=np.asarray(baseline),
+        baseline_description=description,
+        not_in_baseline=not_in_baseline,
+        warning=warning,
+    )
