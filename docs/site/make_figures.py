@@ -34,6 +34,7 @@ def draw_space(model: str, path: Path) -> None:
         return (images.flatten(1).double() - mean) @ directions
 
     pipe = DDPMPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
     half, full = render([HALF]), render([FULL])
     weights = [i / 8 for i in range(9)]
     between = pipe.fuse(half, full, weights, balance=True, num_inference_steps=50, output_type="latent").images
@@ -44,15 +45,15 @@ def draw_space(model: str, path: Path) -> None:
     axes.scatter(*project(moons).T, s=6, color="0.7", label="true moons, one per degree of phase")
     axes.plot(*project(straight).T, "x--", color="tab:red", label="mean of the pixels")
     axes.plot(*project(between).T, "o-", color="tab:blue", label="interpolated by the model")
-    for phase, name in ((0, "new"), (HALF, "half"), (FULL, "full"), (3 * HALF, "other half")):
+    for phase, name in ((0, "new"), (HALF, "half"), (FULL, "full"), (3 * HALF, "the other half")):
         x, y = project(render([phase]))[0].tolist()
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6))
-    for images, index, corner in ((straight, 4, (0.30, 0.30)), (between, 4, (0.30, 0.62))):
+    for images, index, corner in ((straight, 4, (0.52, 0.30)), (between, 4, (0.52, 0.62))):
         inset = axes.inset_axes((*corner, 0.16, 0.22))
         inset.imshow(images[index, 0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
         inset.set(xticks=[], yticks=[], title=("mean" if images is straight else "between"))
     axes.set(xlabel="first principal component", ylabel="second")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc=(0.1, 0.33), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
