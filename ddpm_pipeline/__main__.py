@@ -1,6 +1,6 @@
-"""The pipeline's methods on the command line: `python -m ddpm_pipeline COMMAND MODEL ...`, pictures in and out.
+"""The pipeline's methods on the command line: `python -m ddpm_pipeline COMMAND MODEL ...`, image files in and out.
 
-Exit codes: 0 done; 2 a mistake in the command, the model or the pictures.
+Exit codes: 0 success; 2 an error in the arguments, the model or the images.
 """
 
 from __future__ import annotations
@@ -18,177 +18,197 @@ if TYPE_CHECKING:
 
 
 ANIMATED = (".gif", ".webp")
+NUM_INFERENCE_STEPS = 50
 
 
-def parser() -> argparse.ArgumentParser:
-    description = "Pictures from a trained DDPM, and what lies between pictures."
-    made = argparse.ArgumentParser(prog="python -m ddpm_pipeline", description=description, allow_abbrev=False)
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def make_parser() -> argparse.ArgumentParser:
+    description = "Sample images from a trained DDPM, interpolate between images, inpaint and vary them."
+    parser = argparse.ArgumentParser(prog="python -m ddpm_pipeline", description=description, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, does: str, pictures: str | int | None = None, seeds: bool = True) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
-        one.add_argument("model", help='folder of a saved pipeline, or a name on the Hub, "user/model"')
-        if pictures is not None:
-            one.add_argument("images", type=Path, nargs=pictures, metavar="IMAGE", help="file, of the model's size")
-        one.add_argument(
+    def add_command(
+        name: str, summary: str, images: str | int | None = None, seeds: bool = True
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        command.add_argument("model", help='folder of a saved pipeline, or name of a model on the Hub, "user/model"')
+        if images is not None:
+            command.add_argument("images", type=Path, nargs=images, metavar="IMAGE", help="image of the model's size")
+        command.add_argument(
             "--output",
             "-o",
             type=Path,
             default=Path(f"{name}.png"),
-            help="file to write (%(default)s): one picture as it is, several as an enlarged sheet",
+            help="file to write (%(default)s): a single image at its own size, several as an enlarged grid",
         )
-        one.add_argument("--num_inference_steps", type=int, default=None, help="steps of a walk home; 50 by default")
-        one.add_argument("--revision", help="of a model on the Hub: a tag, branch or commit")
-        one.add_argument("--class_label", type=int, help="for a model with classes")
-        one.add_argument("--device", help="cpu, cuda, ...; by default an accelerator if there is one")
+        command.add_argument("--num_inference_steps", type=int, help=f"sampling steps ({NUM_INFERENCE_STEPS})")
+        command.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
+        command.add_argument("--class_label", type=int, help="class, for a class-conditional model")
+        command.add_argument("--device", help="cpu, cuda, ...; by default an accelerator if there is one")
         if seeds:
-            one.add_argument("--seeds", type=int, nargs="+", help="one for each picture that is drawn; 0 by default")
-            one.add_argument("--eta", type=float, help="0 walks without noise, 1 (the default) as DDPM does")
-        return one
+            command.add_argument("--seeds", type=int, nargs="+", help="one for each image to generate (0)")
+            command.add_argument(
+                "--eta", type=float, help="0: sampling without noise (DDIM); 1, the default: ancestral sampling (DDPM)"
+            )
+        return command
 
-    command("generate", "new pictures, one for each seed")
-    one = command("invert", "out into the noise and home: what becomes of the pictures", pictures="+", seeds=False)
-    one.add_argument("--refinements", type=int, default=0, help="of each step out (%(default)s)")
-    one.add_argument("--latents", type=Path, help="write their places in the noise too, a .npy file (B, C, H, W)")
-    one = command("fuse", "the pictures between two pictures", pictures=2)
-    which = one.add_mutually_exclusive_group()
-    which.add_argument("--weight", type=float, nargs="+", default=[0.5], help="0: the first, 1: the second (0.5)")
-    which.add_argument("--strip", type=int, metavar="N", help="N pictures with weights from 0 to 1")
-    one.add_argument(
+    iterations_help = "fixed-point iterations for each timestep of the inversion (%(default)s)"
+    add_command("generate", "generate images, one for each seed")
+
+    invert = add_command(
+        "invert", "DDIM inversion: images to latents, and the images reconstructed from them", "+", seeds=False
+    )
+    invert.add_argument("--fixed_point_iterations", type=int, default=0, help=iterations_help)
+    invert.add_argument("--latents", type=Path, help="also write the latents to this .npy file, (B, C, H, W)")
+
+    fuse = add_command("fuse", "interpolate between two images", images=2)
+    weights = fuse.add_mutually_exclusive_group()
+    weights.add_argument("--weight", type=float, nargs="+", default=[0.5], help="0: first image, 1: second image (0.5)")
+    weights.add_argument("--strip", type=int, metavar="N", help="N images with weights from 0 to 1")
+    fuse.add_argument(
         "--balance",
         action="store_true",
-        help="the weight is what share the distance to the first is of the distances to both; without it pictures near "
-        "the middle may all be like one of the two",
+        help="read each weight as a distance ratio d(first) / (d(first) + d(second)); without it, several images in "
+        "the middle may all look like one of the two",
     )
-    one.add_argument("--refinements", type=int, default=3, help="of each step of the inversion (%(default)s)")
-    one.add_argument("--path", choices=("latent", "noise"), default="latent", help="(%(default)s)")
-    one.add_argument("--timestep", type=int, help="for --path noise: the step from which it walks home")
-    one = command("inpaint", "paint what a mask hides", pictures=1)
-    one.add_argument("mask", type=Path, metavar="MASK", help="file of the same size, white where to paint")
-    one.add_argument("--jump_length", type=int, default=5, help="steps that a jump goes back out (%(default)s)")
-    one.add_argument(
+    fuse.add_argument("--fixed_point_iterations", type=int, default=3, help=iterations_help)
+    fuse.add_argument(
+        "--path",
+        choices=("latent", "noise"),
+        default="latent",
+        help="interpolate between the latents of the images, or mix the images and noise the mix (%(default)s)",
+    )
+    fuse.add_argument(
+        "--timestep", type=int, help="with --path noise: index to add noise up to (half of the timesteps)"
+    )
+
+    inpaint = add_command("inpaint", "RePaint: generate what a mask covers", images=1)
+    inpaint.add_argument("mask", type=Path, metavar="MASK", help="image of the same size, white where to paint")
+    inpaint.add_argument("--jump_length", type=int, default=5, help="timesteps of a jump to more noise (%(default)s)")
+    inpaint.add_argument(
         "--resamples",
         type=int,
         default=5,
-        help="walks of each part: more fit better, and take longer (5)",
+        help="how often each part is sampled (%(default)s): more match the surroundings better and take longer",
     )
-    one = command("vary", "pictures like a picture, one for each seed", pictures=1)
-    one.add_argument("--strength", type=float, default=0.5, help="0 the same picture, 1 any (%(default)s)")
-    one = command("walk", "a walk home as a film strip, or animated if the output is .gif or .webp")
-    one.add_argument("--image", type=Path, help="walk out of this picture first")
-    one.add_argument("--columns", type=int, default=10, help="pictures in a row of the strip (%(default)s)")
-    return made
+
+    vary = add_command("vary", "image-to-image (SDEdit): variations of an image, one for each seed", images=1)
+    vary.add_argument("--strength", type=float, default=0.5, help="0: the same image, 1: a fresh sample (%(default)s)")
+
+    trajectory = add_command("trajectory", "sampling trajectory as a strip, or animated if the output is .gif or .webp")
+    trajectory.add_argument("--image", type=Path, help="start with the forward process from this image")
+    trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
+    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
-        check(given)
-        pictures = [opened(path) for path in getattr(given, "images", [])]
-        pipe = loaded(given)
-        run(pipe, given, pictures)
+        check(args)
+        images = [read_image(path) for path in getattr(args, "images", [])]
+        run(load_pipeline(args), args, images)
     except (ValueError, OSError) as error:
-        print(f"ddpm_pipeline {given.command}: {error}", file=sys.stderr)
+        print(f"ddpm_pipeline {args.command}: {error}", file=sys.stderr)
         return 2
-    print(f"written: {given.output}")
+    print(f"wrote {args.output}")
     return 0
 
 
-def check(given: argparse.Namespace) -> None:
-    """Raise ValueError for what would only be found when all is drawn."""
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for errors that would only show after sampling."""
     for name in ("output", "latents"):
-        path = getattr(given, name, None)
+        path = getattr(args, name, None)
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name} is {path}: there is no folder {path.parent}")
-    if given.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output is {given.output}: give a name that ends as pictures do, such as out.png")
-    if getattr(given, "columns", 2) < 2:
-        raise ValueError(f"--columns is {given.columns}: give at least 2")
-    if getattr(given, "strip", None) is not None and given.strip < 2:
-        raise ValueError(f"--strip is {given.strip}: give at least 2")
+            raise ValueError(f"--{name} is {path}: the folder {path.parent} does not exist")
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output is {args.output}: give a name with the suffix of an image format, such as out.png")
+    if getattr(args, "columns", 2) < 2:
+        raise ValueError(f"--columns is {args.columns}: give at least 2")
+    if getattr(args, "strip", None) is not None and args.strip < 2:
+        raise ValueError(f"--strip is {args.strip}: give at least 2")
 
 
-def run(pipe: Any, given: argparse.Namespace, pictures: list[Image.Image]) -> None:
-    """Do what the command says, and write it."""
+def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
+    """Run the command and write its output."""
     from . import visualize
 
-    steps = given.num_inference_steps
-    common: dict[str, Any] = {"num_inference_steps": steps_of(pipe) if steps is None else steps}
-    if given.class_label is not None:
-        common["class_labels"] = given.class_label
-    seeds = getattr(given, "seeds", None) or [0]
-    drawing = {"seeds": seeds, "eta": getattr(given, "eta", None), "output_type": "latent"}
-    drawn: torch.Tensor
-    if given.command == "generate":
-        drawn = pipe(**common, **drawing).images
-    elif given.command == "invert":
-        latents = pipe.invert(pictures, refinements=given.refinements, **common)
-        for path, error in zip(given.images, pipe.inversion_error.tolist()):
-            print(f"{path}: mean squared error of the way out and home {error:.5f}")
-        if given.latents is not None:
+    steps = args.num_inference_steps
+    common: dict[str, Any] = {"num_inference_steps": default_steps(pipe) if steps is None else steps}
+    if args.class_label is not None:
+        common["class_labels"] = args.class_label
+    seeds = getattr(args, "seeds", None) or [0]
+    sampling = {"seeds": seeds, "eta": getattr(args, "eta", None), "output_type": "latent"}
+    x_0: torch.Tensor
+    if args.command == "generate":
+        x_0 = pipe(**common, **sampling).images
+    elif args.command == "invert":
+        latents = pipe.invert(images, fixed_point_iterations=args.fixed_point_iterations, **common)
+        for path, error in zip(args.images, pipe.inversion_error.tolist()):
+            print(f"{path}: inversion error {error:.5f} (mean squared, pixels in [-1, 1])")
+        if args.latents is not None:
             import numpy as np
 
-            np.save(given.latents, latents.cpu().numpy())
-        drawn = pipe(latents=latents, eta=0.0, output_type="latent", **common).images
-    elif given.command == "fuse":
-        strip = given.strip
-        weights = [i / (strip - 1) for i in range(strip)] if strip else given.weight
-        if given.path == "noise":
-            drawing["timestep"] = given.timestep
-        else:  # which has no noise: what was given of it is refused
-            drawing |= {"seeds": given.seeds, "timestep": given.timestep, "refinements": given.refinements}
-        made = pipe.fuse(*pictures, weight=weights, path=given.path, balance=given.balance, **common, **drawing)
-        for weight, place, part in zip(weights, made.weights, made.shares):
-            print(f"weight {weight:g}: place on the path {place:.4f}, share of the distances {part:.3f}")
-        print(f"{made.network_calls} calls of the network")
-        drawn = made.images
-    elif given.command == "inpaint":
-        drawn = pipe.inpaint(
-            pictures * len(seeds), opened(given.mask), jump_length=given.jump_length, resamples=given.resamples,
-            **common, **drawing,
+            np.save(args.latents, latents.cpu().numpy())
+        x_0 = pipe(latents=latents, eta=0.0, output_type="latent", **common).images
+    elif args.command == "fuse":
+        strip = args.strip
+        weights = [i / (strip - 1) for i in range(strip)] if strip else args.weight
+        if args.path == "noise":
+            sampling["timestep"] = args.timestep
+        else:  # fuse refuses options of the noise that are set
+            sampling |= {"seeds": args.seeds, "timestep": args.timestep}
+            sampling["fixed_point_iterations"] = args.fixed_point_iterations
+        fused = pipe.fuse(*images, weight=weights, path=args.path, balance=args.balance, **common, **sampling)
+        for weight, used, ratio in zip(weights, fused.weights, fused.distance_ratios):
+            print(f"weight {weight:g}: interpolation weight {used:.4f}, distance ratio {ratio:.3f}")
+        print(f"{fused.network_calls} network calls")
+        x_0 = fused.images
+    elif args.command == "inpaint":
+        x_0 = pipe.inpaint(
+            images * len(seeds), read_image(args.mask), jump_length=args.jump_length, resamples=args.resamples,
+            **common, **sampling,
         ).images  # fmt: skip
-    elif given.command == "vary":
-        drawn = pipe.vary(pictures * len(seeds), given.strength, **common, **drawing).images
+    elif args.command == "vary":
+        x_0 = pipe.vary(images * len(seeds), args.strength, **common, **sampling).images
     else:
-        drawing.pop("output_type")
-        image = None if given.image is None else [opened(given.image)] * len(seeds)
-        steps = list(pipe.trajectory(image=image, **common, **drawing))
-        if given.output.suffix in ANIMATED:
-            visualize.animate(steps, given.output)
+        del sampling["output_type"]
+        image = None if args.image is None else [read_image(args.image)] * len(seeds)
+        trajectory = list(pipe.trajectory(image=image, **common, **sampling))
+        if args.output.suffix in ANIMATED:
+            visualize.animate(trajectory, args.output)
         else:
-            visualize.strip(steps, columns=given.columns).save(given.output)
+            visualize.strip(trajectory, columns=args.columns).save(args.output)
         return
-    if len(drawn) == 1:  # so that it can be given to the next command
-        pixels = visualize.to_uint8(drawn)[0]
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(given.output)
+    if len(x_0) == 1:  # not enlarged, so that the next command can read it
+        pixels = visualize.to_uint8(x_0)[0]
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.output)
     else:
-        visualize.grid(drawn, columns=len(drawn) if given.command == "fuse" else None).save(given.output)
+        visualize.grid(x_0, columns=len(x_0) if args.command == "fuse" else None).save(args.output)
 
 
-def steps_of(pipe: Any) -> int:
-    return min(50, pipe.scheduler.config.num_train_timesteps)
+def default_steps(pipe: Any) -> int:
+    return min(NUM_INFERENCE_STEPS, pipe.scheduler.config.num_train_timesteps)
 
 
-def loaded(given: argparse.Namespace) -> Any:
+def load_pipeline(args: argparse.Namespace) -> Any:
     import torch
 
     from . import DDPMPipeline
 
-    pipe = DDPMPipeline.from_pretrained(given.model, **({"revision": given.revision} if given.revision else {}))
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    pipe = DDPMPipeline.from_pretrained(args.model, **({"revision": args.revision} if args.revision else {}))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return pipe.to(given.device or here)
-    except (RuntimeError, AssertionError) as error:  # torch's own words for a device that is none, or not here
-        raise ValueError(f"--device is {given.device}: {str(error).splitlines()[0]}") from None
+        return pipe.to(args.device or accelerator)
+    except (RuntimeError, AssertionError) as error:  # torch's message for an unknown or missing device
+        raise ValueError(f"--device is {args.device}: {str(error).splitlines()[0]}") from None
 
 
-def opened(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
             return image
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image that can be read") from None
+        raise ValueError(f"{path} is not an image that Pillow can read") from None
 
 
 if __name__ == "__main__":

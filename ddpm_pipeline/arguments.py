@@ -61,7 +61,7 @@ def check_generator(generator: Any, batch_size: int) -> Any:
         return generator
     if len(generator) != batch_size:
         raise ValueError(
-            f"generator is a list of {len(generator)}, but there are {batch_size} images: give one for each"
+            f"generator is a list of {len(generator)}, but the number of images is {batch_size}: give one each"
         )
     return list(generator)  # diffusers treats a tuple as a single generator
 
@@ -72,7 +72,7 @@ def image_seeds(generator: Any, seeds: int | Sequence[int] | None, num_images: i
     if values is not None:
         if len(values) != num_images:
             raise ValueError(
-                f"seeds has {len(values)} entries, but there are {num_images} images: give one for each "
+                f"seeds has {len(values)} entries, but the number of images is {num_images}: give one for each "
                 "(repeat an image to get several results from it)"
             )
         return values
