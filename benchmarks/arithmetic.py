@@ -1,4 +1,4 @@
-"""`step`, `add_noise` and the moving average beside diffusers' own, on the CPU."""
+"""`step`, `add_noise` and the EMA update, against those of diffusers, on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from diffusers.schedulers import scheduling_ddpm as built_in
 from diffusers.training_utils import EMAModel
 
-from benchmarks.compare import Comparison, in_turn
+from benchmarks.compare import Comparison, alternate
 from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
 from training.denoiser import make_denoiser
 from training.ema import FlatEMA
@@ -19,62 +19,62 @@ SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (64, 3, 256, 256))
 
 
 def step(seconds: float, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Comparison]:
-    return [comparison for shape in shapes for comparison in step_at(shape, seconds)]
+    return [comparison for shape in shapes for comparison in step_with_shape(shape, seconds)]
 
 
-def step_at(shape: tuple[int, ...], seconds: float) -> list[Comparison]:
+def step_with_shape(shape: tuple[int, ...], seconds: float) -> list[Comparison]:
     size = "x".join(map(str, shape))
     generator = torch.Generator().manual_seed(0)
     x, output, noise = (torch.randn(shape, generator=generator) for _ in range(3))
-    steps = torch.randint(0, 1000, shape[:1], generator=generator)
-    # Any: `step` gives a tuple or an object with fields, says its annotation, and here it is the object.
+    timesteps = torch.randint(0, 1000, shape[:1], generator=generator)
+    # Any: the annotation of `step` allows a tuple, but here it returns an object with fields.
     peer: Any = built_in.DDPMScheduler()
     ours: Any = DDPMScheduler()
     for scheduler in (peer, ours):
         scheduler.set_timesteps(50)
     t = peer.timesteps[25]
     with patch.object(built_in, "randn_tensor", lambda *_args, **_kwargs: noise):
-        same(peer.step(output, t, x).prev_sample, ours.step(output, t, x, variance_noise=noise).prev_sample)
-        without = in_turn(
+        assert_close(peer.step(output, t, x).prev_sample, ours.step(output, t, x, variance_noise=noise).prev_sample)
+        without_rng = alternate(
             f"step {size}, without random numbers",
             lambda: peer.step(output, t, x),
             lambda: ours.step(output, t, x, variance_noise=noise),
             seconds=seconds,
             target=5.0 if shape == SHAPES[1] else None,
         )
-    with_them = in_turn(
-        f"step {size}, with them",
+    with_rng = alternate(
+        f"step {size}, with random numbers",
         lambda: peer.step(output, t, x, generator=generator),
         lambda: ours.step(output, t, x, generator=generator),
         seconds=seconds,
     )
-    same(peer.add_noise(x, noise, steps), ours.add_noise(x, noise, steps))
-    out = in_turn(
+    assert_close(peer.add_noise(x, noise, timesteps), ours.add_noise(x, noise, timesteps))
+    add_noise = alternate(
         f"add_noise {size}",
-        lambda: peer.add_noise(x, noise, steps),
-        lambda: ours.add_noise(x, noise, steps),
+        lambda: peer.add_noise(x, noise, timesteps),
+        lambda: ours.add_noise(x, noise, timesteps),
         seconds=seconds,
     )
-    return [without, with_them, out]
+    return [without_rng, with_rng, add_noise]
 
 
 def ema(seconds: float) -> list[Comparison]:
-    return [ema_beside(foreach, seconds) for foreach in (False, True)]
+    return [ema_update(foreach, seconds) for foreach in (False, True)]
 
 
-def ema_beside(foreach: bool, seconds: float) -> Comparison:
-    for_peer, for_ours = (make_denoiser("small", height=32, width=32, in_channels=3) for _ in range(2))
-    peer = EMAModel(for_peer.parameters(), use_ema_warmup=True, foreach=foreach)
-    ours = FlatEMA(for_ours)
-    return in_turn(
-        f"moving average, EMAModel with foreach={foreach}",
-        lambda: peer.step(for_peer.parameters()),
+def ema_update(foreach: bool, seconds: float) -> Comparison:
+    peer_network, our_network = (make_denoiser("small", height=32, width=32, in_channels=3) for _ in range(2))
+    peer = EMAModel(peer_network.parameters(), use_ema_warmup=True, foreach=foreach)
+    ours = FlatEMA(our_network)
+    return alternate(
+        f"EMA update, EMAModel with foreach={foreach}",
+        lambda: peer.step(peer_network.parameters()),
         lambda: ours.update(1000),
         seconds=seconds,
-        target=None if foreach else 3.0,  # False is the default, and what the peer's script has
+        target=None if foreach else 3.0,  # False is the default, and what diffusers' training script uses
     )
 
 
-def same(theirs: torch.Tensor, ours: torch.Tensor) -> None:
-    """Times are worth comparing only if both do the same. Their tables are float32, ours are float64."""
+def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    """Only equal results make times comparable. Their tables are float32, ours are float64."""
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

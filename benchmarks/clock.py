@@ -1,9 +1,10 @@
-"""Run a training script as it is and note when its optimizer steps end; the script ends with the last one wanted.
+"""Run a training script unchanged, record when its optimizer steps end, and exit after the last one that is needed.
 
     clock.py FILE WARM_UP STEPS SECONDS SCRIPT [ARGUMENT ...]
 
-FILE gets JSON: when step 1 ended, when the last of WARM_UP steps did (time of day, in seconds), how many steps came
-after that, and when the last one of these ended. They are STEPS, or fewer: the first to end after SECONDS is the last.
+Writes JSON to FILE: "first", when step 1 ended; "begin", when step WARM_UP ended; "steps", how many steps were timed
+after that; "end", when the last of them ended. Times are Unix times in seconds. STEPS are timed, or fewer: the first
+step that ends more than SECONDS after "begin" is the last.
 """
 
 import json
@@ -18,12 +19,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 FILE, WARM_UP, STEPS, SECONDS = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-seen: dict[str, float] = {}
+times: dict[str, float] = {}
 step = 0
 
 
 def now() -> float:
-    """A GPU is waited for, but only at the steps whose time is wanted: a script may run ahead of it between them."""
+    """Waits for the GPU, so call it for recorded steps only: between them a script may run ahead of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.time()
@@ -33,13 +34,13 @@ def after_step(*_: Any) -> None:
     global step
     step += 1
     if step == 1:
-        seen["first"] = now()
+        times["first"] = now()
     if step == WARM_UP:
-        seen["begin"] = now()
-    late = step > WARM_UP and time.time() > seen["begin"] + SECONDS
+        times["begin"] = now()
+    late = step > WARM_UP and time.time() > times["begin"] + SECONDS
     if step == WARM_UP + STEPS or late:
-        FILE.write_text(json.dumps(seen | {"end": now(), "steps": step - WARM_UP}), encoding="utf-8")
-        os._exit(0)  # neither the samples nor the model that a script would go on to make are wanted
+        FILE.write_text(json.dumps(times | {"end": now(), "steps": step - WARM_UP}), encoding="utf-8")
+        os._exit(0)  # skips the samples and checkpoints at the end of the script
 
 
 register_optimizer_step_post_hook(after_step)

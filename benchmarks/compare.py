@@ -1,4 +1,4 @@
-"""Time two things in turn, so that whatever else the machine does befalls both alike."""
+"""Timing of two implementations in alternation, so that other load on the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 
 @dataclass
 class Comparison:
-    """What was measured, round by round: peer[i] and ours[i] were measured one after the other.
+    """Measurements of a peer and of ours, round by round: peer[i] and ours[i] were taken one after the other.
 
     Args:
-        what: the thing measured, in words.
+        name: what was measured.
         unit: "us", "ms" and "s" are times; "images/s" is a rate.
-        target: what the ratio shall be at least; None: it is only reported.
+        target: the smallest ratio that is good enough; None: there is no target.
     """
 
-    what: str
+    name: str
     unit: str
     peer: list[float]
     ours: list[float]
@@ -39,49 +39,48 @@ class Comparison:
         return median(self.ratios)
 
     def as_dict(self) -> dict[str, Any]:
-        low, high = np.quantile(self.ratios, [0.1, 0.9])  # between these were 8 of 10 rounds
+        low, high = np.quantile(self.ratios, [0.1, 0.9])
         return {
-            "what": self.what,
+            "name": self.name,
             "unit": self.unit,
-            "peer": round_off(median(self.peer)),
-            "ours": round_off(median(self.ours)),
-            "ratio": round_off(self.ratio),
-            "spread": [round_off(low), round_off(high)],
+            "peer": three_digits(median(self.peer)),
+            "ours": three_digits(median(self.ours)),
+            "ratio": three_digits(self.ratio),
+            "ratio_quantiles_10_90": [three_digits(low), three_digits(high)],
             "rounds": len(self.peer),
             "target": self.target,
-            "met": None if self.target is None else self.ratio >= self.target,
+            "target_met": None if self.target is None else self.ratio >= self.target,
         }
 
 
-def in_turn(
-    what: str, peer: Callable[[], object], ours: Callable[[], object], *, seconds: float, target: float | None = None
+def alternate(
+    name: str, peer: Callable[[], object], ours: Callable[[], object], *, seconds: float, target: float | None = None
 ) -> Comparison:
-    """Call the peer and ours in turn for about so many seconds; short calls many times in each round."""
+    """Call the peer and ours in alternation for about this many seconds; short calls many times in each round."""
     gc.collect()
     gc.disable()
     pair = (peer, ours)
-    for call in pair:
-        duration(call, 3)
-    once = [duration(call, 1) for call in pair]
-    calls = [max(1, round(0.01 / max(took, 1e-7))) for took in once]  # a round of each is at least 10 ms
+    for call in pair:  # warm up
+        seconds_per_call(call, 3)
+    single = [seconds_per_call(call, 1) for call in pair]
+    calls = [max(1, round(0.01 / max(duration, 1e-7))) for duration in single]  # at least 10 ms per round
     times: tuple[list[float], list[float]] = ([], [])
-    ends = time.perf_counter() + seconds
-    while len(times[0]) < 4 or time.perf_counter() < ends:
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 4 or time.perf_counter() < end:
         for i in (0, 1) if len(times[0]) % 2 else (1, 0):  # neither is always the first
-            times[i].append(duration(pair[i], calls[i]))
+            times[i].append(seconds_per_call(pair[i], calls[i]))
     gc.enable()
-    typical = median(times[0])
-    unit, scale = ("us", 1e6) if typical < 1e-3 else ("ms", 1e3)
-    return Comparison(what, unit, [t * scale for t in times[0]], [t * scale for t in times[1]], target)
+    unit, scale = ("us", 1e6) if median(times[0]) < 1e-3 else ("ms", 1e3)
+    return Comparison(name, unit, [t * scale for t in times[0]], [t * scale for t in times[1]], target)
 
 
-def duration(call: Callable[[], object], calls: int) -> float:
-    """Seconds for one call, on average over so many."""
-    begin = time.perf_counter()
+def seconds_per_call(call: Callable[[], object], calls: int) -> float:
+    """The mean over so many calls."""
+    start = time.perf_counter()
     for _ in range(calls):
         call()
-    return (time.perf_counter() - begin) / calls
+    return (time.perf_counter() - start) / calls
 
 
-def round_off(value: float) -> float:
+def three_digits(value: float) -> float:
     return float(f"{value:.3g}")

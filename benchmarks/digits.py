@@ -1,7 +1,7 @@
-"""Are sampled digits digits? `python benchmarks/digits.py runs/mnist --mnist FOLDER`
+"""Are sampled digits digits? `python benchmarks/digits.py [RUN] --mnist FOLDER --output FILE`
 
-Trains a small classifier on MNIST, tests it, and asks it about digits sampled from a trained model: of how many of them
-is it at least 90% sure, and does the model draw all ten? Prints the figures and writes them as JSON.
+Trains ddpm_pipeline's classifier on MNIST and measures its accuracy on the test images. With a RUN it also classifies
+samples of that model: for which fraction is the classifier at least 90 % confident, and does the model draw all digits?
 """
 
 from __future__ import annotations
@@ -11,98 +11,87 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `training` is found
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `benchmarks` and `training` are found
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from benchmarks.common import CACHE_DIR, FEATURES_DIR, machine, write_json  # noqa: E402
 from ddpm_pipeline import DDPMPipeline  # noqa: E402
+from ddpm_pipeline.classifier import Classifier, train_classifier  # noqa: E402
+from ddpm_pipeline.pixels import num_levels, to_pixels  # noqa: E402
 from training.data.cache import load_images  # noqa: E402
 
-
-def classifier() -> nn.Module:
-    """About 0.2 M parameters, for 32 x 32 pixels in [-1, 1]."""
-    blocks = []
-    for channels_in, channels_out in ((1, 32), (32, 64), (64, 64)):
-        blocks += [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()]
-        blocks += [nn.MaxPool2d(2)]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, 10))
-
-
-def labels(folder: Path, split: str) -> Tensor:
-    from datasets import load_dataset
-
-    return torch.tensor(load_dataset(str(folder), split=split)["label"])
-
-
-def pixels(folder: Path, split: str, cache_dir: str) -> Tensor:
-    data = load_images(
-        dataset_name=str(folder), split=split, resolution=32, cache_dir=Path(cache_dir).expanduser(), num_workers=0
-    )
-    return torch.from_numpy(np.array(data.images))
-
-
-def scaled(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
+CONFIDENT = 0.9  # probability of the predicted class
+BATCH_SIZE = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a trained run (default: the classifier alone)")
     parser.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's parquet files")
     parser.add_argument("--num_samples", type=int, default=256)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i")
-    parser.add_argument("--cache_dir", default="~/.cache/ddpm_pipeline")
-    parser.add_argument("--output", type=Path, help="JSON file; by default digits.json in the run's folder")
-    given = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="JSON file (default: digits.json in the folder of the run)")
+    args = parser.parse_args()
+    if args.output is None and args.run is None:
+        parser.error("--output is missing: give it, or the folder of a run")
 
-    torch.manual_seed(given.seed)
-    images, answers = pixels(given.mnist, "train", given.cache_dir), labels(given.mnist, "train")
-    network = classifier()
-    steps = given.epochs * len(images) // 128
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for step in range(steps):
-        chosen = torch.randint(len(images), (128,))
-        loss = nn.functional.cross_entropy(network(scaled(images[chosen])), answers[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"classifier, step {step} of {steps}: loss {loss.item():.3f}", flush=True)
-    network.eval()
-    test_images, test_answers = pixels(given.mnist, "test", given.cache_dir), labels(given.mnist, "test")
-    with torch.no_grad():
-        sure = torch.cat([network(scaled(part)).softmax(1) for part in test_images.split(500)])
-    accuracy = (sure.argmax(1) == test_answers).float().mean().item()
+    train, test = (
+        load_images(dataset_name=str(args.mnist), split=split, resolution=32, cache_dir=CACHE_DIR, num_workers=0)
+        for split in ("train", "test")
+    )
+    classifier = train_classifier(train.images, train.labels(), cache_dir=FEATURES_DIR)
+    result: dict[str, Any] = {"classifier": measure_classifier(classifier, np.asarray(test.images), test.labels())}
+    if args.run is not None:
+        result["samples"] = classify_samples(classifier, args)
+    result |= {"confident_from": CONFIDENT, "machine": machine()}
+    write_json(args.output or args.run / "digits.json", result)
+    print(json.dumps(result, indent=2))
 
-    pipe = DDPMPipeline.from_pretrained(str(given.run / "pipeline"))
+
+def measure_classifier(classifier: Classifier, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+    confidence, digits = predict(classifier, images)
+    return {
+        "name": classifier.name,
+        "num_test_images": len(images),
+        "test_accuracy": (digits == labels).mean().item(),
+        "confident_test_fraction": (confidence >= CONFIDENT).double().mean().item(),
+    }
+
+
+def classify_samples(classifier: Classifier, args: argparse.Namespace) -> dict[str, Any]:
+    pipe: Any = DDPMPipeline.from_pretrained(str(args.run / "pipeline"))
+    pipe.set_progress_bar_config(leave=False)
     started = time.monotonic()
     samples: list[Tensor] = []
-    for start in range(0, given.num_samples, 64):
-        seeds = list(range(given.seed + start, given.seed + min(start + 64, given.num_samples)))
-        steps = given.num_inference_steps
+    end = args.seed + args.num_samples
+    for first in range(args.seed, end, BATCH_SIZE):
+        seeds = list(range(first, min(first + BATCH_SIZE, end)))
+        steps = args.num_inference_steps
         samples += pipe(seeds=seeds, num_inference_steps=steps, output_type="latent", return_dict=False)
-    drawn = torch.cat(samples).clamp(-1, 1)
-    with torch.no_grad():
-        sure_of_samples = network(drawn).softmax(1)
-    counts = sure_of_samples.argmax(1).bincount(minlength=10).tolist()
-    figures = {
-        "classifier_accuracy_on_test": accuracy,
-        "test_images_at_least_90_percent_sure": (sure.max(1).values >= 0.9).float().mean().item(),
-        "samples": given.num_samples,
-        "samples_at_least_90_percent_sure": (sure_of_samples.max(1).values >= 0.9).float().mean().item(),
-        "samples_of_each_digit": counts,
-        "num_inference_steps": given.num_inference_steps,
-        "seconds_of_sampling": time.monotonic() - started,
+    seconds = time.monotonic() - started
+    confidence, digits = predict(classifier, to_pixels(torch.cat(samples)))
+    return {
+        "num_samples": args.num_samples,
+        "confident_fraction": (confidence >= CONFIDENT).double().mean().item(),
+        "num_of_each_digit": np.bincount(digits, minlength=10).tolist(),
+        "num_inference_steps": args.num_inference_steps,
+        "seed": args.seed,
+        "sampling_seconds": round(seconds, 1),
     }
-    print(json.dumps(figures, indent=2))
-    (given.output or given.run / "digits.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def predict(classifier: Classifier, images: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """Probability of the predicted class and the class itself, (N,) each, of images (N, C, H, W)."""
+    x = torch.from_numpy(images).float() / (num_levels(images.dtype) - 1)
+    probabilities = torch.cat([classifier.probabilities(batch) for batch in x.split(500)])
+    confidence, index = probabilities.max(dim=1)
+    return confidence, classifier.classes[index.numpy()]
 
 
 if __name__ == "__main__":

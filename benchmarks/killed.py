@@ -1,7 +1,7 @@
-"""Does a run that is killed end with the same weights? `python benchmarks/killed.py runs/mnist`
+"""Does a run that is killed and resumed end with the same weights? `python benchmarks/killed.py runs/mnist`
 
-Repeats a finished run in a folder beside it, from its config.yaml, kills it without warning after random steps, lets it
-go on from its latest checkpoint each time, and compares the last checkpoints of the two. Same machine: same result.
+Repeats a finished run in a folder beside it, from its config.yaml: kills it (SIGKILL) at random steps, resumes it from
+its newest checkpoint each time, and compares the last checkpoints of both runs, which are bit-equal on one machine.
 """
 
 from __future__ import annotations
@@ -14,67 +14,70 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # the project, so that `training` is found
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `benchmarks` and `training` are found
 
+from benchmarks.common import ROOT, minutes_since, write_json  # noqa: E402
 from training.run import checkpoint  # noqa: E402
+
+PIPELINE_WEIGHTS = Path("pipeline", "unet", "diffusion_pytorch_model.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0, help="of the steps after which it is killed")
-    parser.add_argument("--output", type=Path, help="JSON file; by default killed.json in the folder of the new run")
-    given = parser.parse_args()
+    parser.add_argument("--kills", type=int, default=5, help="how often it is killed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the steps at which it is killed (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: killed.json in the folder of the new run)")
+    args = parser.parse_args()
 
-    alone, manifest = checkpoint.find(given.run, "latest")
-    folder = given.run.with_name(given.run.name + "-killed")
+    finished, manifest = checkpoint.find(args.run, "latest")
+    folder = args.run.with_name(args.run.name + "-killed")
     folder.mkdir()
-    command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(given.run / "config.yaml")]
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(args.run / "config.yaml")]
     command += ["--output_dir", str(folder)]
-    when = random.Random(given.seed)
-    steps_at_kill, started = [], time.monotonic()
-    for wanted in sorted(when.sample(range(1, manifest["step"]), given.kills)):
+    rng = random.Random(args.seed)
+    killed_after, started = [], time.monotonic()
+    for kill_step in sorted(rng.sample(range(1, manifest["step"]), args.kills)):
         with (folder / "log.txt").open("a") as log:
-            run = subprocess.Popen([*command, *resume(folder)], stdout=log, stderr=log)
-        while run.poll() is None and last_step(folder) < wanted:
+            run = subprocess.Popen([*command, *resume_flags(folder)], stdout=log, stderr=log)
+        while run.poll() is None and last_logged_step(folder) < kill_step:
             time.sleep(0.2)
-        time.sleep(when.uniform(0, 5))  # a line of metrics is of every so many steps: anywhere between two
+        time.sleep(rng.uniform(0, 5))  # metrics are logged every few steps: the kill comes anywhere between two lines
         if run.poll() is not None:
-            sys.exit(f"it ended by itself, with {run.returncode}: see {folder / 'log.txt'}")
+            sys.exit(f"the run ended by itself with exit code {run.returncode}: see {folder / 'log.txt'}")
         run.kill()
         run.wait()
-        steps_at_kill.append(last_step(folder))
-        print(f"killed after step {steps_at_kill[-1]} or later", flush=True)
+        killed_after.append(last_logged_step(folder))
+        print(f"killed at or after step {killed_after[-1]}", flush=True)
     with (folder / "log.txt").open("a") as log:
-        subprocess.run([*command, *resume(folder)], stdout=log, stderr=log, check=True)
+        subprocess.run([*command, *resume_flags(folder)], stdout=log, stderr=log, check=True)
 
-    killed, other = checkpoint.find(folder, "latest")
-    weights = Path("pipeline", "unet", "diffusion_pytorch_model.safetensors")
+    killed, killed_manifest = checkpoint.find(folder, "latest")
+    files, killed_files = manifest["files"], killed_manifest["files"]
+    equal = {name: files[name] == killed_files[name] for name in files}
+    equal["pipeline"] = (args.run / PIPELINE_WEIGHTS).read_bytes() == (folder / PIPELINE_WEIGHTS).read_bytes()
     result = {
         "step": manifest["step"],
-        "killed_after_steps": steps_at_kill,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "equal": {name: manifest["files"][name] == other["files"][name] for name in manifest["files"]}
-        | {"pipeline": (given.run / weights).read_bytes() == (folder / weights).read_bytes()},
-        "sha256": manifest["files"][checkpoint.WEIGHTS]["sha256"],
+        "killed_after_steps": killed_after,
+        "minutes": minutes_since(started),
+        "equal": equal,
+        "sha256": files[checkpoint.WEIGHTS]["sha256"],
         "versions": manifest["versions"],
     }
-    (given.output or folder / "killed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output or folder / "killed.json", result)
     print(json.dumps(result, indent=2))
-    if alone.name != killed.name or not all(result["equal"].values()):
+    if finished.name != killed.name or not all(equal.values()):
         sys.exit("the two runs differ")
 
 
-def last_step(folder: Path) -> int:
-    """The step of the last line of metrics.jsonl that is whole."""
+def last_logged_step(folder: Path) -> int:
+    """The step of the last complete line of metrics.jsonl; 0 if there is none."""
     metrics = folder / "metrics.jsonl"
-    told = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    return max((json.loads(line)["step"] for line in told if line.endswith("\n")), default=0)
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-def resume(folder: Path) -> list[str]:
+def resume_flags(folder: Path) -> list[str]:
     try:
         checkpoint.find(folder, "latest")
     except checkpoint.CheckpointError:

@@ -1,1 +1,1 @@
-"""Stands in for torchvision, which the project does not need, where the peer's training script imports it."""
+"""A stand-in for torchvision, which the project does not need but the peer's training script imports."""

@@ -1,4 +1,4 @@
-"""The transforms that `train_unconditional.py` names, for PIL images with three channels. Written from what they do."""
+"""The transforms that `train_unconditional.py` uses, reimplemented for PIL images with three channels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lambda:
 
 
 class Resize:
-    """The shorter side becomes `size`."""
+    """Resize the shorter side to `size`."""
 
     def __init__(self, size: int, interpolation: Image.Resampling = InterpolationMode.BILINEAR) -> None:
         self.size, self.interpolation = size, interpolation
@@ -49,7 +49,7 @@ class Resize:
 
 
 class CenterCrop:
-    """A square of `size`, from the middle."""
+    """Crop a square of `size` from the centre."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -60,7 +60,7 @@ class CenterCrop:
 
 
 class RandomCrop(CenterCrop):
-    """A square of `size`, from anywhere."""
+    """Crop a square of `size` at random."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         left, top = (random.randint(0, side - self.size) for side in image.size)
