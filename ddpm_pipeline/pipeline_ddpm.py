@@ -52,8 +52,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: BuiltInDDPMScheduler) -> None:
         if type(scheduler) is BuiltInDDPMScheduler:
-            scheduler = DDPMScheduler.from_config(_explicit_config(scheduler))  # type: ignore[assignment]
-        super().__init__(unet=unet, scheduler=scheduler)  # type: ignore[arg-type]
+            scheduler = DDPMScheduler.from_config(_explicit_config(scheduler))  # type: ignore[assignment]  # or a tuple
+        super().__init__(unet=unet, scheduler=scheduler)  # type: ignore[arg-type]  # diffusers types it as its dummy
         self._interrupt = False
         self._guidance_scale = 1.0
         self._inversion_error: Tensor | None = None
