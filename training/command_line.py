@@ -91,9 +91,9 @@ def _join_lists(arguments: list[str], hints: dict[str, Any]) -> list[str]:
         if value.startswith("[") or value == "null":
             joined.append(f"{flag}={value}")
         else:
-            words = [word.strip() for word in value.split(",")]
-            items.setdefault(flag, []).extend(words if item_type in (int, float) else map(json.dumps, words))
-    return joined + [f"{flag}=[{','.join(words)}]" for flag, words in items.items()]
+            texts = [text.strip() for text in value.split(",")]
+            items.setdefault(flag, []).extend(texts if item_type in (int, float) else map(json.dumps, texts))
+    return joined + [f"{flag}=[{','.join(texts)}]" for flag, texts in items.items()]
 
 
 def _item_type(hint: Any) -> Any:
@@ -113,7 +113,7 @@ def _one_line(message: str, hints: dict[str, Any]) -> str:
 
 
 def _describe(hint: Any) -> str:
-    """A field's type in words."""
+    """What a field of this type takes, for an error message."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_describe, get_args(hint)))
     if get_origin(hint) is Literal:
@@ -121,5 +121,5 @@ def _describe(hint: Any) -> str:
     if item_type := _item_type(hint):
         described = _describe(item_type).removeprefix("one of ")
         return f"{described}, or several of them separated by commas"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
-    return words.get(hint, str(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    return names.get(hint, str(hint))

@@ -18,12 +18,6 @@ CONFIGS = Path(__file__).parent / "configs"
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
-# What training/evaluate.py measures: of the features of samples, of samples, of held-out pictures.
-OF_FEATURES = ("frechet", "kernel", "precision", "density", "memorisation")
-OF_SAMPLES = (*OF_FEATURES, "shift")
-OF_HELD_OUT = ("bound", "flow")
-METRICS = (*OF_SAMPLES, *OF_HELD_OUT)
-
 
 @dataclass(frozen=True)
 class Config:

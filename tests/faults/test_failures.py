@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from child import TRAIN, killed_at_end
 from safetensors.torch import load_file
 
+from training.config import Config
 from training.data.batches import Batches
 from training.data.cache import load_images
-from training.run import checkpoint
+from training.run import checkpoint, failures
 
 
 def metrics(workspace, name):
@@ -151,6 +153,15 @@ def test_another_seed_prediction_type_or_data_set_is_refused(workspace):
         assert run.wait() == [2], run.text()
         assert message in run.text()
     assert workspace.sha256("run") == before
+
+
+def test_notes_on_the_data_set_are_not_compared():
+    """After the first ";" of a source: their wording differs between versions of this project."""
+    config = Config(dataset_name="moons")
+    manifest = {"config": config.as_dict(), "global_batch": 4, "num_images": 10, "source": "10 images of a; 2 resized"}
+    failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of a; 2 of them resized")
+    with pytest.raises(checkpoint.CheckpointError, match="data set '10 images of a', but now it is '10 images of b'"):
+        failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of b; 2 resized")
 
 
 def test_two_runs_in_one_folder(workspace, undisturbed):
