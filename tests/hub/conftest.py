@@ -1,11 +1,12 @@
-"""The Hub that the tests of this folder push to and load from."""
+"""The Hub that the tests in this folder push to and load from."""
 
 import pytest
-from server import Hub
+
+from tests.hub.server import TOKENS, Hub
 
 
 @pytest.fixture
 def hub():
-    """Alice has a token that writes and one that reads, Bob one that writes."""
-    with Hub({"tok-a": ("alice", "write"), "tok-r": ("alice", "read"), "tok-b": ("bob", "write")}) as hub:
+    """Alice has a token with write access and one with read access, Bob one with write access."""
+    with Hub(TOKENS) as hub:
         yield hub

@@ -24,7 +24,9 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from repositories import REASONS, Answer, Refusal, Repositories, as_json
+from tests.hub.repositories import REASONS, Answer, Refusal, Repositories, as_json
+
+TOKENS = {"tok-a": ("alice", "write"), "tok-r": ("alice", "read"), "tok-b": ("bob", "write")}
 
 
 @dataclass

@@ -17,15 +17,14 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from repositories import check_card
-from server import Hub
 
 from ddpm_pipeline.loading import check_folder
+from tests.hub.repositories import check_card
+from tests.hub.server import TOKENS, Hub
 from tests.short_run import SHORT_RUN
 from training.hub.files import HALF_WEIGHTS, IMAGES, MODEL_FILES, WEIGHTS, count_parameters
 
 ROOT = Path(__file__).parents[2]
-TOKENS = {"tok-a": ("alice", "write"), "tok-r": ("alice", "read"), "tok-b": ("bob", "write")}
 PUBLISHED = {*MODEL_FILES, *IMAGES, "README.md", "LICENSE", "config.yaml"}
 
 

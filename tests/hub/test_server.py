@@ -13,7 +13,8 @@ import time
 
 import httpx2
 import pytest
-from server import Hub
+
+from tests.hub.server import Hub
 
 CARD = "---\nlicense: apache-2.0\npipeline_tag: unconditional-image-generation\n---\nText\n"
 
