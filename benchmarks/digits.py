@@ -2,6 +2,7 @@
 
 Trains ddpm_pipeline's classifier on MNIST and measures its accuracy on the test images. With a RUN it also classifies
 samples of that model: for which fraction is the classifier at least 90 % confident, and does the model draw all digits?
+Judge by both: the classifier can be confident about noise too, but then it mostly sees one and the same digit.
 """
 
 from __future__ import annotations
