@@ -1,1 +1,1 @@
-"""The Accelerate script and its parts: entry points here, what they are made of in four packages."""
+"""Training, evaluation and publishing: entry points here, over the packages data, run, evaluation and hub."""

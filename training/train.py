@@ -1,8 +1,8 @@
 """Train a DDPM: `accelerate launch training/train.py [--config FILE] [--name value ...]`. Without arguments: the moons.
 
-Order: runtime, data, model, EMA, optimizer, resume, loop, save. A step is an optimizer step. Noise, loss and EMA are
-float32; autocast is around the network alone. Every random number is a function of (seed, step, index in the global
-batch), that of dropout also of the rank, so a resumed run continues bit for bit.
+Order: config, runtime, data, model, EMA, optimizer, resume, loop, save. A step is an optimizer step. Noise, loss and
+EMA are float32; autocast is around the network alone. Every random number is a function of (seed, step, index in the
+global batch), that of dropout also of the rank, so a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -287,12 +287,13 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
 
 
 def train(run: Run, state: TrainingState) -> bool:
-    """The training loop. Returns True if a signal ended it; in any case a checkpoint of the last step is there."""
+    """The training loop. Returns True if a signal ended it; either way its last step has a checkpoint."""
     from tqdm import tqdm
 
     config, runtime, clock = run.config, run.runtime, state.clock
     scaler = runtime.accelerator.scaler
     parameters = list(run.unet.parameters())
+    time_limit = 60 * config.max_train_minutes if config.max_train_minutes else math.inf  # seconds
     progress = tqdm(total=config.max_train_steps, initial=state.step, desc="training", disable=not runtime.is_main)
     loss_sum, num_losses = torch.zeros((), device=runtime.device), 0
     stopping = out_of_time = False
@@ -311,7 +312,7 @@ def train(run: Run, state: TrainingState) -> bool:
         # ---- Check on all ranks, before the optimizer and the EMA move
         # With fp16 a non-finite norm is no fault: the loss scaler skips such a step itself, and lowers its scale.
         finite = loss.isfinite() & (norm.isfinite() if scaler is None else True)
-        time_is_up = bool(config.max_train_minutes) and clock.seconds > 60 * (config.max_train_minutes or 0)
+        time_is_up = clock.seconds > time_limit
         nonfinite, stopping, out_of_time = runtime.any(not finite.item(), run.stop.requested(), time_is_up)
 
         # ---- Optimizer and EMA

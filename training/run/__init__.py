@@ -1,1 +1,1 @@
-"""What a training run is made of: runtime, checkpoints, signals, failures, logging, sampling, validation."""
+"""Parts of a training run: runtime, record, checkpoints, signals, failures, logging, sampling, validation."""

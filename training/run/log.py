@@ -1,4 +1,4 @@
-"""What a run writes down: its configuration, metrics and sample images. A log that fails never ends training."""
+"""LOG: configuration, metrics and sample images of a run. A log that cannot be written never ends training."""
 
 from __future__ import annotations
 

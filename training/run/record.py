@@ -1,4 +1,4 @@
-"""The run record: how a model was trained. It is training.json beside the weights, and part of each checkpoint."""
+"""RECORD: how a model was trained. It is training.json beside the weights, and part of each checkpoint's manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtime of a run: process group, device, threads, precision, versions."""
+"""RUNTIME: process group, device, threads, precision and versions of a run."""
 
 from __future__ import annotations
 
@@ -189,16 +189,3 @@ def leave_process_group() -> None:
         # end: without a pause one run in twenty hangs here forever.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()
-
-
-# Until all callers use Runtime.
-def start(mixed_precision: str, cpu_threads: int | None = None) -> Accelerator:
-    return Runtime(mixed_precision, cpu_threads).accelerator
-
-
-def dtype(accelerator: Accelerator) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def name(device: torch.device) -> str:
-    return device_name(device)

@@ -1,4 +1,4 @@
-"""Sampling during training: grids of samples, and pipeline/ with the EMA weights."""
+"""SAMPLING: grids of samples during training, and pipeline/ with the EMA weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation during training: held-out loss, bits per dimension, distance between samples and held-out images.
+"""VALIDATION: held-out loss, bits per dimension, distance between samples and held-out images, during training.
 
 The training loss is of other images, noise and timesteps at each step, so it hardly seems to fall. Here all three are
 fixed and the timesteps are spread evenly, so what changes from one validation to the next is the network. The loss is
