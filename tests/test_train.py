@@ -26,7 +26,8 @@ from tests.short_run import SHORT_RUN, run_here, run_in_child
 from training.config import TRACKERS
 from training.run import checkpoint, sampling
 from training.run.record import SAMPLE_SEED, RunRecord
-from training.train import Clock, is_due
+from training.run.state import Clock
+from training.train import is_due
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,7 @@ import contextlib
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from training.run.record import RunRecord
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, versions
 from training.run.sampling import EMASampler, recover_pipeline
 from training.run.signals import EXIT_CODE, StopSignal
+from training.run.state import Clock, TrainingState
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
@@ -41,49 +40,6 @@ if TYPE_CHECKING:
     from training.run.validation import Validator
 
 ForwardPass = tuple[Tensor, Tensor, Tensor]  # indices in the global batch, predictions and targets of one micro-batch
-
-
-class Clock:
-    """Seconds of training. Time inside `paused()`, for sampling and validation, does not count.
-
-    Args:
-        seconds_before: training time of the run before it was resumed.
-    """
-
-    def __init__(self, seconds_before: float = 0.0) -> None:
-        self._before = seconds_before
-        self.restart()
-
-    def restart(self) -> None:
-        """Start to count now."""
-        self._start = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Since the start, without what came before the run was resumed."""
-        return time.monotonic() - self._start
-
-    @property
-    def total_seconds(self) -> float:
-        return self._before + self.seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        paused_at = time.monotonic()
-        try:
-            yield
-        finally:
-            self._start += time.monotonic() - paused_at
-
-
-@dataclass
-class TrainingState:
-    """How far a run is."""
-
-    step: int = 0  # optimizer steps done
-    saved_step: int = 0  # step of the newest checkpoint
-    skipped: int = 0  # steps without an update of the weights
-    clock: Clock = field(default_factory=Clock)
 
 
 @dataclass(frozen=True)
@@ -104,7 +60,7 @@ class Run:
     log: Log
     sampler: EMASampler
     validator: Validator
-    publisher: Any  # on the main process, with push_to_hub; else None
+    publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
 
     def record_at(self, state: TrainingState) -> RunRecord:

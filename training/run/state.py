@@ -1,0 +1,51 @@
+"""STATE: how far a run is, in optimizer steps and in training time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class Clock:
+    """Seconds of training. Time inside `paused()`, for sampling and validation, does not count.
+
+    Args:
+        seconds_before: training time of the run before it was resumed.
+    """
+
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self._before = seconds_before
+        self.restart()
+
+    def restart(self) -> None:
+        """Start to count now."""
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without what came before the run was resumed."""
+        return time.monotonic() - self._start
+
+    @property
+    def total_seconds(self) -> float:
+        return self._before + self.seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        paused_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._start += time.monotonic() - paused_at
+
+
+@dataclass
+class TrainingState:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps done
+    saved_step: int = 0  # step of the newest checkpoint
+    skipped: int = 0  # steps without an update of the weights
+    clock: Clock = field(default_factory=Clock)
