@@ -201,7 +201,7 @@ def test_the_card_has_the_primary_sampler_config_and_the_warnings_of_the_report(
     (run / "report.json").write_text(json.dumps(report))
     card, _ = card_of(run, tmp_path / "out")
     assert "0.01234" in card and "77.7" not in card
-    assert "> the baseline has 15 images." in card
+    assert "> The baseline has 15 images." in card
     assert "Real-data baseline: the same measures with 15 images" in card
 
 

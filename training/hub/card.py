@@ -160,7 +160,7 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
     stopped_early = record.step < config["max_train_steps"]
     minutes = record.seconds / 60
     precision = "float32" if record.mixed_precision == "no" else record.mixed_precision
-    description = [f"{record.source}."]
+    description = [f"Training data: {record.source}."]
     if config["random_flip"]:
         description.append("Training flips images horizontally with probability 1/2.")
     if config.get("init_from"):
@@ -208,7 +208,7 @@ def _measurements(measured: Sequence[Measured], report: Mapping[str, Any] | None
     if real_data := report.get("real_data_baseline"):
         images = f"{real_data['n']} {real_data['description']}"
         lines += ["", f"Real-data baseline: the same measures with {images} instead of samples."]
-    lines += [f"\n> {warning}." for warning in report.get("warnings", [])]
+    lines += [f"\n> {warning[:1].upper()}{warning[1:]}." for warning in report.get("warnings", [])]
     return "\n".join(lines)
 
 
