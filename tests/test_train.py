@@ -394,7 +394,10 @@ def test_a_failing_tracker_does_not_end_training(work, fake_wandb, monkeypatch, 
     assert train(work, f"failing {fails}", **options) == 0
     reason = {"start": "not logged in", "log": "no network"}[fails]
     folder = work / f"failing {fails}"
-    assert capsys.readouterr().err.count(f"WARNING: cannot write wandb of {folder}: {reason}. Training continues") == 1
+    assert (
+        capsys.readouterr().err.count(f"WARNING: cannot write the wandb log of {folder}: {reason}. Training continues")
+        == 1
+    )
     assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
     assert not (folder / "tensorboard").exists()
 
@@ -409,7 +412,7 @@ def test_a_full_disk_under_tensorboard_does_not_end_training(work, monkeypatch, 
     monkeypatch.setattr(record_writer.RecordWriter, "write", full)
     assert train(work, "full disk", max_train_steps=3, save_images_steps=2) == 0
     folder = work / "full disk"
-    warning = f"WARNING: cannot write tensorboard of {folder}: No space left on device. Training continues"
+    warning = f"WARNING: cannot write the tensorboard log of {folder}: No space left on device. Training continues"
     assert capsys.readouterr().err.count(warning) == 1
     assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
 

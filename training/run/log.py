@@ -49,7 +49,7 @@ class Log:
             self._file.flush()
         if step > 1:  # importing tensorboard takes a second: not before the first step is reported
             for name, tracker in self._started_trackers():
-                with self._never_fatal(name, Exception):
+                with self._never_fatal(f"the {name} log", Exception):
                     tracker.log(values, step=step)
 
     def sample_images(self, step: int, grid: Any) -> None:
@@ -58,7 +58,7 @@ class Log:
         for name, tracker in self._started_trackers() if self.enabled else []:
             if not hasattr(tracker, "log_images"):
                 continue
-            with self._never_fatal(name, Exception):
+            with self._never_fatal(f"the {name} log", Exception):
                 if name == "tensorboard":
                     import numpy as np
 
@@ -79,14 +79,14 @@ class Log:
         with self._never_fatal("metrics", OSError):
             self._file.close()
         for name, tracker in self._trackers.items():
-            with self._never_fatal(name, Exception):
+            with self._never_fatal(f"the {name} log", Exception):
                 tracker.finish()
 
     def _started_trackers(self) -> list[tuple[str, Any]]:
         """accelerate's trackers, started at the first call. One that does not start is left out."""
         while self._tracker_names:
             name = self._tracker_names.pop(0)
-            with self._never_fatal(name, Exception):
+            with self._never_fatal(f"the {name} log", Exception):
                 self._trackers[name] = self._start(name)
         return list(self._trackers.items())
 
