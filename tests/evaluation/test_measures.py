@@ -117,13 +117,13 @@ def test_the_order_in_which_ranks_are_gathered_does_not_matter():
     """Bit for bit: sums are in the order of the images."""
     images = random_images(9, 1, 8, 8)
     model = Model(tiny_pipe(), "EMA", "", "", None)
-    found = []
+    outcomes = []
     for gather_objects in (lambda parts: parts, lambda parts: parts[::-1]):
         runtime = fake_runtime()
         runtime.gather_objects = gather_objects
         bits = HeldOutBits(images, batch_size=2, seed=0, runtime=runtime)
-        found.append((*bits.variational_bound(model, "fixed_small", 9, 8), bits.ode_likelihood(model, 5)))
-    assert found[0] == found[1]
+        outcomes.append((*bits.variational_bound(model, "fixed_small", 9, 8), bits.ode_likelihood(model, 5)))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_the_standard_error_keeps_its_digits_beside_a_large_mean():

@@ -23,17 +23,19 @@ class EvalConfig:
     Args:
         model: folder of a finished run, folder of a saved pipeline, or a name on the Hub.
         output_dir: folder for report.json, report.md and the samples; by default the folder of the run.
-        metrics: what to measure. frechet, kernel, precision (with recall), density (with coverage), memorisation and
-            shift (brightness and contrast) compare samples with training images. bound is the variational bound on the
-            bits per dimension of held-out images, flow their likelihood by the probability-flow ODE, which needs the
-            extra `ode`. By default all but flow.
+        metrics: what to measure, separated by commas. Samples are compared with training images by frechet, kernel,
+            precision (with recall), density (with coverage), memorisation, and shift (brightness and contrast). bound
+            is the variational bound on the bits per dimension of held-out images, flow their likelihood by the
+            probability-flow ODE, which needs the extra `ode`. By default all but flow.
         num_samples: samples per sampler.
-        num_inference_steps: numbers of sampling steps; the first one is what a model card shows.
-        eta: 1 is ancestral (DDPM) sampling, 0 deterministic (DDIM) sampling; the first one is what a model card shows.
-        weights: ema (the published weights) and online (without EMA; with the first sampler only).
-        extractor: feature extractors; pixels, classifier, or a .th or .pt file: see ddpm_pipeline/features.py.
+        num_inference_steps: numbers of sampling steps, separated by commas. The model card shows the first.
+        eta: 1 is ancestral (DDPM) sampling, 0 deterministic (DDIM) sampling; several are separated by commas. The model
+            card shows the first.
+        weights: ema (the published weights), online (without EMA; measured with the first sampler only), or both.
+        extractor: pixels, classifier, or a .th or .pt file, see ddpm_pipeline/features.py; repeat the flag for several
+            feature extractors.
         seed: sample i is drawn from seed + i.
-        num_reference: training images to compare with; 0 means all.
+        num_reference: training images to compare samples with; 0 means all.
         num_bound_images: held-out images for bound.
         strata: timesteps per image for bound; 0 means all.
         num_flow_images: held-out images for flow.
@@ -41,7 +43,7 @@ class EvalConfig:
         train_data_dir: as for train.py.
         revision: tag, branch or commit of a model on the Hub.
         batch_size: images per forward pass.
-        mixed_precision: what the network computes in; no means float32.
+        mixed_precision: what the network computes in; no means float32. flow is always float32.
         cpu_threads: threads per process on a CPU; by default the processes of one machine share its cores.
         cache_dir: folder for decoded images, features and trained classifiers.
     """

@@ -84,7 +84,7 @@ def write(output_dir: Path, folder: Path, report: Report) -> None:
 
 def command_line(config: EvalConfig) -> str:
     """The command with these settings. A path outside the current folder is cut to its last component."""
-    words = ["accelerate", "launch", "training/evaluate.py", _shareable(config.model, "runs/")]
+    command = ["accelerate", "launch", "training/evaluate.py", _shareable(config.model, "runs/")]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "model" or value == field.default:
@@ -93,8 +93,8 @@ def command_line(config: EvalConfig) -> str:
         if field.name in PATH_FIELDS:
             values = tuple(map(_shareable, values))
         numbers = (f"{item:g}" if isinstance(item, float) else str(item) for item in values)
-        words += [f"--{field.name}", ",".join(numbers)]
-    return shlex.join(words)
+        command += [f"--{field.name}", ",".join(numbers)]
+    return shlex.join(command)
 
 
 def _shareable(path: str, parent: str = "") -> str:
