@@ -78,7 +78,7 @@ def check_finite(unet: torch.nn.Module, where: str) -> None:
 def _check_scheduler(file: Path, kind: type) -> None:
     config = _read_json(file)
     # A scheduler created from the configuration of another class keeps the fields that only that class has.
-    kinds = [kind, *kind._get_compatibles()]  # type: ignore[attr-defined]
+    kinds = [kind, *kind._get_compatibles()]  # type: ignore[attr-defined]  # SchedulerMixin has it
     known = {name for each in kinds for name in inspect.signature(each.__init__).parameters}
     _check_fields(file, config, known)
     betas = config.get("trained_betas")

@@ -1,7 +1,7 @@
 """Run the code blocks of documentation pages, each page from top to bottom: `python tests/run_docs.py FOLDER PAGE ...`
 
 The folder gets what the pages speak of: a run of the moons, a run on a folder of images, a small parquet data set. Runs
-are short: flags at the end of a training command win. HF_ENDPOINT names the Hub that "user/mine" is published to.
+are short: some flags get other values (SHORT). HF_ENDPOINT names the Hub that "user/mine" is published to.
 Writes FOLDER/results.json: for each page null, or what went wrong. A block after a comment `<!-- not run: REASON -->`
 is left out.
 """
@@ -23,8 +23,9 @@ sys.path[0] = str(ROOT)
 
 SHORT = {
     "train": "--denoiser tiny --max_train_steps 2 --max_train_minutes 5 --train_batch_size 2 "
-    "--gradient_accumulation_steps 1 --num_sample_images 2 --ddpm_num_inference_steps 2 --num_validation_images 2 --validation_steps 1 "
-    "--checkpointing_steps 1 --mixed_precision no --cpu_threads 1 --lr_warmup_steps 1 --cache_dir cache",
+    "--gradient_accumulation_steps 1 --num_sample_images 2 --ddpm_num_inference_steps 2 --num_validation_images 2 "
+    "--validation_steps 1 --checkpointing_steps 1 --mixed_precision no --cpu_threads 1 --lr_warmup_steps 1 "
+    "--cache_dir cache",
     "evaluate": "--num_samples 16 --num_inference_steps 2 --num_bound_images 2 --num_flow_images 2 --num_reference 16 "
     "--batch_size 16 --strata 8 --cache_dir cache --cpu_threads 1",
     "publish": "",
@@ -45,8 +46,10 @@ def prepare(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+    from ddpm_pipeline import DDPMPipeline, DDPMScheduler, __main__, pipeline_ddpm
     from tests.models import tiny_unet
+
+    pipeline_ddpm.DEFAULT_STEPS = __main__.NUM_INFERENCE_STEPS = 5
 
     for name in ("training", "ddpm_pipeline", "benchmarks", "examples", "docs", "constraints.txt", "Makefile"):
         (folder / name).symlink_to(ROOT / name)
@@ -66,9 +69,10 @@ def prepare(folder: Path) -> None:
         )
     run_shell("python training/train.py --dataset_name moons --resolution 32 --output_dir runs/moons")
     run_shell("python training/train.py --train_data_dir my/images --resolution 32 --output_dir runs/mine")
-    # the pages sample the moons often: a network of two convolutions is enough for that
-    scheduler = DDPMScheduler(timestep_spacing="trailing")
-    DDPMPipeline(tiny_unet(size=32), scheduler).save_pretrained(folder / "runs" / "moons" / "pipeline")
+    # the pages sample the moons thousands of times: the smallest U-net there is, is enough for that
+    one_block = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pipe = DDPMPipeline(tiny_unet(size=32, **one_block), DDPMScheduler(timestep_spacing="trailing"))
+    pipe.save_pretrained(folder / "runs" / "moons" / "pipeline")
 
 
 def run_shell(text: str) -> None:
@@ -81,7 +85,7 @@ def run_shell(text: str) -> None:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"make has no target {words[1]}"
         elif entry := entry_point(words):
             name, arguments = entry
-            code = run_entry(name, [*arguments, *shlex.split(SHORT[name])])
+            code = run_entry(name, shortened(arguments, shlex.split(SHORT[name])))
             assert code == 0, f"{command}: exit code {code}"
         elif words[:3] == ["python", "-m", "ddpm_pipeline"]:
             from ddpm_pipeline.__main__ import main
@@ -119,6 +123,19 @@ def entry_point(words: list[str]) -> tuple[str, list[str]] | None:
         if name in SHORT:
             return name, words[i + 1 :]
     return None
+
+
+def shortened(arguments: list[str], short: list[str]) -> list[str]:
+    """The arguments, where the flags of `short` have the values given there."""
+    kept = []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument.partition("=")[0] not in short:
+            kept.append(argument)
+        elif "=" not in argument:
+            pending.pop(0)  # its value
+    return kept + short
 
 
 def run_entry(name: str, arguments: list[str]) -> int:
