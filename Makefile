@@ -1,4 +1,4 @@
-# make moons   train the built-in moons and say where the pictures are
+# make moons   train the built-in moons and say where its images are
 # make test    run the tests
 # make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Our pictures are small: a second thread mostly waits for the first, and on a busy machine it waits ten times as long.
+# Our images are small: a second thread mostly waits for the first, and on a busy machine it waits ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
