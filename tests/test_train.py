@@ -494,7 +494,7 @@ def test_loss_falls(work, prediction_type):
     steps = 60
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
-    options |= {"checkpointing_steps": steps, "save_images_steps": 0}
+    options |= {"checkpointing_steps": steps, "save_images_steps": 0, "num_validation_images": 8}
     assert train(work, prediction_type, **options) == 0
     entries = read_metrics(work / prediction_type)
     losses = [entry["loss"] for entry in entries[:steps]]
