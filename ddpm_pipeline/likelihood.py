@@ -21,11 +21,11 @@ from torch import Tensor
 
 from . import rng
 from .pixels import num_levels
-from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance
+from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance, check_timesteps
 
 Network = Callable[[Tensor, Tensor], Any]  # (x_t (B, C, H, W), t (B,)) to its output, called as a UNet2DModel is
 
-MAX_SCHEDULE_LENGTH = 1_000_000  # the noise of one image at this many schedule indices has numbers of its own
+MAX_SCHEDULE_LENGTH = 1_000_000  # stride of the images in the noise's counter, above any number of timesteps
 
 
 class VariationalBound(NamedTuple):
@@ -33,7 +33,7 @@ class VariationalBound(NamedTuple):
 
     Args:
         prior: L_T, (B,).
-        t: (B, K) int64, rising along K: the timesteps where a KL was computed.
+        t: (B, K) int64, ascending along K: the timesteps where a KL was computed.
         stratum_size: (K,) int64, how many timesteps each of the K stands for; all 1 if every step was computed.
         kl: L_{t-1} at these t, (B, K).
         decoder: L_0, (B,).
@@ -72,8 +72,8 @@ def variational_bound(
     Args:
         network: predicts what the scheduler's `prediction_type` and `variance_type` name, for x_t in x_0's dtype.
         x_0: images, (B, C, H, W), float32 or float64: `levels` values from -1 to 1.
-        index: numbers of these images, (B,) int64, on the CPU; 0, 1, ... by default. The noise and timesteps of an
-            image depend on the seed and its number alone, not on the rest of the batch.
+        index: an index for each image, such as that in the data set, (B,) int64, on the CPU; 0, 1, ... by default. The
+            noise and timesteps of an image depend on the seed and its index alone, not on the rest of the batch.
         timesteps: the sub-sequence of timesteps, descending, in [0, T); all by default.
         strata: instead of all L_{t-1}, compute one at a random t from each of this many strata of the timesteps. Strata
             are smaller near t = 0, where the terms change most. The sum stays unbiased; L_T and L_0 stay exact.
@@ -83,9 +83,10 @@ def variational_bound(
             variance of the step itself, beta for "fixed_large" (the fixed small variance is 0 there, and is replaced as
             by "next").
     Raises:
-        ValueError: a number is out of range, timesteps do not descend, or x_0 is not in [-1, 1].
+        ValueError: a number is out of range, the timesteps do not descend, or x_0 is not in [-1, 1].
     """
-    steps = _check_timesteps(scheduler, timesteps)
+    num_steps = scheduler.num_steps
+    steps = list(range(num_steps))[::-1] if timesteps is None else check_timesteps(timesteps, num_steps)
     if strata is not None and not 1 <= strata <= max(1, len(steps) - 1):
         raise ValueError(f"strata is {strata!r}: give an integer from 1 to {max(1, len(steps) - 1)}, timesteps - 1")
     if levels is not None and levels < 2:
@@ -96,17 +97,17 @@ def variational_bound(
         raise ValueError(f"x_0 is {x_0.dtype} of shape {tuple(x_0.shape)}: give floats (B, C, H, W) in [-1, 1]")
     batch_size, device = len(x_0), x_0.device
     index = torch.arange(batch_size) if index is None else index
-    rising = torch.tensor(steps[::-1])
+    ascending = torch.tensor(steps[::-1])
     edges = _strata(len(steps) - 1, strata)
 
-    # L_0: the step that ends at x_0, schedule index 0 of the rising timesteps.
-    t = rising[:1].expand(batch_size)
+    # L_0: the step that ends at x_0. Schedule indices count the ascending timesteps; this one is 0.
+    t = ascending[:1].expand(batch_size)
     x_t, output = _noise_and_predict(network, scheduler, x_0, t, _noise(seed, 0, index, x_0))
-    least_variance = _next_variance(scheduler, steps)
-    p = _reverse_moments(scheduler, output, t, x_t, torch.full_like(t, -1), least_variance)
+    next_variance = _next_variance(scheduler, steps)
+    p = _reverse_moments(scheduler, output, t, x_t, torch.full_like(t, -1), next_variance)
     log_variance = p.log_variance
     if last_variance == "next" and scheduler.variance_type.startswith("fixed"):
-        log_variance = torch.full_like(log_variance, math.log(least_variance))
+        log_variance = torch.full_like(log_variance, math.log(next_variance))
     decoder = decoder_nats(x_0, p.mean, log_variance, levels)
     squared_error = [_mean_square(p.x_0_pred - x_0)]
 
@@ -116,7 +117,7 @@ def variational_bound(
         stream = rng.key(seed, rng.Stream.BOUND_TIMESTEP, stratum)
         offset = rng.integers(stream, index, high - low) if high - low > 1 else 0
         schedule_index = torch.zeros_like(index) + 1 + low + offset
-        t, prev_t = rising[schedule_index], rising[schedule_index - 1]
+        t, prev_t = ascending[schedule_index], ascending[schedule_index - 1]
         x_t, output = _noise_and_predict(network, scheduler, x_0, t, _noise(seed, schedule_index, index, x_0))
         p = _reverse_moments(scheduler, output, t, x_t, prev_t)
         q = scheduler.q_posterior_mean_variance(x_0.double(), x_t.double(), t.to(device), prev_t.to(device))
@@ -124,7 +125,7 @@ def variational_bound(
         squared_error.append(_mean_square(p.x_0_pred - x_0))
         chosen_t.append(t)
 
-    mean, variance = scheduler.q_mean_variance(x_0.double(), rising[-1:].expand(batch_size).to(device))
+    mean, variance = scheduler.q_mean_variance(x_0.double(), ascending[-1:].expand(batch_size).to(device))
     empty = torch.zeros((batch_size, 0), dtype=torch.float64, device=device)
     return VariationalBound(
         prior=gaussian_kl(mean, variance.log(), torch.zeros_like(mean), torch.zeros_like(variance)),
@@ -193,7 +194,7 @@ def rate_distortion(bound: VariationalBound, shape: Sequence[int]) -> RateDistor
     last = torch.zeros((len(bound.t), 1), dtype=torch.int64, device=bound.t.device)
     t = torch.cat([last, bound.t], dim=1).double().mean(0)
     nats = (bound.kl * bound.stratum_size).mean(0)
-    # x_t is known when L_T and all L above t have been sent; of the terms in t's own stratum half, on average
+    # x_t is known when L_T and all L above t have been sent: of its stratum of size s, (s - 1) / (2 s) on average
     above = nats.flip(0).cumsum(0).flip(0)
     middle = above - nats / 2 * (1 + 1 / bound.stratum_size)
     rate = bound.prior.mean() + torch.cat([above[:1] if len(nats) else above.new_zeros(1), middle])
@@ -210,7 +211,7 @@ def dequantise(pixels: Tensor, *, index: Tensor | None = None, seed: int = 0) ->
     Args:
         pixels: uint8 or uint16, (B, C, H, W), on the CPU. Bins are centred where training puts the values,
             x = 2 v / 255 - 1.
-        index: numbers of these images, (B,), for the noise.
+        index: as in `variational_bound`, for the noise.
     """
     if pixels.dtype not in (torch.uint8, torch.uint16):
         raise ValueError(f"pixels are {pixels.dtype}: give uint8 or uint16")
@@ -238,20 +239,20 @@ def probability_flow_nats(
 
         dx/du = sqrt(1 - alpha_bar) eps(x, t(u)) - (1 - alpha_bar) x
 
-    and along it the log-density falls by the divergence of the right-hand side. It leads from x_t at t = 0, where x_0
-    is taken for x_t / sqrt(alpha_bar_t), to N(0, I) at the last t. Between two timesteps t is fractional: the network
-    has not been trained there, but interpolates.
+    and along it the log-density falls by the divergence of the right-hand side. It is solved from t = 0, where
+    x_t = sqrt(alpha_bar_t) x_0, to the last t, where the density is that of N(0, I). Between two timesteps t is
+    fractional: the network was not trained there and has to interpolate.
 
     Args:
         network: as for `variational_bound`, but t is a float and a gradient can be taken; in float32 or float64, not in
-            bf16.
+            bfloat16.
         x_0: continuous images, (B, C, H, W): see `dequantise`.
         probes: random vectors of signs for the divergence (Hutchinson 1990); None: exact, one gradient for each value
             of an image.
         rtol, atol: tolerances of the solver, fifth-order Dormand-Prince. All images are one state of the solver, so
             the result of an image in another batch is the same to these tolerances only.
     Raises:
-        ValueError: probes is less than 1, or the scheduler has fewer than two timesteps.
+        ValueError: probes is below 1, or the scheduler has fewer than 2 timesteps.
     """
     from torchdiffeq import odeint
 
@@ -262,7 +263,7 @@ def probability_flow_nats(
     alpha_bar = alpha_bar[alpha_bar > 0]  # u is infinite at zero terminal SNR: end one timestep earlier
     if len(alpha_bar) < 2:
         raise ValueError(f"the scheduler has {scheduler.num_steps} timesteps: give one with at least 2")
-    log_sigma = ((1 - alpha_bar).log() - alpha_bar.log()) / 2
+    u_of_t = ((1 - alpha_bar).log() - alpha_bar.log()) / 2
     directions = _probe_vectors(x_0, index, seed, probes)
 
     def velocity(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -270,7 +271,7 @@ def probability_flow_nats(
         noise_variance = torch.sigmoid(2 * u)
         with torch.enable_grad():
             x = state[0].to(x_0.dtype).detach().requires_grad_()  # the solver's state is float64
-            eps = _predict_eps(network, scheduler, x, _timestep_at(u, log_sigma), 1 - noise_variance)
+            eps = _predict_eps(network, scheduler, x, _timestep_at(u, u_of_t), 1 - noise_variance)
             trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
             for i, direction in enumerate(directions):
                 (pulled,) = torch.autograd.grad(eps, x, direction, retain_graph=i + 1 < len(directions))
@@ -280,7 +281,7 @@ def probability_flow_nats(
 
     start = (x_0 * alpha_bar[0].sqrt(), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device))
     with torch.no_grad():
-        x, lost = odeint(velocity, start, log_sigma[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
+        x, lost = odeint(velocity, start, u_of_t[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
     log_prior = -(x[-1].double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
     log_scale = x_0[0].numel() * alpha_bar[0].log() / 2  # change of variables from x_t at t = 0 to x_0
     return -(log_prior + lost[-1] + log_scale)
@@ -308,29 +309,20 @@ def _probe_vectors(x_0: Tensor, index: Tensor, seed: int, probes: int | None) ->
 
 
 def _predict_eps(network: Network, scheduler: DDPMScheduler, x: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """eps_pred at fractional t, where the scheduler's tables end: by its coefficients at this alpha_bar."""
+    """eps_pred at a fractional t, which the scheduler's tables lack: from its coefficients at this alpha_bar."""
     output = _tensor_of(network(x, t.to(x.dtype).expand(len(x))))[:, : x.shape[1]]  # the rest is a predicted variance
     a, b = (value.to(x.dtype) for value in scheduler.eps_coefficients(alpha_bar, scheduler.prediction_type))
     return a * x + b * output
 
 
-def _timestep_at(u: Tensor, log_sigma: Tensor) -> Tensor:
+def _timestep_at(u: Tensor, u_of_t: Tensor) -> Tensor:
     """The fractional t with log(noise_std / signal) = u: linear between timesteps."""
-    after = torch.searchsorted(log_sigma, u).clamp(1, len(log_sigma) - 1)
-    low, high = log_sigma[after - 1], log_sigma[after]
+    after = torch.searchsorted(u_of_t, u).clamp(1, len(u_of_t) - 1)
+    low, high = u_of_t[after - 1], u_of_t[after]
     return after - 1 + (u - low) / (high - low)
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _check_timesteps(scheduler: DDPMScheduler, timesteps: Sequence[int] | None) -> list[int]:
-    steps = list(range(scheduler.num_steps))[::-1] if timesteps is None else [int(t) for t in timesteps]
-    if not steps or any(after >= before for before, after in zip(steps, steps[1:])):
-        raise ValueError(f"timesteps are {steps[:8]}...: give integers in descending order")
-    if not 0 <= steps[-1] <= steps[0] < scheduler.num_steps:
-        raise ValueError(f"timesteps go from {steps[0]} to {steps[-1]}: all must be in [0, {scheduler.num_steps})")
-    return steps
 
 
 def _strata(length: int, strata: int | None) -> list[int]:
@@ -344,7 +336,7 @@ def _strata(length: int, strata: int | None) -> list[int]:
 
 
 def _noise(seed: int, schedule_index: int | Tensor, index: Tensor, x_0: Tensor) -> Tensor:
-    """The noise of each image at its index of the schedule, in x_0's shape and dtype."""
+    """The noise of each image at its schedule index, in x_0's shape and dtype."""
     counter = (index * MAX_SCHEDULE_LENGTH + schedule_index).to(x_0.device)
     return rng.normal(rng.key(seed, rng.Stream.BOUND_NOISE), counter, tuple(x_0.shape[1:])).to(x_0.dtype)
 
@@ -365,11 +357,11 @@ def _tensor_of(output: Any) -> Tensor:
 
 
 def _reverse_moments(
-    scheduler: DDPMScheduler, output: Tensor, t: Tensor, x_t: Tensor, prev_t: Tensor, least_variance: float = 1.0
+    scheduler: DDPMScheduler, output: Tensor, t: Tensor, x_t: Tensor, prev_t: Tensor, fallback_variance: float = 1.0
 ) -> ReverseMeanVariance:
     """p(x_prev | x_t) in float64."""
     t, prev_t = t.to(x_t.device), prev_t.to(x_t.device)
-    return scheduler.p_mean_variance(output.double(), t, x_t.double(), prev_t, least_variance=least_variance)
+    return scheduler.p_mean_variance(output.double(), t, x_t.double(), prev_t, fallback_variance=fallback_variance)
 
 
 def _next_variance(scheduler: DDPMScheduler, steps: list[int]) -> float:

@@ -33,7 +33,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
-MAX_TRAIN_TIMESTEPS = 100_000  # above this a typing error is likelier than a real schedule, and tables grow large
+MAX_TRAIN_TIMESTEPS = 100_000  # above this a typo is likelier than a real schedule, and tables grow large
 TINY_VARIANCE = 1e-20  # replaces beta_tilde = 0 at the first index, where its logarithm is needed
 
 
@@ -56,8 +56,8 @@ class ReverseMeanVariance(NamedTuple):
 class StepCoefficients(NamedTuple):
     """x_0_pred = a x_t + b output,  x_prev = coef_x_0 x_0_pred + coef_x_t x_t + std exp(slope v) noise.
 
-    Python floats or 0-d tensors. v is the network's second half of channels if the variance is learned, else slope is
-    0.
+    Python floats or 0-d tensors. v is the network's output for the variance, its second half of channels; slope is 0
+    where the variance is fixed.
     """
 
     a: Any
@@ -92,7 +92,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     - The last step of every schedule adds no noise.
     - `variance_type="learned"`: the network predicts the log-variance; `"learned_range"`: it predicts v in [-1, 1] that
       interpolates between log beta_tilde (-1) and log beta (1) (Nichol and Dhariwal 2021, Eq. 15).
-    - `thresholding=True` with the default `sample_max_value=1` equals clipping: set it above 1.
+
+    As in diffusers, `thresholding=True` with the default `sample_max_value=1` equals clipping: set it above 1.
 
     Raises:
         ValueError: an option has a value that is not allowed, a beta is not in (0, 1], or the schedule has zero
@@ -154,7 +155,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self.variance_type = variance_type
         self.prediction_type = prediction_type
         self._clip_bound = clip_sample_range if clip_sample and not thresholding else None  # the config is slow to read
-        self._thresholds = thresholding
+        self._thresholding = thresholding
         # Index t + 1 holds alpha_bar_t, so that index 0, before the first step, holds 1.
         self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
         alpha_bar = self.alphas_cumprod
@@ -173,8 +174,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _set_options(self, **options: Any) -> None:
         """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
-        left = [name for name in self.config.get("_use_default_values", []) if name not in options]
-        self.register_to_config(**options, _use_default_values=left)
+        defaulted = [name for name in self.config.get("_use_default_values", []) if name not in options]
+        self.register_to_config(**options, _use_default_values=defaulted)
 
     # ---- Forward process: q ------------------------------------------------------------------------------------------
 
@@ -251,7 +252,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return _add_scaled(signal * original_samples, _widened(noise), noise_std).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho 2022, section 4), as `add_noise`."""
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0: Salimans and Ho 2022, section 4.
+
+        Arguments, dtype and errors are those of `add_noise`.
+        """
         self._check_images(sample)
         return self._velocity(sample, noise, timesteps).to(sample.dtype)
 
@@ -260,7 +264,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return _add_scaled(signal * eps, _widened(x_0), -noise_std)
 
     def snr(self, t: Tensor) -> Tensor:
-        """alpha_bar_t / (1 - alpha_bar_t), the signal-to-noise ratio: float64, shape of t, integers in [0, T)."""
+        """alpha_bar_t / (1 - alpha_bar_t), the signal-to-noise ratio at t, integers in [0, T): float64, shape of t."""
         return self._table("snr", t.device, torch.float64)[self._checked(t)]
 
     def convert_prediction(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
@@ -272,6 +276,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             prediction: (B, C, H, W).
             t: (B,) int64 in [0, T).
             x_t: noisy images at index t, (B, C, H, W).
+        Returns:
+            (B, C, H, W), dtype of prediction.
         Raises:
             ValueError: unknown source or target, or some t is out of range.
         """
@@ -279,13 +285,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         check_choice("target", target, PREDICTION_TYPES)
         if source == target:
             return prediction
-        if target == "sample":
-            return self._converted(self.x_0_coefficients, prediction, t, x_t, source).to(prediction.dtype)
-        eps = self._converted(self.eps_coefficients, prediction, t, x_t, source)
-        if target == "epsilon":
-            return eps.to(prediction.dtype)
-        x_0 = self._converted(self.x_0_coefficients, prediction, t, x_t, source)
-        return self._velocity(x_0, eps, t).to(prediction.dtype)
+        if target == "v_prediction":
+            x_0, eps = (self._converted(prediction, t, x_t, source, quantity) for quantity in ("sample", "epsilon"))
+            return self._velocity(x_0, eps, t).to(prediction.dtype)
+        return self._converted(prediction, t, x_t, source, target).to(prediction.dtype)
 
     def x_0_from_eps(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Eq. (15), DDPM: x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t).
@@ -300,7 +303,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             ValueError: shapes differ, or some t is out of range.
         """
         _check_shapes(x_t=x_t, eps=eps)
-        return self._converted(self.x_0_coefficients, eps, t, x_t, "epsilon").to(x_t.dtype)
+        return self._converted(eps, t, x_t, "epsilon", "sample").to(x_t.dtype)
 
     def eps_from_x_0(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """The noise in x_t if the clean image is x_0: eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t).
@@ -315,17 +318,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             ValueError: shapes differ, or some t is out of range.
         """
         _check_shapes(x_t=x_t, x_0=x_0)
-        return self._converted(self.eps_coefficients, x_0, t, x_t, "sample").to(x_t.dtype)
+        return self._converted(x_0, t, x_t, "sample", "epsilon").to(x_t.dtype)
 
-    def _converted(
-        self,
-        coefficients: Callable[[Tensor, str], tuple[Tensor, Tensor]],
-        prediction: Tensor,
-        t: Tensor,
-        x_t: Tensor,
-        source: str,
-    ) -> Tensor:
-        """a x_t + b prediction, with the coefficients for predictions of type `source` at t."""
+    def _converted(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
+        """a x_t + b prediction: x_0 (`target` "sample") or eps ("epsilon"), in float32 or float64."""
+        coefficients = self.x_0_coefficients if target == "sample" else self.eps_coefficients
         alpha_bar_t, _ = self.alpha_bars(t)
         a, b = (self._broadcast(table, x_t) for table in coefficients(alpha_bar_t, source))
         return a * x_t + b * prediction
@@ -338,7 +335,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         t: Tensor,
         x_t: Tensor,
         prev_t: Tensor | None = None,
-        least_variance: float = TINY_VARIANCE,
+        fallback_variance: float = TINY_VARIANCE,
     ) -> ReverseMeanVariance:
         """Eq. (11), DDPM: mean and variance of p(x_prev | x_t) for the network's output, each sample at its own t.
 
@@ -347,8 +344,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             t: (B,) int64 in [0, T), any t per sample, whatever schedule is set.
             x_t: noisy images, (B, C, H, W).
             prev_t: (B,) int64 in [-1, t), the index that the step ends at; t - 1 by default.
-            least_variance: replaces beta_tilde where that is 0, in the step that ends at the clean image, so that its
-                logarithm is finite.
+            fallback_variance: replaces beta_tilde where that is 0, in the step that ends at the clean image, so that
+                its logarithm is finite.
         Returns:
             mean, variance, log_variance, x_0_pred, in the dtype of x_t.
         Raises:
@@ -360,10 +357,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             self._broadcast(table, x_t)
             for table in (
                 *self.posterior_coefficients(*alpha_bars)[:2],
-                *self.log_variance(*alpha_bars, least_variance=least_variance),
+                *self.log_variance(*alpha_bars, fallback_variance=fallback_variance),
             )
         )
-        x_0_pred = self._bounded(self._converted(self.x_0_coefficients, output, t, x_t, self.prediction_type))
+        x_0_pred = self._bounded(self._converted(output, t, x_t, self.prediction_type, "sample"))
         log_variance = centre if predicted_variance is None else centre + slope * predicted_variance
         moments = (coef_x_0 * x_0_pred + coef_x_t * x_t, log_variance.exp(), log_variance, x_0_pred)
         return ReverseMeanVariance(*(value.to(x_t.dtype) for value in moments))
@@ -381,25 +378,22 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             device: device of `self.timesteps`.
             timesteps: instead, the timesteps themselves: descending integers in [0, T).
         Raises:
-            ValueError: both or neither are given, a number is out of range, or timesteps do not descend.
+            ValueError: both or neither are given, a number is out of range, or the timesteps do not descend.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps!r} and timesteps is {timesteps!r}: give one of the two"
             )
         if timesteps is not None:
-            chosen = [check_int("timesteps", t, 0, self.num_steps - 1) for t in timesteps]
-            if not chosen or any(later >= earlier for earlier, later in zip(chosen, chosen[1:])):
-                raise ValueError(f"timesteps are {_short(chosen)}: give integers in descending order")
+            chosen = check_timesteps(timesteps, self.num_steps)
         else:
-            number = check_int("num_inference_steps", num_inference_steps, 1, self.num_steps)
-            chosen = self._spaced(number)
+            chosen = self._spaced(check_int("num_inference_steps", num_inference_steps, 1, self.num_steps))
         if chosen[0] >= self.num_steps:
             raise ValueError(
                 f"timesteps are {_short(chosen)} with steps_offset={self.config['steps_offset']}: all must be in "
                 f"[0, {self.num_steps})"
             )
-        # The network takes the pure noise that sampling starts from for an image of this signal scale.
+        # Sampling starts from pure noise, where the network expects an image scaled by this much, in noise.
         signal, spacing = self._tables["signal"][chosen[0]].item(), self.config["timestep_spacing"]
         if timesteps is None and chosen[0] < self.num_steps - 1 and signal > 0.01:
             warnings.warn(
@@ -422,10 +416,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         eta: float = 1.0,
         variance_noise: Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One sampling step: DDPM (eta = 1; Algorithm 2), DDIM (eta = 0; Song et al. 2021, Eqs. 12 and 16), or between.
+        """One sampling step: DDPM (eta = 1; Algorithm 2), DDIM (eta = 0; arXiv 2010.02502, Eqs. 12 and 16), or between.
 
-        The direction to x_t is taken from the clipped x_0_pred, as in DDPM's Eq. 7 (`use_clipped_model_output` of
-        diffusers' DDIM). eta^2 scales beta_tilde in the mean, eta the standard deviation of the noise that is added.
+        DDIM's "direction pointing to x_t" is computed from the clipped x_0_pred (`use_clipped_model_output` of
+        diffusers' DDIM), so that eta = 1 gives DDPM's Eq. 7. eta^2 scales beta_tilde in the mean, eta the standard
+        deviation of the noise that is added.
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2 C, H, W) with learned variance.
@@ -495,16 +490,21 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         alpha_bar_t: Tensor,
         alpha_bar_prev: Tensor,
         variance_type: str | None = None,
-        least_variance: float = TINY_VARIANCE,
+        fallback_variance: float = TINY_VARIANCE,
     ) -> tuple[Tensor, Tensor]:
         """(centre, slope): the log of p's variance is centre + slope v, where v is the network's output for it.
 
-        least_variance replaces beta_tilde where that is 0.
+        Args:
+            alpha_bar_t, alpha_bar_prev: float64, any shape.
+            variance_type: by default the scheduler's.
+            fallback_variance: replaces beta_tilde where that is 0.
+        Returns:
+            Two tensors of the same shape. slope is 0 where the variance is fixed.
         """
         variance_type = variance_type or self.variance_type
         beta = 1 - alpha_bar_t / alpha_bar_prev
         beta_tilde = self.posterior_coefficients(alpha_bar_t, alpha_bar_prev)[2]
-        log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, least_variance).clamp(min=TINY_VARIANCE).log()
+        log_beta_tilde = torch.where(beta_tilde > 0, beta_tilde, fallback_variance).clamp(min=TINY_VARIANCE).log()
         zero = torch.zeros_like(beta)
         if variance_type.startswith("fixed_small"):
             return log_beta_tilde, zero
@@ -542,13 +542,13 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             steps = np.linspace(0, num_steps - 1, number).round()[::-1]
         elif spacing == "leading":
             steps = np.arange(number)[::-1] * (num_steps // number) + self.config["steps_offset"]
-        else:  # by rounding, arange can be one too long: the first `number` are right
+        else:  # rounding can make arange one too long
             steps = np.arange(num_steps, 0, -num_steps / number)[:number].round() - 1
         return steps.astype(np.int64).tolist()
 
     def _bounded(self, x_0_pred: Tensor, in_place: bool = False) -> Tensor:
         """x_0_pred after the configured thresholding or clipping."""
-        if self._thresholds:
+        if self._thresholding:
             return self._threshold_sample(x_0_pred)
         bound = self._clip_bound
         if bound is None:
@@ -572,7 +572,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _get_variance(
         self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
-        """Variance of p for one timestep of the schedule; `predicted_variance` is the network's, if it is learned."""
+        """diffusers' method, corrected: variance of p at a timestep of the schedule.
+
+        predicted_variance is the network's output for it, if the variance is learned.
+        """
         alpha_bar_t, alpha_bar_prev = self._alpha_bar[[int(t) + 1, int(self.previous_timestep(int(t))) + 1]]
         centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev, variance_type)
         return (centre + slope * (0 if predicted_variance is None else predicted_variance)).exp()
@@ -670,10 +673,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _checked(self, t: Tensor) -> Tensor:
         """t, after a check of its dtype and, where this does not make the host wait, of its range."""
-        if not isinstance(t, Tensor) or t.dtype not in (
-            torch.int64,
-            torch.int32,
-        ):  # a bool or uint8 index would be a mask
+        index_dtypes = (torch.int64, torch.int32)  # a bool or uint8 index would be a mask
+        if not isinstance(t, Tensor) or t.dtype not in index_dtypes:
             raise ValueError(f"t is {t!r}: give an int64 or int32 tensor, all in [0, {self.num_steps})")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             values = t.numpy()  # faster than dispatched operations
@@ -684,11 +685,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _check_images(self, images: Tensor) -> None:
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: give floats in [-1, 1]")
-        # Only the first images are checked, since a check of every batch would cost as much as the noise.
+        # Only the first images are checked, since a check of every batch would cost as much as adding the noise.
         if not self._range_checked and images.device.type == "cpu" and not torch.compiler.is_compiling():
             self._range_checked = True
             largest = images.detach().abs().max().item() if images.numel() else 0.0
-            if largest > 20:
+            if largest > 20:  # images in [-1, 1] with any noise stay far below, pixels of 0..255 do not
                 warnings.warn(
                     f"images go up to {largest:g}: give values in [-1, 1], x / 127.5 - 1 for pixels of 0..255",
                     stacklevel=3,
@@ -735,8 +736,10 @@ def _cosine(time: float) -> float:
 
 
 def _laplace(time: float) -> float:
-    """alpha_bar of diffusers' "laplace": log SNR has a Laplace distribution (Hang and Gu 2024), under diffusers'
-    square root."""
+    """alpha_bar of diffusers' "laplace": the root of sigmoid(log_snr), with Laplace-distributed log_snr.
+
+    Hang and Gu 2024, without the root.
+    """
     log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
@@ -788,11 +791,19 @@ def check_int(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
+def check_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_steps: int) -> list[int]:
+    """The timesteps as a list; ValueError unless they are descending integers in [0, num_steps)."""
+    checked = [check_int("timesteps", t, 0, num_steps - 1) for t in timesteps]
+    if not checked or any(after >= before for before, after in zip(checked, checked[1:])):
+        raise ValueError(f"timesteps are {_short(checked)}: give integers in descending order")
+    return checked
+
+
 def _check_shapes(**tensors: Tensor) -> None:
-    """Raise ValueError unless two tensors have one shape; the keywords are their names in the message."""
+    """Raise ValueError unless two tensors have equal shapes; the keywords are their names in the message."""
     (name_a, a), (name_b, b) = tensors.items()
     if a.shape != b.shape:
-        raise ValueError(f"{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: give one shape")
+        raise ValueError(f"{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: they must be equal")
 
 
 def _check_betas(betas: Tensor, prediction_type: str) -> None:
@@ -805,9 +816,9 @@ def _check_betas(betas: Tensor, prediction_type: str) -> None:
         t = int(wrong.nonzero()[0])
         raise ValueError(f"beta is {betas[t].item():g} at t = {t}: all must be in (0, 1), and only the last may be 1")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
-    lost = alpha_bar < torch.finfo(torch.float64).tiny
-    if lost[:-1].any():
-        t = int(lost.nonzero()[0])
+    vanished = alpha_bar < torch.finfo(torch.float64).tiny
+    if vanished[:-1].any():
+        t = int(vanished.nonzero()[0])
         raise ValueError(f"alpha_bar is 0 from t = {t} on, before the last step: give smaller betas, or fewer")
     if prediction_type == "epsilon" and alpha_bar[-1].sqrt() < torch.finfo(torch.float32).tiny:
         raise ValueError(
