@@ -82,9 +82,9 @@ def make_denoiser(
         ("num_class_embeds", 1 if num_class_embeds is None else num_class_embeds),
     ):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{what} is {value!r}: give an int of at least 1")
+            raise ValueError(f"{what} is {value!r}: give an integer of at least 1")
     if dropout is not None and not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-        raise ValueError(f"dropout is {dropout!r}: give a probability, at least 0 and below 1")
+        raise ValueError(f"dropout is {dropout!r}: give a probability in [0, 1)")
     return UNet2DModel(
         **preset | ({} if dropout is None else {"dropout": float(dropout)}),
         sample_size=height if height == width else (height, width),
@@ -95,7 +95,7 @@ def make_denoiser(
 
 
 def check_size(name: str, height: int, width: int) -> None:
-    """Raise ValueError if the network `name` cannot halve images of this size as often as it needs to."""
+    """Raise ValueError if the network `name` cannot halve this size as often as it needs to."""
     multiple = 2 ** (len(PRESETS[name]["block_out_channels"]) - 1)
     for side, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1 or value % multiple:
@@ -106,15 +106,13 @@ def check_size(name: str, height: int, width: int) -> None:
             )
 
 
-def load_initial_weights(
-    name: str, unet: nn.Module, scheduler: DDPMScheduler, log: Callable[[str], object]
-) -> None:
+def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, log: Callable[[str], object]) -> None:
     """Copy the weights of a saved or published model into `unet`.
 
     Args:
-        name: folder, or name on the Hub.
-        unet: has the architecture of that model.
-        scheduler: the one to train with.
+        name: folder of the model, or its name on the Hub.
+        unet: a network of the same architecture.
+        scheduler: the noise schedule to train with.
         log: called with what was loaded, and with a warning if the model was trained with another noise schedule.
     Raises:
         ValueError: it cannot be loaded; or its architecture, prediction type or number of diffusion timesteps differ.
@@ -132,7 +130,7 @@ def load_initial_weights(
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"init_from is {name!r}, which has another architecture: {tensor_name} has shape {shapes[0]} there and "
-                f"{shapes[1]} here. Give the denoiser, the number of channels and the labels that it was trained with"
+                f"{shapes[1]} here. Give the denoiser that it was trained with, and images with as many channels"
             )
     for field, option in (("prediction_type", "prediction_type"), ("num_train_timesteps", "ddpm_num_steps")):
         trained_with, value = pipe.scheduler.config[field], scheduler.config[field]
@@ -148,16 +146,16 @@ def load_initial_weights(
 
 
 def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Set the fastest implementation of attention; all agree up to rounding.
+    """Set the fastest implementation of attention. All agree up to rounding, and the choice is not saved.
 
-    In bfloat16 on a CPU that is softmax(q k^T / sqrt(d)) v as two matrix products, elsewhere the fused kernel. It is
-    not part of the model's configuration: nothing of it is saved.
+    In bfloat16 on a CPU that is softmax(q k^T / sqrt(d)) v as two matrix products, elsewhere the fused kernel.
 
     Args:
         device_type: "cpu", "cuda", ...
         dtype: what the network computes in, as set by autocast.
     """
     use_matrix_products = device_type == "cpu" and dtype == torch.bfloat16
+    # Any: the annotation of set_processor allows AttnProcessor only.
     processor: Any = AttnProcessor() if use_matrix_products else AttnProcessor2_0()
     for module in model.modules():
         if isinstance(module, Attention):

@@ -2,7 +2,10 @@
 
 Order: config, runtime, data, model, EMA, optimizer, resume, loop, save. A step is an optimizer step. Noise, loss and
 EMA are float32; autocast is around the network alone. Every random number is a function of (seed, step, index in the
-global batch), that of dropout also of the rank, so a resumed run continues bit for bit.
+global batch), dropout also of the rank, so a resumed run continues bit for bit.
+
+Exit codes: 0 done; 1 a non-finite loss or gradient, out of memory or disk full; 2 a mistake in the command or the data;
+3 the Hub failed; 143 stopped by a signal after writing a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from torch import Tensor
 
 from training.config import Config, parse
 from training.hub import during_training
-from training.run import checkpoint, failures
+from training.hub.client import HubError
+from training.run import checkpoint, failures, signals
+from training.run.failures import ForwardPass
 from training.run.log import Log, check_trackers
-from training.run.record import RunRecord
+from training.run.record import RunRecord, precision_name
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, versions
 from training.run.sampling import EMASampler, recover_pipeline
-from training.run.signals import EXIT_CODE, StopSignal
+from training.run.signals import StopSignal
 from training.run.state import Clock, TrainingState
 
 if TYPE_CHECKING:
@@ -38,8 +43,6 @@ if TYPE_CHECKING:
     from training.data.split import DataSplit
     from training.ema import FlatEMA
     from training.run.validation import Validator
-
-ForwardPass = tuple[Tensor, Tensor, Tensor]  # indices in the global batch, predictions and targets of one micro-batch
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Run:
     batches: Batches
     scheduler: DDPMScheduler
     unet: torch.nn.Module
-    model: Any  # `unet`, wrapped for several processes and compiled
+    model: torch.nn.Module  # `unet`, wrapped for several processes and compiled
     ema: FlatEMA
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     record: RunRecord
     log: Log
     sampler: EMASampler
@@ -86,11 +89,16 @@ def main(config: Config, stop: StopSignal) -> int:
             during_training.check_access(config)
     runtime.barrier()
 
-    # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
+    # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
+    from ddpm_pipeline import rng
     from training.data.batches import Batches
     from training.denoiser import check_size, choose_attention, load_initial_weights, make_denoiser
+    from training.ema import FlatEMA
+    from training.run.validation import Validator
 
-    if config.height_width is not None:  # fail before the images are decoded
+    # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
+    # Before the images are decoded, check what does not need them.
+    if config.height_width is not None:
         check_size(config.denoiser, *config.height_width)
     if config.resume_from_checkpoint:
         path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, runtime.print)
@@ -112,10 +120,9 @@ def main(config: Config, stop: StopSignal) -> int:
         runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
 
     # ---- Model: diffusion process and network ------------------------------------------------------------------------
-    from ddpm_pipeline import rng
-
     scheduler = make_scheduler(config)
     torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
+    # Any: diffusers annotates .to() without its argument.
     unet: Any = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels)
     unet.to(device)
     if config.init_from and not config.resume_from_checkpoint:
@@ -124,8 +131,6 @@ def main(config: Config, stop: StopSignal) -> int:
     choose_attention(unet, device.type, runtime.dtype)
 
     # ---- EMA, optimizer ----------------------------------------------------------------------------------------------
-    from training.ema import FlatEMA
-
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     optimizer = make_optimizer(config, unet)
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
@@ -152,8 +157,6 @@ def main(config: Config, stop: StopSignal) -> int:
         checkpoint.check_free_space(output_dir, checkpoint.estimate_bytes(unet.state_dict(), ema.state_dict()))
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    from training.run.validation import Validator
-
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
     example = batches.images(0, torch.zeros(1, dtype=torch.int64))
     sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, example)
@@ -171,7 +174,7 @@ def main(config: Config, stop: StopSignal) -> int:
         if publisher is not None:
             publisher.cancel()
         log.close()
-        return EXIT_CODE
+        return signals.EXIT_CODE
     skipped = f", {state.skipped} skipped" if state.skipped else ""
     runtime.print(f"trained {state.step - first_step} steps in {state.clock.seconds / 60:.1f} minutes{skipped}")
 
@@ -265,8 +268,8 @@ def train(run: Run, state: TrainingState) -> bool:
         loss, passes = accumulate_gradients(run, state)
         norm = runtime.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
 
-        # ---- Check on all ranks, before the optimizer and the EMA move
-        # With fp16 a non-finite norm is no fault: the loss scaler skips such a step itself, and lowers its scale.
+        # ---- Check on all ranks, before the weights change
+        # With fp16 a non-finite norm is no fault: the loss scaler skips such a step itself and lowers its scale.
         finite = loss.isfinite() & (norm.isfinite() if scaler is None else True)
         time_is_up = clock.seconds > time_limit
         nonfinite, stopping, out_of_time = runtime.any(not finite.item(), run.stop.requested(), time_is_up)
@@ -319,7 +322,7 @@ def train(run: Run, state: TrainingState) -> bool:
                 summary = run.validator.validate(state.step, images_seen)
             progress.set_description(f"training ({summary})" if summary else "training")
 
-        # ---- Sample, publish; after the last step main() does it
+        # ---- Sample, publish (after the last step, main() does both)
         publish = is_due(state.step, config.push_to_hub_steps)
         if not is_last and (publish or is_due(state.step, config.save_images_steps)):
             with clock.paused():
@@ -329,7 +332,7 @@ def train(run: Run, state: TrainingState) -> bool:
                     run.sampler.save_grid(state.step)
                 if publish and run.publisher is not None and not run.stop.requested():
                     run.publisher.start()
-            (stopping,) = runtime.any(run.stop.requested())
+            (stopping,) = runtime.any(run.stop.requested())  # sampling ends early on a signal
     if state.saved_step != state.step:
         save_checkpoint(run, state)
     run.stop.in_loop = False
@@ -362,7 +365,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
                 loss = objective.simple_loss(prediction, batch.target) / num_passes
                 runtime.accelerator.backward(loss)
         loss_sum += loss.detach()
-        passes.append((index, prediction.detach(), batch.target))
+        passes.append(ForwardPass(index, prediction.detach(), batch.target))
     return loss_sum, passes
 
 
@@ -382,7 +385,7 @@ def report_nonfinite(
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> None:
-    """Write a checkpoint of this step, on the main process; the others wait."""
+    """Write a checkpoint after this step, on the main process; the others wait."""
     if run.runtime.is_main:
         scaler = run.runtime.accelerator.scaler
         checkpoint.save(
@@ -409,7 +412,7 @@ def describe(run: Run) -> str:
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
     limit = f" or {config.max_train_minutes:g} minutes" if config.max_train_minutes else ""
     return (
-        f"{config.denoiser}, {millions:.1f} M parameters, {str(runtime.dtype).removeprefix('torch.')}, on "
+        f"{config.denoiser}, {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on "
         f"{runtime.world_size} x {runtime.device.type}; global batch {run.record.global_batch}, "
         f"{config.max_train_steps} steps{limit}"
     )
@@ -444,8 +447,9 @@ if __name__ == "__main__":
     except (FloatingPointError, failures.OutOfMemoryError, checkpoint.DiskFullError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 1
-    except during_training.HubError as error:
-        print(f"train.py: {error}. Nothing was trained. To publish later, train without --push_to_hub", file=sys.stderr)
-        code = 3
+    except HubError as error:
+        advice = "To publish later, train without --push_to_hub, then run publish.py"
+        print(f"train.py: {error}. Nothing was trained. {advice}", file=sys.stderr)
+        code = during_training.EXIT_CODE
     leave_process_group()
     sys.exit(code)

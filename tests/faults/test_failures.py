@@ -252,7 +252,7 @@ def test_out_of_memory_in_a_step_says_what_to_lower(workspace):
     assert run.wait() == [1]
     text = run.text()
     assert "Out of memory at step 4: " in text and "Traceback" not in text
-    assert "--train_batch_size 2 --gradient_accumulation_steps 2 needs less and keeps the global batch" in text
+    assert "--train_batch_size 2 --gradient_accumulation_steps 2, which needs less and keeps the global batch" in text
     assert "The checkpoint after step 2 is intact" in text
     assert workspace.checkpoints("run") == ["checkpoint-000002"]
     options = {"train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -1,4 +1,4 @@
-"""FAILURES: a checkpoint of another run, non-finite losses and gradients, too little memory."""
+"""FAILURES: a checkpoint of another run, a non-finite loss or gradient, too little memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.config import Config
 from training.run.checkpoint import CheckpointError
+from training.run.record import data_set
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.data.batches import Batches
+    from training.data.cache import ImageSet
 
 
 class OutOfMemoryError(RuntimeError):
     """The message says which options need less memory."""
+
+
+class ForwardPass(NamedTuple):
+    """One micro-batch of this rank: indices in the global batch (B,), prediction and target (B, C, H, W)."""
+
+    indices: Tensor
+    prediction: Tensor
+    target: Tensor
 
 
 def check_same_run(
@@ -27,8 +40,7 @@ def check_same_run(
     compared = [(name, manifest["config"][name], getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
-    # After the first ";" come notes, and their wording changes between versions.
-    compared.append(("data set", manifest["source"].partition(";")[0], source.partition(";")[0]))
+    compared.append(("data set", data_set(manifest["source"]), data_set(source)))
     for name, before, now in compared:
         if before != now:
             raise CheckpointError(
@@ -39,7 +51,7 @@ def check_same_run(
 
 @contextmanager
 def explain_out_of_memory(config: Config, step: int, saved: int) -> Iterator[None]:
-    """Running out of memory inside becomes OutOfMemoryError, which names smaller settings. The run is left as it is.
+    """Turn running out of memory in this context into OutOfMemoryError, which suggests settings that need less.
 
     Args:
         step: the optimizer step in progress.
@@ -53,29 +65,26 @@ def explain_out_of_memory(config: Config, step: int, saved: int) -> Iterator[Non
         batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
         divisor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
         if divisor is None:
-            advice = "train_batch_size is 1 already, so use a smaller resolution or denoiser"
+            advice = "train_batch_size is 1 already: use a smaller resolution or denoiser"
         else:
             advice = (
-                f"--train_batch_size {batch_size // divisor} --gradient_accumulation_steps {accumulation * divisor} "
-                "needs less and keeps the global batch"
+                f"use --train_batch_size {batch_size // divisor} --gradient_accumulation_steps "
+                f"{accumulation * divisor}, which needs less and keeps the global batch"
             )
         raise OutOfMemoryError(f"Out of memory at step {step}: {advice}. {describe_saved(saved)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on a GPU; on a CPU a RuntimeError of its allocator."""
+    """On a GPU torch has its own exception; on a CPU its allocator raises a RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
-def suspect_images(passes: list[tuple[Tensor, Tensor, Tensor]], batches: Any, step: int) -> list[int]:
-    """Images of this rank with a non-finite squared error; all of its images if only the gradient is non-finite.
+def suspect_images(passes: list[ForwardPass], batches: Batches, step: int) -> list[int]:
+    """Indices into the data set: this rank's images with a non-finite squared error, or all of them if it has none.
 
     Args:
-        passes: for each forward pass the indices in the global batch, the prediction and the target.
-        batches: maps indices in the global batch to images, as training/data/batches.py does.
+        passes: of this rank, in the failing step.
         step: optimizer steps done before this one.
-    Returns:
-        Indices into the data set.
     """
     nonfinite = [
         index[~(prediction.float() - target).square().flatten(1).mean(1).isfinite().cpu()]
@@ -85,13 +94,13 @@ def suspect_images(passes: list[tuple[Tensor, Tensor, Tensor]], batches: Any, st
     return [int(i) for i in batches.indices(step, suspects)]
 
 
-def describe_images(indices: Iterable[int], data: Any) -> str:
-    """Index and name of each image, once: "12 (cat/3.png), 40 (dog/7.png)"."""
+def describe_images(indices: Iterable[int], data: ImageSet) -> str:
+    """Index and name of each image, sorted and without repeats: "12 (cat/3.png), 40 (dog/7.png)"."""
     return ", ".join(f"{i} ({data.name(i)})" for i in sorted(set(indices)))
 
 
 def describe_nonfinite(step: int, loss: float, grad_norm: float, learning_rate: float, images: str) -> str:
-    """What is non-finite at `step`. `loss` is that of this rank, `grad_norm` of all; `images` as `describe_images`."""
+    """What is non-finite at `step`. `loss` is of this rank, `grad_norm` of all; `images` is from `describe_images`."""
     quantity = "gradient" if math.isfinite(loss) else "loss"
     return (
         f"{quantity} is non-finite at step {step} (loss {loss:g}, gradient norm {grad_norm:g}, learning "
@@ -100,5 +109,5 @@ def describe_nonfinite(step: int, loss: float, grad_norm: float, learning_rate: 
 
 
 def describe_saved(saved: int) -> str:
-    """Which checkpoint to resume from, if any: the one after step `saved`."""
+    """Whether there is a checkpoint to resume from; `saved` is the step of the newest one, 0 if there is none."""
     return f"The checkpoint after step {saved} is intact." if saved else "There is no checkpoint yet."

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FILE = "training.json"
+FILE = "training.json"  # in the folder of a saved pipeline
 SAMPLE_SEED = 1_000_000  # sample image i has seed SAMPLE_SEED + i at every step, so that its progress can be followed
 
 
@@ -22,12 +22,12 @@ class RunRecord:
         device: name of the processor or GPU.
         mixed_precision: what the network computed in: no, fp16 or bf16.
         num_images: images trained on.
-        source: where they come from.
-        held_out: where the held-out images come from, or why there are none.
+        source: where they come from, see `data_set`.
+        held_out: where the held-out images come from, or "nothing".
         versions: of Python and of the libraries.
         commit: of this project's code; None outside a git checkout.
         config: all fields of Config.
-        seconds: spent training, sampling and validation not included.
+        seconds: training time, without sampling and validation.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
 
@@ -70,3 +70,16 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def data_set(source: str) -> str:
+    """The part of a source that identifies the data set. Notes on its preparation follow the first ";".
+
+    Compare only this part: the wording of the notes changes between versions of this project.
+    """
+    return source.partition(";")[0]
+
+
+def precision_name(mixed_precision: str) -> str:
+    """What the network computes in, as reports and cards call it: float32, fp16 or bf16."""
+    return "float32" if mixed_precision == "no" else mixed_precision
