@@ -1,8 +1,8 @@
-"""Go on training from a saved or published model on your own images:
+"""Continue training a saved or published model on your own images:
 `python examples/finetune.py MODEL IMAGE_FOLDER OUTPUT_FOLDER [TRAINING FLAGS]`.
 
-The network is the one of the model; training/train.py checks that it fits. Here it is started in a process of its own,
-as one would on the command line.
+Give --denoiser, such as `--denoiser tiny` for the moons, if the model has another network than the default of train.py,
+which refuses weights that do not fit. train.py runs in a process of its own, as from the command line.
 """
 
 import subprocess
