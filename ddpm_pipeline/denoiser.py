@@ -64,7 +64,11 @@ class UNetDenoiser:
 def check_class_labels(
     unet: UNet2DModel, class_labels: Any, guidance_scale: float, batch_size: int, device: torch.device
 ) -> Tensor | None:
-    """Labels for the network, (B,), or None for a network without classes."""
+    """Labels for the network, (B,), or None for a network without classes.
+
+    Raises:
+        ValueError: a network with classes has no labels, or one without has some; or a label is not a class.
+    """
     number = unet.config["num_class_embeds"]
     has_classes = number is not None or unet.config["class_embed_type"] is not None
     if class_labels is None:

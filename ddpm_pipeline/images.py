@@ -10,7 +10,7 @@ from diffusers.utils.pil_utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from .pixels import from_pixels
+from .pixels import from_pixels, height_width
 from .scheduling_ddpm import DDPMScheduler, check_choice, compute_dtype
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -27,7 +27,7 @@ def check_output_type(output_type: str | None, channels: int) -> None:
 def to_output(x_0: Tensor, output_type: str | None) -> Any:
     """Images (B, C, H, W) in [-1, 1] in the given output_type."""
     if not x_0.isfinite().all():
-        warnings.warn("some pixels are not finite: check the network's weights", stacklevel=3)
+        warnings.warn("some pixels are non-finite: check the network's weights", stacklevel=3)
     if output_type == "latent":
         return x_0
     images = (x_0 / 2 + 0.5).clamp(0, 1)
@@ -53,8 +53,9 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
         if not images:
             raise ValueError(f"{name} is an empty list: give at least one image")
         single = [to_tensor(image, name, channels) for image in images]
-        if len({image.shape[1:] for image in single}) > 1:
-            raise ValueError(f"{name} has images of shapes {sorted({tuple(i.shape[1:]) for i in single})}: give one")
+        shapes = sorted({tuple(image.shape[1:]) for image in single})
+        if len(shapes) > 1:
+            raise ValueError(f"{name} has images of shapes {shapes}: they must be equal")
         return torch.cat(single)
     if isinstance(images, Image.Image):
         images = np.array(_convert_mode(images, channels))
@@ -89,32 +90,46 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
     return values
 
 
-def check_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) -> Tensor:
-    """Images for a method that needs our scheduler: (B, C, H, W) in [-1, 1], of the network's size, on the CPU."""
+def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) -> Tensor:
+    """Checked images for a method that needs our scheduler, of the network's size.
+
+    Args:
+        images, name: as for `to_tensor`.
+    Returns:
+        (B, C, H, W) in [-1, 1], float32 or float64, on the CPU.
+    Raises:
+        ValueError: as for `to_tensor`; or another scheduler, or another size.
+    """
     if not isinstance(scheduler, DDPMScheduler):
         raise ValueError(
-            f"the scheduler is a {type(scheduler).__name__}: this method needs a DDPMScheduler; "
+            f"the scheduler is a {type(scheduler).__name__}: this method needs a DDPMScheduler, set "
             "pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
         )
     x_0 = to_tensor(images, name, unet.config["in_channels"])
+    height, width = x_0.shape[2:]
     size = unet.config["sample_size"]
-    expected = (size, size) if isinstance(size, int) else size
-    if expected is not None and tuple(x_0.shape[2:]) != tuple(expected):
-        actual, allowed = (" x ".join(map(str, sides)) for sides in (x_0.shape[2:], expected))
-        raise ValueError(f"{name} is {actual} pixels: this network generates {allowed} (height x width)")
-    check_image_size(unet, x_0.shape[2], x_0.shape[3])
+    if size is not None and (height, width) != height_width(size):
+        allowed = " x ".join(map(str, height_width(size)))
+        raise ValueError(f"{name} is {height} x {width} pixels: this network generates {allowed} (height x width)")
+    check_image_size(unet, height, width)
     return x_0.to(compute_dtype(unet.dtype))
 
 
 def check_image_size(unet: UNet2DModel, height: int | None, width: int | None, latents: Any = None) -> tuple[int, int]:
-    """(H, W) in pixels: the given one, or that of the latents, or the one that the network was trained at."""
-    size = unet.config["sample_size"]
+    """(H, W) in pixels: the given one, or that of the latents, or the one that the network was trained at.
+
+    Raises:
+        ValueError: there is none of these, or the network cannot halve a side as often as it has to.
+    """
     if latents is not None and height is None and width is None and latents.ndim == 4:
-        size = tuple(latents.shape[-2:])
-    if size is None and (height is None or width is None):
-        raise ValueError(f"the network has sample_size None, height is {height} and width {width}: give both")
-    default = (size, size) if isinstance(size, int) or size is None else tuple(size)
-    height, width = (side if side is not None else usual for side, usual in zip((height, width), default))
+        height, width = latents.shape[2:]
+    if height is None or width is None:
+        size = unet.config["sample_size"]
+        if size is None:
+            raise ValueError(f"the network has sample_size None, height is {height} and width {width}: give both")
+        trained_height, trained_width = height_width(size)
+        height = trained_height if height is None else height
+        width = trained_width if width is None else width
     multiple = 2 ** (len(unet.config["block_out_channels"]) - 1)
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, int) or side < 1 or side % multiple:

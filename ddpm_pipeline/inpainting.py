@@ -1,6 +1,6 @@
 """INPAINTING: RePaint, which fills in masked pixels with an unconditional model.
 
-At each sampling step the known pixels are replaced by a noised copy of the image. Resampling, jumps back to more noise,
+At each sampling step the known pixels are replaced by those of the noised image. Resampling, jumps back to more noise,
 makes the two parts agree. Lugmayr et al. 2022, arXiv 2201.09865.
 """
 
@@ -18,8 +18,8 @@ from .scheduling_ddpm import DDPMScheduler
 def repaint_levels(num_steps: int, jump_length: int, resamples: int) -> list[int]:
     """The noise levels that RePaint visits, from `num_steps` (pure noise) to 0 (the image), one up or down at a time.
 
-    At every `jump_length`-th level it jumps back up by that many levels, until it has passed there `resamples` times
-    (section 4.2 and the listing in the appendix).
+    At every `jump_length`-th level it jumps back up by that many levels, until it has reached this level `resamples`
+    times (section 4.2 and the listing in the appendix).
     """
     jumps_left = dict.fromkeys(range(0, num_steps - jump_length, jump_length), resamples - 1)
     levels, level = [num_steps], num_steps
@@ -50,8 +50,8 @@ def repaint(
         known: images, (B, C, H, W), in [-1, 1].
         mask: bool, same shape, True where to paint.
         levels: noise levels from `repaint_levels`, for the scheduler's number of timesteps.
-        generator: of all noise; a list has one for each image.
-        eta: of the reverse steps, 1 (ancestral) to 0.
+        generator: for all noise; a list has one for each image.
+        eta: of the reverse steps, from 0 (deterministic) to 1 (ancestral).
     Returns:
         (B, C, H, W); outside the mask these are the known pixels, bit for bit.
     """

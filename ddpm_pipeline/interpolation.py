@@ -1,6 +1,6 @@
-"""INTERPOLATION: images between two images, or among several, along a path that the network makes meaningful.
+"""INTERPOLATION: images between two images, or among several, along a path through latents or noised images.
 
-The pixel mean of a full and a half moon is a grey double exposure. A path through noise leads to a three-quarter moon:
+The pixel mean of a full and a half moon is a grey double exposure; these paths pass through a three-quarter moon:
 
     latent  DDIM inversion of the endpoints, spherical interpolation between their latents, sampling with eta = 0
     noise   the pixel mean of the endpoints, noised to an index t and sampled from there (SDEdit)
@@ -49,7 +49,7 @@ class FusionOutput(BaseOutput):
 
 
 class Interpolation(NamedTuple):
-    """P K images (B, C, H, W), the weights (B, N) of their endpoints, and their distance ratios, (B,), if N is 2."""
+    """B = P K images (B, C, H, W), the weights (B, N) of their endpoints and, if N is 2, their distance ratios (B,)."""
 
     images: Tensor
     weights: Tensor
@@ -61,7 +61,7 @@ def stack_endpoints(a: Tensor, b: Tensor | None) -> Tensor:
     if b is None:
         return a[None]
     if a.shape != b.shape:
-        raise ValueError(f"image_a is {len(a)} images and image_b {len(b)}: give the same number")
+        raise ValueError(f"image_a has shape {tuple(a.shape)} and image_b {tuple(b.shape)}: they must be equal")
     return torch.stack([a, b], dim=1)
 
 
@@ -201,8 +201,8 @@ def interpolate(
         weights = torch.stack([1 - weight, weight], dim=1)
     else:
         images = image_at(set_index, weights)
-    every = torch.arange(len(weights), device=endpoints.device)
-    return Interpolation(images, weights, ratio_of(every, images) if num_endpoints == 2 else None)
+    all_indices = torch.arange(len(weights), device=endpoints.device)
+    return Interpolation(images, weights, ratio_of(all_indices, images) if num_endpoints == 2 else None)
 
 
 def bisect_weights(
@@ -216,7 +216,8 @@ def bisect_weights(
     """Distance-balanced weights: the weights with the wanted distance ratios, by bisection of all paths at once.
 
     Sampling without noise is continuous, and the ratio is 0 at weight 0 and 1 at weight 1, so every ratio between is
-    reached somewhere. Where the path is steep, float precision may step over it; then the nearest image wins.
+    reached somewhere. Where the path is too steep for bisection to come within the tolerance, the nearest image found
+    is returned.
 
     Args:
         image_at: (indices of targets (M,), weights (M,)) to images (M, C, H, W).

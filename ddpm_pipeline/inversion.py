@@ -1,6 +1,6 @@
-"""INVERSION: the deterministic DDIM sampler and its inverse, from images to latents (Song et al. 2021).
+"""INVERSION: the deterministic DDIM sampler and its inverse, from images to latents.
 
-    sampling   x_prev = coef_x_0 x_0_pred + coef_x_t x_t    DDIM, Eq. (12), with sigma = 0
+    sampling   x_prev = coef_x_0 x_0_pred + coef_x_t x_t    DDIM (arXiv 2010.02502), Eq. (12), with sigma = 0
     inversion  x_t = r x_prev + k eps(x_t, t)               the same equation, solved for x_t
 
 The latent x_T of an image leads back to that image when it is sampled with eta = 0.

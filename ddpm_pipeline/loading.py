@@ -1,7 +1,7 @@
 """LOADING: checks of a saved folder before anything in it is loaded.
 
 diffusers' loader trusts a folder: it samples from weights that lack a tensor, runs pickled code in a .bin file, and
-allocates as much memory as a configuration names. These checks read only JSON and the headers of safetensors files:
+allocates as much memory as a configuration asks for. These checks read only JSON and the headers of safetensors files:
 which classes are named, the value of every field, and whether the file has every tensor of the network with its shape.
 No code in the folder runs and no weight is read; the error names what is wrong.
 """
@@ -77,7 +77,7 @@ def check_finite(unet: torch.nn.Module, where: str) -> None:
 
 def _check_scheduler(file: Path, kind: type) -> None:
     config = _read_json(file)
-    # A scheduler created from the configuration of another class keeps the fields that only that class has.
+    # A scheduler that was created from another class's configuration keeps the fields that only that class has.
     kinds = [kind, *kind._get_compatibles()]  # type: ignore[attr-defined]  # SchedulerMixin has it
     known = {name for each in kinds for name in inspect.signature(each.__init__).parameters}
     _check_fields(file, config, known)
@@ -98,8 +98,8 @@ def _check_unet(folder: Path, variant: str | None) -> None:
     file = folder / "config.json"
     config = _read_json(file)
     _check_fields(file, config, set(inspect.signature(UNet2DModel.__init__).parameters))
-    sizes = config.get("sample_size")
-    limits: list[tuple[str, Any, int]] = [("sample_size", size, MAX_SIDE) for size in _as_list(sizes)]
+    sides = _as_list(config.get("sample_size"))
+    limits: list[tuple[str, Any, int]] = [("sample_size", side, MAX_SIDE) for side in sides]
     for name in ("in_channels", "out_channels"):
         limits.append((name, config.get(name, 3), MAX_CHANNELS))
     widths = _as_list(config.get("block_out_channels", (224, 448, 672, 896)))
@@ -109,8 +109,8 @@ def _check_unet(folder: Path, variant: str | None) -> None:
     if config.get("num_class_embeds") is not None:
         limits.append(("num_class_embeds", config["num_class_embeds"], 2**31))
     try:
-        for name, value, greatest in limits:
-            check_int(name, value, 1, greatest)
+        for name, value, most in limits:
+            check_int(name, value, 1, most)
         with torch.device("meta"):  # tensors with shapes but no memory
             unet = UNet2DModel.from_config(config)
     except Exception as error:  # whatever a constructor raises
@@ -144,10 +144,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     files = [single] if single.is_file() else sorted(folder.glob(f"{base}-*-of-*.safetensors"))
     if not files:
         others = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pt", ".safetensors"))
-        raise ValueError(
-            f"{folder} has no {single.name}, only {', '.join(others) or 'no weights at all'}; pickled weights (.bin) "
-            "are not read, since unpickling runs code"
-        )
+        message = f"{folder} has no {single.name}" + (f", only {', '.join(others)}" if others else "")
+        raise ValueError(f"{message}; pickled weights (.bin) are not read, since unpickling runs code")
     return files
 
 
@@ -172,7 +170,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing")
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} has {size} bytes: a configuration may have {MAX_JSON_BYTES}")
+        raise ValueError(f"{file} has {size} bytes: a configuration may have at most {MAX_JSON_BYTES}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

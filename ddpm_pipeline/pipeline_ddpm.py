@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .arguments import image_seeds, make_generators, prepare_sampling, prepare_sdedit, set_schedule, step_options
 from .denoiser import UNetDenoiser, check_class_labels
-from .images import check_images, check_output_type, squared_pixel_distance, to_mask, to_output
+from .images import check_output_type, prepare_images, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
@@ -150,7 +150,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         """
         if image is not None and latents is not None:
             raise ValueError("image and latents are both given: give one of the two")
-        x_0 = None if image is None else self._check_images(image, "image")
+        x_0 = None if image is None else self._prepare_images(image, "image")
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
@@ -306,7 +306,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
                     raise ValueError(f'{name} is given, but path="latent" adds no noise: give it with path="noise"')
         several = image_b is None
         a, denoiser = self._image_input(image_a, "image_a", class_labels, labels_for=1)
-        b = None if several else self._check_images(image_b, "image_b")
+        b = None if several else self._prepare_images(image_b, "image_b")
         endpoints = stack_endpoints(a, b)
         if several and balance:
             raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
@@ -421,13 +421,13 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         self, images: Any, name: str, class_labels: Any, labels_for: int | None = None
     ) -> tuple[Tensor, UNetDenoiser]:
         """Checked images on the network's device, and the network with labels for them (or for `labels_for` images)."""
-        x_0 = self._check_images(images, name)
+        x_0 = self._prepare_images(images, name)
         labels = check_class_labels(self.unet, class_labels, 1.0, labels_for or len(x_0), self._execution_device)
         self._guidance_scale = 1.0
         return x_0, UNetDenoiser(self.unet, labels)
 
-    def _check_images(self, images: Any, name: str) -> Tensor:
-        return check_images(images, name, self.unet, self.scheduler).to(self._execution_device)
+    def _prepare_images(self, images: Any, name: str) -> Tensor:
+        return prepare_images(images, name, self.unet, self.scheduler).to(self._execution_device)
 
     # ---- Saving and loading ------------------------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ StepCallback = Callable[[int, int, Tensor], Tensor]  # (step number, t, x_prev) 
 
 
 class TrajectoryStep(NamedTuple):
-    """One step of a trajectory: timestep index t, x_t, and the x_0 predicted from it, both (B, C, H, W)."""
+    """One step of a trajectory: t, x_t and x_0_pred, (B, C, H, W); None if the scheduler does not predict x_0."""
 
     t: int
     x_t: Tensor
     x_0_pred: Tensor | None
 
 
-SamplingStep = tuple[TrajectoryStep, Tensor]  # a step, and the x_prev that it leads to
+SamplingStep = tuple[TrajectoryStep, Tensor]  # a step, and its x_prev
 
 
 class SamplingRun(NamedTuple):
@@ -40,10 +40,10 @@ def sampling_steps(
     interrupted: Callable[[], bool],
     callback: StepCallback | None = None,
 ) -> Iterator[SamplingStep]:
-    """Algorithm 2, DDPM, over the scheduler's timesteps.
+    """Algorithm 2, DDPM, or that of another scheduler, over the scheduler's timesteps.
 
     Args:
-        interrupted: asked before each step; True ends the loop.
+        interrupted: called before each step; True ends the loop.
         callback: called after each step.
     """
     x_t = run.x_t

@@ -136,7 +136,7 @@ def test_a_network_without_sample_size_needs_height_and_width():
         (lambda p, x: p.fuse(x[0], x[1], [0.5, -1]), "weight is [0.5, -1]"),
         (lambda p, x: p.fuse(x[0], x[1], "half"), "weight is 'half'"),
         (lambda p, x: p.fuse(x[0], x[1], path="pixel"), "path is 'pixel': give one of 'latent', 'noise'"),
-        (lambda p, x: p.fuse(x, x[1]), "image_a is 2 images and image_b 1"),
+        (lambda p, x: p.fuse(x, x[1]), "image_a has shape (2, 1, 8, 8) and image_b (1, 1, 8, 8)"),
         (lambda p, x: p.fuse(x[0], x[1], seeds=[1]), 'seeds is given, but path="latent" adds no noise'),
         (lambda p, x: p.fuse(x[0], x[1], timestep=5), "timestep is given"),
         (lambda p, x: p.fuse(x[0], x[1], path="noise", timestep=20), "timestep"),
