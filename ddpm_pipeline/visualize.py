@@ -80,10 +80,11 @@ def animate(steps: Iterable["TrajectoryStep"], path: str | Path, *, seconds: flo
     trajectory = list(steps)
     if not trajectory:
         raise ValueError("steps is empty: give the steps of pipe.trajectory")
-    frames = [grid(_side_by_side(step), columns=1 if step.x_0_pred is None else 2, side=512) for step in trajectory]
     last = trajectory[-1]
+    columns = 1 if last.x_0_pred is None else 2
+    frames = [grid(_side_by_side(step), columns=columns, side=512) for step in trajectory]
     final = last.x_0_pred if last.x_0_pred is not None else last.x_t
-    frames.append(grid(_side_by_side(last._replace(x_t=final)), columns=2, side=512))
+    frames.append(grid(_side_by_side(last._replace(x_t=final)), columns=columns, side=512))
     durations = [max(20, round(1000 * seconds / len(trajectory)))] * len(trajectory) + [round(1000 * hold)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
