@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 def register() -> None:
     """Replace diffusers' two classes by ours in this process, so that `DiffusionPipeline.from_pretrained` returns ours.
 
-    Classes that were imported from diffusers before stay the built-in ones. `unregister` undoes it.
+    Classes that were already imported from diffusers stay the built-in ones. `unregister` undoes it.
     """
     import diffusers
 

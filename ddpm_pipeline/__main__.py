@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 ANIMATED = (".gif", ".webp")
-NUM_INFERENCE_STEPS = 50
+NUM_INFERENCE_STEPS = 50  # by default, also where the pipeline's own default is all timesteps
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -132,7 +132,9 @@ def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
     from . import visualize
 
     steps = args.num_inference_steps
-    common: dict[str, Any] = {"num_inference_steps": default_steps(pipe) if steps is None else steps}
+    if steps is None:
+        steps = min(NUM_INFERENCE_STEPS, pipe.scheduler.config.num_train_timesteps)
+    common: dict[str, Any] = {"num_inference_steps": steps}
     if args.class_label is not None:
         common["class_labels"] = args.class_label
     seeds = getattr(args, "seeds", None) or [0]
@@ -154,7 +156,7 @@ def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
         weights = [i / (strip - 1) for i in range(strip)] if strip else args.weight
         if args.path == "noise":
             sampling["timestep"] = args.timestep
-        else:  # fuse refuses options of the noise that are set
+        else:  # fuse rejects these two if they are set, since this path adds no noise
             sampling |= {"seeds": args.seeds, "timestep": args.timestep}
             sampling["fixed_point_iterations"] = args.fixed_point_iterations
         fused = pipe.fuse(*images, weight=weights, path=args.path, balance=args.balance, **common, **sampling)
@@ -183,10 +185,6 @@ def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.output)
     else:
         visualize.grid(x_0, columns=len(x_0) if args.command == "fuse" else None).save(args.output)
-
-
-def default_steps(pipe: Any) -> int:
-    return min(NUM_INFERENCE_STEPS, pipe.scheduler.config.num_train_timesteps)
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

@@ -23,7 +23,7 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator uses only the last 32 bits of a la
 
 
 def check_batch_size(batch_size: int, **per_image: Any) -> int:
-    """B, which the length of an argument with one entry for each image may also give."""
+    """The batch size B; if batch_size is 1, the length of the arguments with one entry for each image."""
     size = check_int("batch_size", batch_size, 1, 2**31)
     lengths = {}
     for name, values in per_image.items():
@@ -61,7 +61,7 @@ def check_generator(generator: Any, batch_size: int) -> Any:
         return generator
     if len(generator) != batch_size:
         raise ValueError(
-            f"generator is a list of {len(generator)}, but the number of images is {batch_size}: give one each"
+            f"generator is a list of {len(generator)}, but the number of images is {batch_size}: give one for each"
         )
     return list(generator)  # diffusers treats a tuple as a single generator
 
@@ -88,10 +88,10 @@ def image_seeds(generator: Any, seeds: int | Sequence[int] | None, num_images: i
 def set_schedule(
     scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None, default: int | None = None
 ) -> list[int]:
-    """Set the scheduler's timesteps and return them; by default `default` of them, or all if there are no more."""
+    """Set the scheduler's timesteps and return them; by default `default` of them, or all if there are fewer."""
     if timesteps is not None:
         if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"timesteps is given, but {type(scheduler).__name__} takes only num_inference_steps")
+            raise ValueError(f"timesteps is given, but {type(scheduler).__name__} has none: give num_inference_steps")
         if num_inference_steps is not None:
             raise ValueError(f"timesteps and num_inference_steps={num_inference_steps} are both given: give one")
         scheduler.set_timesteps(timesteps=timesteps)
@@ -109,7 +109,7 @@ def partial_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int
 
 
 def step_options(scheduler: Any, generator: Any, eta: float | None) -> dict[str, Any]:
-    """Keyword arguments of `scheduler.step`, as far as this scheduler takes them."""
+    """Keyword arguments of `scheduler.step`; ValueError if eta is given and this scheduler has none."""
     parameters = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generator} if "generator" in parameters else {}
     if eta is not None:

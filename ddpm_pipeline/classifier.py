@@ -109,12 +109,12 @@ def train_classifier(
     Args:
         images: (N, C, H, W), uint8 or uint16; may be memory-mapped.
         labels: (N,) numbers or strings; None: the network learns to predict rotations.
-        cache_dir: made if missing. A damaged file is replaced.
+        cache_dir: created if missing. A damaged file is replaced.
     Raises:
         ValueError: fewer than 2 images, labels of another length, or labels that are all equal.
     """
     if len(images) < 2:
-        raise ValueError(f"images has {len(images)} image: give at least 2, one to train on and one to test on")
+        raise ValueError(f"the number of images is {len(images)}: give at least 2, one to train on and one to test on")
     classes, targets, task = _task(images, labels)
     kind = "classifier" if targets is None else hashlib.sha256(targets.tobytes()).hexdigest()
     path = None if cache_dir is None else cache_dir / f"classifier-{hash_images(kind, images)}.safetensors"

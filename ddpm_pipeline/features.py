@@ -22,7 +22,7 @@ from .tensor_cache import FORMAT, hash_file, hash_images, load_tensors, save_ten
 
 
 class Extractor:
-    """Images to features.
+    """A function from images to feature vectors.
 
     Attributes:
         name: for reports, such as "pixels-16x16".
@@ -68,7 +68,7 @@ def extract_features(
 
     Args:
         images: (N, C, H, W), uint8 or uint16; may be memory-mapped.
-        cache_dir: made if missing. Files are named by a hash of extractor.key and of the pixels; a damaged file is
+        cache_dir: created if missing. Files are named by a hash of extractor.key and of the pixels; a damaged file is
             replaced.
     Raises:
         ValueError: another dtype or shape, no images, or a batch_size below 1.
@@ -113,7 +113,7 @@ def make_extractor(
         images: (N, C, H, W) uint8 or uint16, which the classifier is trained on. The grid of "pixels" is at most their
             size.
         labels: (N,), for the classifier.
-        cache_dir: where the trained classifier is kept; made if missing.
+        cache_dir: where the trained classifier is kept; created if missing.
     Raises:
         ValueError: another name, a file that is missing or is not what its suffix says, or images and labels that the
             classifier cannot be trained on.

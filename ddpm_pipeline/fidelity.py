@@ -1,8 +1,8 @@
 """FIDELITY: distances between two sets of images, in the features of any extractor.
 
 An extractor (features.py) maps each image to a feature vector. Everything here compares the features (N, D) of one set
-with the features (M, D) of another, so a figure belongs to its extractor: report the extractor's name with it, and
-never compare the figures of two extractors.
+with the features (M, D) of another. So a value belongs to its extractor: report the extractor's name with it, and never
+compare the values of two extractors.
 
     frechet_distance, kernel_distance     distance between the two distributions, 0 if they are equal
     precision_recall, density_coverage    whether samples look real, and whether they cover all kinds of images
@@ -90,12 +90,11 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
         mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 mean over i, j of k(x_i, y_j)
 
     It uses all pairs, not subsets. For equal distributions its expectation is 0 at any N, so values may be below 0.
-    To first order (Hajek projection) it is its expectation plus 2 mean_i h_x(x_i) + 2 mean_j h_y(y_j), with h centred
-    and
+    To first order (Hajek projection) it is its expectation plus 2 mean_i h_x(x_i) + 2 mean_j h_y(y_j), h centred, with
 
         h_x(x) = E k(x, x') - E k(x, y),    h_y(y) = E k(y, y') - E k(x, y)
 
-    so its variance is 4 var(h_x) / N + 4 var(h_y) / M. Here h is estimated by means over the given vectors. For equal
+    and its variance is 4 var(h_x) / N + 4 var(h_y) / M. Here h is estimated by means over the given vectors. For equal
     distributions h is 0 and only the error of these means remains, which makes the standard error too large, by a
     factor of about sqrt(2).
 

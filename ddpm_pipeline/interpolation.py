@@ -66,23 +66,27 @@ def stack_endpoints(a: Tensor, b: Tensor | None) -> Tensor:
 
 
 def check_weights(weight: Any, num_images: int, several: bool) -> Tensor:
-    """Interpolation weights as (K, N) float64: for each of K results the weights of N images, with sum 1."""
+    """Interpolation weights as (K, N) float64: for each of K results the weights of N images, with sum 1.
+
+    Args:
+        several: weight lists the weights of all N images; else it is that of the second of two.
+    """
     allowed = f"{num_images} numbers of at least 0 with sum 1, or lists of them" if several else "numbers from 0 to 1"
     try:
         values = torch.as_tensor(np.array(weight, dtype=np.float64))
     except (TypeError, ValueError):
         raise ValueError(f"weight is {weight!r}: give {allowed}") from None
     if several:
-        rows = values[None] if values.ndim == 1 else values
-        valid = rows.ndim == 2 and rows.shape[1] == num_images and len(rows) > 0
-        valid = valid and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-6).all())
+        weights = values[None] if values.ndim == 1 else values
+        valid = weights.ndim == 2 and weights.shape[1] == num_images and len(weights) > 0
+        valid = valid and bool((weights >= 0).all()) and bool(((weights.sum(1) - 1).abs() < 1e-6).all())
     else:
         second = values.reshape(-1)
-        rows = torch.stack([1 - second, second], dim=1)
+        weights = torch.stack([1 - second, second], dim=1)
         valid = values.ndim <= 1 and len(second) > 0 and bool(((second >= 0) & (second <= 1)).all())
     if not valid:
         raise ValueError(f"weight is {weight!r}: give {allowed}")
-    return rows
+    return weights
 
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------

@@ -127,9 +127,7 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
     for angle, turn in zip(phases.reshape(-1).split(chunk), tilts.expand(phases.shape).reshape(-1).split(chunk)):
         sin, cos = angle.sin().float()[:, None, None], angle.cos().float()[:, None, None]
         cosine = sin * n[0] - cos * n[2]
-        relief = (
-            sin * slope[0] - cos * slope[2]
-        )  # slopes that face away from the sun are darker and leave the light sooner
+        relief = sin * slope[0] - cos * slope[2]  # ground that slopes away from the sun is darker and sets sooner
         day = ((cosine - 0.2 * relief) / TWILIGHT).clamp(-1, 1)
         day = 0.5 + day * (3 - day.square()) / 4  # smooth step from 0 to 1
         light = EARTHSHINE + (1 - EARTHSHINE) * day * (0.87 + 0.16 * cosine - 0.35 * relief)
@@ -207,8 +205,10 @@ def _rotate(points: Tensor, tilt: Tensor, height: int, width: int) -> Tensor:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
-    """In float32: pixels.to_pixels computes in float64 and rounds a few pixels of a million the other way, and old runs
-    must resume on the same images."""
+    """Pixels of images in [-1, 1], in float32, so that old runs resume on the same images.
+
+    `pixels.to_pixels` computes in float64 and rounds a few pixels in a million the other way.
+    """
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -253,21 +253,17 @@ def _pixels(images: Any) -> Tensor:
     """The images of phase_of as floats in [-1, 1], on the CPU."""
     if isinstance(images, (list, tuple)) and images:
         single = [_pixels(image) for image in images]
-        if len({image.shape for image in single}) > 1:
-            raise ValueError(f"images have shapes {sorted({tuple(image.shape) for image in single})}: give one shape")
+        shapes = sorted({tuple(image.shape) for image in single})
+        if len(shapes) > 1:
+            raise ValueError(f"images have shapes {shapes}: they must be equal")
         return torch.stack(single)
     if isinstance(images, Image.Image):
         if images.mode != "L":
             raise ValueError(f'image has mode {images.mode!r}: give mode "L"')
         images = np.array(images)[None]
     kind = str(getattr(images, "dtype", type(images))).removeprefix("torch.")
-    if not isinstance(images, (np.ndarray, Tensor)) or kind not in (
-        "uint8",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-    ):
+    supported = ("uint8", "float16", "bfloat16", "float32", "float64")
+    if not isinstance(images, (np.ndarray, Tensor)) or kind not in supported:
         raise ValueError(f"images are {kind}: give float in [-1, 1], uint8, or PIL images")
     pixels = images.detach().cpu() if isinstance(images, Tensor) else torch.from_numpy(images.copy())
     if kind == "uint8":

@@ -432,7 +432,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
     # ---- Saving and loading ------------------------------------------------------------------------------------------
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Registers our scheduler under the built-in class's name, so that the folder loads with diffusers alone."""
+        """Register our scheduler under the built-in class's name, so that the folder loads with diffusers alone."""
         if "scheduler" in kwargs and kwargs["scheduler"][1] == "DDPMScheduler":
             kwargs["scheduler"] = ("diffusers", "DDPMScheduler")
         super().register_to_config(**kwargs)
@@ -485,7 +485,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
 
 def _explicit_config(scheduler: BuiltInDDPMScheduler) -> dict[str, Any]:
-    """The configuration of a built-in scheduler, which wrongly lists positional arguments as left to default."""
+    """The configuration of a built-in scheduler, which wrongly lists positional arguments as left at their defaults."""
     config, parameters = dict(scheduler.config), inspect.signature(BuiltInDDPMScheduler).parameters
     listed = config.pop("_use_default_values", [])
     return {**config, "_use_default_values": [name for name in listed if config[name] is parameters[name].default]}

@@ -1,7 +1,7 @@
-"""SAVING: a folder that loads anywhere. It has diffusers' own labels and `pipeline.py`, all of this code in one file.
+"""SAVING: a folder that loads anywhere. It names diffusers' own classes and has `pipeline.py`, this code in one file.
 
-One file, because diffusers puts the modules of local remote code into one namespace: of two models with a helper of the
-same name, the second would run the first one's helper.
+One file, because diffusers puts the remote code of all local folders into one namespace: of two models with a helper
+module of the same name, the second would run the first one's helper.
 """
 
 import hashlib
@@ -66,8 +66,8 @@ def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., 
 def isolate_remote_code() -> None:
     """Give this version of the remote code a module of its own. Does nothing in the package.
 
-    diffusers runs the `pipeline.py` of every model in one module of one name. The next one replaces its contents, and
-    the classes of the one before would find the helpers of the other version.
+    diffusers runs the `pipeline.py` of every model in a module of the same name. The next model replaces its contents,
+    and the classes of the one before would call the helpers of the other version.
     """
     if _OWN_SOURCE is None or __name__ not in sys.modules:
         return

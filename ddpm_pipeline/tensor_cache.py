@@ -37,7 +37,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that holds its own hash, complete or not at all. The folder is made if missing."""
+    """Write a safetensors file that holds its own hash, complete or not at all. The folder is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"sha256": hash_tensors(tensors)})

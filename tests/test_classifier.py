@@ -114,7 +114,7 @@ def test_images_and_labels_that_cannot_be_trained_on_are_an_error():
     images = random_images(4, 1, 5, 5)
     for options, message in (
         ({}, "images is None"),
-        ({"images": images[:1]}, "1 image"),
+        ({"images": images[:1]}, "the number of images is 1"),
         ({"images": images.astype(float)}, "float64"),
         ({"images": images, "labels": np.zeros(3)}, r"labels have shape \(3,\)"),
         ({"images": images, "labels": np.full(4, 7)}, "all labels are .*7"),
