@@ -1,4 +1,4 @@
-"""Images and files that the tests of this folder are made of."""
+"""Images and files for the tests in this folder."""
 
 import io
 import struct
@@ -6,11 +6,6 @@ import zlib
 
 import numpy as np
 from PIL import Image
-
-
-def noise(*shape, high=256, seed=0):
-    values = np.random.default_rng(seed).integers(0, high, shape)
-    return values.astype(np.uint8 if high <= 256 else np.uint16)
 
 
 def smooth(height, width, channels=3):

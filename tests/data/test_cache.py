@@ -1,4 +1,4 @@
-"""The cache of decoded images: what its key depends on, and that it is complete or not there."""
+"""The cache of decoded images: what its key depends on, and that it is complete or absent."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.image_files import noise
+from tests.arrays import random_images
 from training.data import cache
 from training.data.cache import load_images
 
@@ -41,7 +41,7 @@ def test_an_invalid_option_is_an_error_that_shows_its_value(load, options, messa
 
 
 def test_the_key_depends_on_every_setting_and_every_file(folder, load, cache_dir):
-    Image.fromarray(noise(8, 8, 4)).save(folder / "a.png")
+    Image.fromarray(random_images(8, 8, 4)).save(folder / "a.png")
 
     def num_caches():
         return len(list(cache_dir.iterdir()))
@@ -62,7 +62,7 @@ def test_the_key_depends_on_every_setting_and_every_file(folder, load, cache_dir
     assert num_caches() == n + 2
 
 
-def test_keys_stay_what_they_are_so_that_old_caches_are_found(folder, load, cache_dir):
+def test_keys_are_unchanged_so_that_old_caches_are_found(folder, load, cache_dir):
     pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
     np.save(folder / "a.npy", pixels)
     os.utime(folder / "a.npy", ns=(0, 10**9))
@@ -74,8 +74,8 @@ def test_keys_stay_what_they_are_so_that_old_caches_are_found(folder, load, cach
     }
 
 
-def test_a_cache_is_complete_or_not_there(folder, load, cache_dir, monkeypatch):
-    Image.fromarray(noise(8, 8)).save(folder / "a.png")
+def test_a_cache_is_complete_or_absent(folder, load, cache_dir, monkeypatch):
+    Image.fromarray(random_images(8, 8)).save(folder / "a.png")
     visible = []
     flush_to_disk = cache.flush_to_disk
 
@@ -98,38 +98,38 @@ def test_a_cache_is_complete_or_not_there(folder, load, cache_dir, monkeypatch):
         load()
 
 
-def test_two_processes_at_once_end_with_one_cache(folder, cache_dir):
+def test_two_concurrent_processes_leave_one_cache(folder, cache_dir):
     for i in range(40):
-        Image.fromarray(noise(32, 32, 3, seed=i)).save(folder / f"{i:02}.png")
+        Image.fromarray(random_images(32, 32, 3, seed=i)).save(folder / f"{i:02}.png")
     code = "import sys; from training.data.cache import load_images as load\n"
     code += "print(load(train_data_dir=sys.argv[1], cache_dir=sys.argv[2]).images.astype(int).sum())"
     line = [sys.executable, "-c", code, str(folder), str(cache_dir)]
-    racers = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
-    sums = [int(racer.communicate()[0]) for racer in racers]
-    assert sums == [sum(int(noise(32, 32, 3, seed=i).astype(int).sum()) for i in range(40))] * 2
+    children = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    sums = [int(child.communicate()[0]) for child in children]
+    assert sums == [sum(int(random_images(32, 32, 3, seed=i).astype(int).sum()) for i in range(40))] * 2
     assert len(list(cache_dir.iterdir())) == 1
 
 
-def test_the_slower_of_two_processes_takes_the_cache_of_the_quicker(folder, load, monkeypatch, cache_dir):
-    Image.fromarray(noise(8, 8)).save(folder / "a.png")
+def test_the_slower_of_two_processes_uses_the_cache_of_the_faster(folder, load, monkeypatch, cache_dir):
+    Image.fromarray(random_images(8, 8)).save(folder / "a.png")
     write_decoded = cache.write_decoded
-    quicker = []
+    faster = []
 
     def slow(*args):
         monkeypatch.setattr(cache, "write_decoded", write_decoded)
-        quicker.append(load().names_file.stat().st_ino)  # the other process finishes first
+        faster.append(load().names_file.stat().st_ino)  # the other process finishes first
         return write_decoded(*args)
 
     monkeypatch.setattr(cache, "write_decoded", slow)
     data = load()
-    np.testing.assert_array_equal(data.images[0, 0], noise(8, 8))
-    assert [data.names_file.stat().st_ino] == quicker
+    np.testing.assert_array_equal(data.images[0, 0], random_images(8, 8))
+    assert [data.names_file.stat().st_ino] == faster
     assert len(list(cache_dir.iterdir())) == 1
 
 
 def test_worker_processes_decode_the_same_pixels(folder, tmp_path):
     for i in range(300):
-        Image.fromarray(noise(8, 9, 3, seed=i)).save(folder / f"{i:03}.png")
+        Image.fromarray(random_images(8, 9, 3, seed=i)).save(folder / f"{i:03}.png")
     one, two = (load_images(train_data_dir=folder, cache_dir=tmp_path / str(n), num_workers=n) for n in (0, 2))
     np.testing.assert_array_equal(one.images, two.images)
     assert one.source == two.source

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from ddpm_pipeline.pixels import height_width
-from tests.data.image_files import chw, noise, png, smooth
+from tests.arrays import random_images
+from tests.data.image_files import chw, png, smooth
 from training.data import cache
 from training.data.cache import UnreadableImagesError
 
@@ -16,7 +17,7 @@ from training.data.cache import UnreadableImagesError
 
 
 def test_lossless_pixels_are_unchanged_and_sorted_by_name(folder, load):
-    images = [noise(6, 9, 3, seed=i) for i in range(12)]
+    images = [random_images(6, 9, 3, seed=i) for i in range(12)]
     for i, pixels in enumerate(images):
         path = folder / "test" / f"class{i % 3}" / f"{i:02}.{('png', 'bmp', 'TIFF', 'webp')[i % 4]}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,26 +31,26 @@ def test_lossless_pixels_are_unchanged_and_sorted_by_name(folder, load):
     np.testing.assert_array_equal(data.images, [chw(images[i]) for i in by_name])
 
 
-def test_gray_has_one_channel_and_gray_with_colour_has_three(folder, load):
-    gray, colour = noise(5, 4), noise(5, 4, 3)
-    Image.fromarray(gray).save(folder / "a.png")
-    assert load().images.tolist() == [[gray.tolist()]]
+def test_grey_has_one_channel_and_grey_with_colour_has_three(folder, load):
+    grey, colour = random_images(5, 4), random_images(5, 4, 3)
+    Image.fromarray(grey).save(folder / "a.png")
+    assert load().images.tolist() == [[grey.tolist()]]
     Image.fromarray(colour).save(folder / "b.png")
-    np.testing.assert_array_equal(load().images, [[gray] * 3, chw(colour)])
+    np.testing.assert_array_equal(load().images, [[grey] * 3, chw(colour)])
 
 
 def test_one_bit_palette_and_cmyk(folder, load):
-    bits = noise(5, 7, high=2)
+    bits = random_images(5, 7, high=2)
     Image.fromarray(bits.astype(bool)).save(folder / "1.png")
     np.testing.assert_array_equal(load().images[0, 0], bits * 255)
 
-    index, table = noise(5, 7, high=16), noise(16, 3, seed=1)
+    index, table = random_images(5, 7, high=16), random_images(16, 3, seed=1)
     palette = Image.fromarray(index, "L").convert("P")
     palette.putpalette(table.tobytes())
     palette.putdata(index.ravel().tolist())
     palette.save(folder / "p.png")
 
-    cmyk = noise(5, 7, 4, seed=2)
+    cmyk = random_images(5, 7, 4, seed=2)
     Image.fromarray(cmyk, "CMYK").save(folder / "cmyk.tif")
 
     one, from_cmyk, from_palette = load().images.astype(float)
@@ -62,7 +63,7 @@ def test_one_bit_palette_and_cmyk(folder, load):
 @pytest.mark.parametrize("background", ["white", "black", "#ff8000"])
 def test_alpha_is_composited_on_the_background(folder, load, background):
     behind = {"white": [255] * 3, "black": [0] * 3, "#ff8000": [255, 128, 0]}[background]
-    layers = noise(16, 16, 4)
+    layers = random_images(16, 16, 4)
     layers[0] = [255, 0, 0, 0]  # red, but invisible
     Image.fromarray(layers).save(folder / "a.png")
 
@@ -83,8 +84,8 @@ def test_alpha_is_composited_on_the_background(folder, load, background):
     np.testing.assert_array_equal(keyed[:, 1:], chw(layers[1:, :, :3]))
 
 
-def test_gray_with_alpha_is_composited_on_the_luminance_of_the_background(folder, load):
-    layers = noise(8, 8, 2)
+def test_grey_with_alpha_is_composited_on_the_luminance_of_the_background(folder, load):
+    layers = random_images(8, 8, 2)
     Image.fromarray(layers, "LA").save(folder / "a.png")
     for background, luminance in (("white", 255), ("#ff8000", 0.299 * 255 + 0.587 * 128)):
         data = load(background=background)
@@ -98,64 +99,64 @@ def test_gray_with_alpha_is_composited_on_the_luminance_of_the_background(folder
     assert load(background="#ff8000").images[0, :, 0, 0].tolist() == [255, 128, 0]
 
 
-def test_16_bit_gray_is_kept_and_8_bit_images_are_scaled_to_it(folder, load):
-    wide = noise(6, 5, high=65536)
+def test_16_bit_grey_is_kept_and_8_bit_images_are_scaled_to_it(folder, load):
+    wide = random_images(6, 5, dtype=np.uint16)
     wide[0, :3] = 0, 256, 65535
     Image.fromarray(wide).save(folder / "a.png")
     Image.fromarray(wide).save(folder / "b.tif")
     Image.fromarray(wide.astype(">u2")).save(folder / "c.tif")  # the other byte order
-    gray = noise(6, 5)
-    gray[0, :2] = 0, 255
-    Image.fromarray(gray).save(folder / "d.png")
+    grey = random_images(6, 5)
+    grey[0, :2] = 0, 255
+    Image.fromarray(grey).save(folder / "d.png")
     data = load()
     assert data.images.dtype == np.uint16
     assert data.max_value == 65535
     np.testing.assert_array_equal(data.images[:3, 0], [wide] * 3)
-    np.testing.assert_array_equal(data.images[3, 0], gray * 257.0)
+    np.testing.assert_array_equal(data.images[3, 0], grey * 257.0)
     assert data.images[3, 0, 0, 1] == 65535
 
-    colour = noise(6, 5, 3)
+    colour = random_images(6, 5, 3)
     Image.fromarray(colour).save(folder / "e.png")
     data = load()
     np.testing.assert_array_equal(data.images[0], [wide] * 3)
     np.testing.assert_array_equal(data.images[4], chw(colour * 257.0))
 
 
-def test_16_bit_gray_with_one_transparent_value(folder, load):
+def test_16_bit_grey_with_one_transparent_value(folder, load):
     wide = np.array([[7, 8], [9, 65535]], ">u2")
     (folder / "a.png").write_bytes(png(2, 2, 16, 0, wide, (b"tRNS", b"\0\x08")))
     assert load(background="#808080").images.tolist() == [[[[7, 128 * 257], [9, 65535]]]]
 
 
 def test_16_bit_colour_is_reduced_to_8_bits_and_reported(folder, load):
-    wide = noise(2, 3, 3, high=65536)
+    wide = random_images(2, 3, 3, dtype=np.uint16)
     (folder / "a.png").write_bytes(png(3, 2, 16, 2, wide.astype(">u2")))
     data = load()
     np.testing.assert_array_equal(data.images[0], chw(wide >> 8))
     assert "1 reduced from 16 to 8 bits per colour channel" in data.source
-    gray_alpha = np.array([[[40000, 65535], [1000, 0]]], ">u2")
-    (folder / "a.png").write_bytes(png(2, 1, 16, 4, gray_alpha))
-    assert load().images.tolist() == [[[[40000 >> 8, 255]]]]  # and gray with alpha is gray
+    grey_alpha = np.array([[[40000, 65535], [1000, 0]]], ">u2")
+    (folder / "a.png").write_bytes(png(2, 1, 16, 4, grey_alpha))
+    assert load().images.tolist() == [[[[40000 >> 8, 255]]]]  # and grey with alpha is grey
 
 
 def test_npy_arrays_have_any_number_of_channels(folder, load):
-    five, more = noise(4, 6, 5), noise(4, 6, 5, seed=1)
+    five, more = random_images(4, 6, 5), random_images(4, 6, 5, seed=1)
     np.save(folder / "a.npy", five)
     np.save(folder / "b.npy", np.asfortranarray(more))
     np.testing.assert_array_equal(load().images, [chw(five), chw(more)])
-    wide = noise(4, 6, 5, high=65536)
+    wide = random_images(4, 6, 5, dtype=np.uint16)
     np.save(folder / "b.npy", wide.astype(">u2"))
     data = load()
     np.testing.assert_array_equal(data.images, [chw(five * 257.0), chw(wide)])
     assert load(resolution=(2, 3)).images.shape == (2, 5, 2, 3)
-    Image.fromarray(noise(4, 6)).save(folder / "c.png")
+    Image.fromarray(random_images(4, 6)).save(folder / "c.png")
     with pytest.raises(ValueError, match=r"a\.npy has 5 channels and c\.png has 1"):
         load()
 
 
-def test_a_third_number_of_channels_is_reported_when_gray_and_colour_come_first(folder, load):
+def test_a_third_number_of_channels_is_reported_when_grey_and_colour_come_first(folder, load):
     for name, shape in (("a", (4, 4)), ("b", (4, 4, 3)), ("c", (4, 4, 2))):
-        np.save(folder / f"{name}.npy", noise(*shape))
+        np.save(folder / f"{name}.npy", random_images(*shape))
     with pytest.raises(ValueError, match=r"a\.npy has 1 channels and c\.npy has 2"):
         load()
 
@@ -252,7 +253,7 @@ def test_16_bit_edges_do_not_overflow(folder, load):
 
 @pytest.fixture
 def broken(folder):
-    """Two good images and every kind of unreadable one: {name: a word of the reason}."""
+    """Two readable images and every kind of unreadable one: {name: a word of the reason}."""
     good = Image.fromarray(smooth(64, 64))
     good.save(folder / "good1.png")
     good.save(folder / "good2.jpg")
@@ -301,7 +302,7 @@ def test_all_unreadable_images_are_named_at_once(load, broken, num_workers, tmp_
     assert not list((tmp_path / "cache").iterdir())  # nothing incomplete is left
 
 
-def test_unreadable_images_are_skipped_on_request_and_stay_so_in_the_cache(load, broken, monkeypatch):
+def test_unreadable_images_are_skipped_on_request_and_listed_in_the_cache(load, broken, monkeypatch):
     data = load(on_bad_image="skip")
     assert data.images.shape == (2, 3, 64, 64)
     np.testing.assert_array_equal(data.images[0], chw(smooth(64, 64)))

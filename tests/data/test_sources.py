@@ -1,4 +1,4 @@
-"""Folders of images, parquet files and the moons: what is listed, what is refused, and the real data sets."""
+"""Folders of images, parquet files and the moons: what is listed and what is refused; the real data sets."""
 
 import io
 import json
@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ddpm_pipeline.moons import MoonDataset
-from tests.data.image_files import cell, chw, noise, write_parquet
+from tests.arrays import random_images
+from tests.data.image_files import cell, chw, write_parquet
 from training.data import cache, sources
 from training.data.cache import UnreadableImagesError, load_images
 
@@ -32,7 +33,7 @@ def test_other_files_are_ignored_and_counted(folder, load):
 
 
 def test_a_cache_inside_the_folder_is_not_read_as_images(folder):
-    np.save(folder / "a.npy", noise(4, 4))
+    np.save(folder / "a.npy", random_images(4, 4))
     for resolution in (4, 2, 3):
         assert len(load_images(train_data_dir=folder, cache_dir=folder / "cache", resolution=resolution)) == 1
 
@@ -63,7 +64,7 @@ def test_empty_and_missing_folders_are_errors(folder, load, tmp_path):
 
 
 def test_labels_come_from_the_table_or_from_the_folders(folder, load):
-    rows = [cell(noise(5, 6, 3, seed=i)) for i in range(5)]
+    rows = [cell(random_images(5, 6, 3, seed=i)) for i in range(5)]
     rows[1] = {"bytes": b"nonsense", "path": "b.png"}
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=rows, label=[7, 1, 3, 7, 3])
     data = load(dataset_name=str(folder), on_bad_image="skip")
@@ -71,7 +72,7 @@ def test_labels_come_from_the_table_or_from_the_folders(folder, load):
 
     for name in ("cats/tabby/a.png", "dogs/b.png", "cats/c.png"):
         (folder / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(8, 8, 3)).save(folder / "pets" / name)
+        Image.fromarray(random_images(8, 8, 3)).save(folder / "pets" / name)
     data = load(train_data_dir=folder / "pets")
     labelled = [(data.name(i), label) for i, label in enumerate(data.labels().tolist())]
     assert labelled == [("cats/c.png", 0), ("cats/tabby/a.png", 0), ("dogs/b.png", 1)]
@@ -80,7 +81,7 @@ def test_labels_come_from_the_table_or_from_the_folders(folder, load):
 
 
 def test_parquet_without_feature_types_and_with_unreadable_rows(folder, load):
-    images = [noise(5, 6, 3, seed=i) for i in range(3)]
+    images = [random_images(5, 6, 3, seed=i) for i in range(3)]
     rows = [cell(pixels) for pixels in images]
     Image.fromarray(images[2]).save(folder / "c.png")
     rows[2] = {"bytes": None, "path": str(folder / "c.png")}  # as for a folder of images on the Hub
@@ -159,7 +160,7 @@ def test_cifar10(load, shared_data):
     np.testing.assert_array_equal(data.images[0], chw(first))
 
 
-WARM = """
+READ_CACHE = """
 import json, sys, time
 from training.data.cache import load_images
 seconds = []
@@ -188,7 +189,7 @@ def test_crawl_tiles_without_and_with_a_cache(tmp_path, shared_data):
     resized = 4357 - sizes[32, 32]
     assert data.source == f"4357 images of folder crawl-tiles (2 other files ignored); {resized} resized to 32 x 32"
 
-    line = [sys.executable, "-c", WARM, str(tiles), str(tmp_path)]
+    line = [sys.executable, "-c", READ_CACHE, str(tiles), str(tmp_path)]
     result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, number, *imported = json.loads(result.stdout)
     assert (number, imported) == (4357, [False, False])

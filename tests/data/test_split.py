@@ -5,14 +5,15 @@ import pytest
 from PIL import Image
 
 from ddpm_pipeline.moons import MoonDataset
-from tests.data.image_files import cell, noise, write_parquet
+from tests.arrays import random_images
+from tests.data.image_files import cell, write_parquet
 from training.data import sources
 from training.data.cache import load_images
 from training.data.split import load_data_split
 
 
 def test_a_validation_or_test_split_is_held_out(folder, cache_dir):
-    first, second = ([cell(noise(5, 6, 3, seed=10 * i + j)) for j in range(4)] for i in range(2))
+    first, second = ([cell(random_images(5, 6, 3, seed=10 * i + j)) for j in range(4)] for i in range(2))
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=first)
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=second[:3])
     options = {"dataset_name": str(folder), "cache_dir": cache_dir}
@@ -33,19 +34,19 @@ def test_a_validation_or_test_split_is_held_out(folder, cache_dir):
 
 
 def test_a_split_of_another_size_is_resized(folder, cache_dir):
-    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
-    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(16, 16, 3))])
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(random_images(8, 8, 3))])
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(random_images(16, 16, 3))])
     assert load_data_split(dataset_name=str(folder), cache_dir=cache_dir).held_out.shape == (1, 3, 8, 8)
 
 
 def test_a_split_with_other_channels_is_refused(folder, cache_dir):
-    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(noise(8, 8, 3))])
-    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(noise(8, 8))])
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", photo=[cell(random_images(8, 8, 3))])
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", photo=[cell(random_images(8, 8))])
     with pytest.raises(ValueError, match=r"split 'test' has images \(1, 8, 8\)"):
         load_data_split(dataset_name=str(folder), cache_dir=cache_dir)
 
 
-def test_without_such_a_split_every_20th_image_is_held_out(folder, cache_dir):
+def test_without_a_test_split_every_20th_image_is_held_out(folder, cache_dir):
     for i in range(45):
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i:02}.png")
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
