@@ -91,7 +91,8 @@ def set_schedule(
     """Set the scheduler's timesteps and return them; by default `default` of them, or all if there are fewer."""
     if timesteps is not None:
         if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"timesteps is given, but {type(scheduler).__name__} has none: give num_inference_steps")
+            name = type(scheduler).__name__
+            raise ValueError(f"timesteps is given, but {name} does not take it: give num_inference_steps")
         if num_inference_steps is not None:
             raise ValueError(f"timesteps and num_inference_steps={num_inference_steps} are both given: give one")
         scheduler.set_timesteps(timesteps=timesteps)
@@ -109,7 +110,11 @@ def partial_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int
 
 
 def step_options(scheduler: Any, generator: Any, eta: float | None) -> dict[str, Any]:
-    """Keyword arguments of `scheduler.step`; ValueError if eta is given and this scheduler has none."""
+    """Keyword arguments of `scheduler.step`: the generator, if this scheduler takes one, and eta, if it is not None.
+
+    Raises:
+        ValueError: eta is not in [0, 1], or this scheduler has none.
+    """
     parameters = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generator} if "generator" in parameters else {}
     if eta is not None:

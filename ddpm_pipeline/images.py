@@ -102,7 +102,7 @@ def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) ->
     """
     if not isinstance(scheduler, DDPMScheduler):
         raise ValueError(
-            f"the scheduler is a {type(scheduler).__name__}: this method needs a DDPMScheduler, set "
+            f"the scheduler is a {type(scheduler).__name__}, but this method needs a DDPMScheduler: set "
             "pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
         )
     x_0 = to_tensor(images, name, unet.config["in_channels"])
@@ -119,7 +119,7 @@ def check_image_size(unet: UNet2DModel, height: int | None, width: int | None, l
     """(H, W) in pixels: the given one, or that of the latents, or the one that the network was trained at.
 
     Raises:
-        ValueError: there is none of these, or the network cannot halve a side as often as it has to.
+        ValueError: there is none of these, or a side is not a multiple of what the network downsamples by.
     """
     if latents is not None and height is None and width is None and latents.ndim == 4:
         height, width = latents.shape[2:]

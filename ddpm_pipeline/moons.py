@@ -127,7 +127,8 @@ def render(phase: Angles, size: int | tuple[int, int] = 32, tilt: Angles = 0.0) 
     for angle, turn in zip(phases.reshape(-1).split(chunk), tilts.expand(phases.shape).reshape(-1).split(chunk)):
         sin, cos = angle.sin().float()[:, None, None], angle.cos().float()[:, None, None]
         cosine = sin * n[0] - cos * n[2]
-        relief = sin * slope[0] - cos * slope[2]  # ground that slopes away from the sun is darker and sets sooner
+        # Ground that slopes away from the sun (relief > 0) is darker and loses its light sooner.
+        relief = sin * slope[0] - cos * slope[2]
         day = ((cosine - 0.2 * relief) / TWILIGHT).clamp(-1, 1)
         day = 0.5 + day * (3 - day.square()) / 4  # smooth step from 0 to 1
         light = EARTHSHINE + (1 - EARTHSHINE) * day * (0.87 + 0.16 * cosine - 0.35 * relief)

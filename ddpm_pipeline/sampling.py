@@ -14,7 +14,7 @@ StepCallback = Callable[[int, int, Tensor], Tensor]  # (step number, t, x_prev) 
 
 
 class TrajectoryStep(NamedTuple):
-    """One step of a trajectory: t, x_t and x_0_pred, (B, C, H, W); None if the scheduler does not predict x_0."""
+    """One step of a trajectory; x_t and x_0_pred are (B, C, H, W). x_0_pred is None if the scheduler returns none."""
 
     t: int
     x_t: Tensor

@@ -393,7 +393,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 f"timesteps are {_short(chosen)} with steps_offset={self.config['steps_offset']}: all must be in "
                 f"[0, {self.num_steps})"
             )
-        # Sampling starts from pure noise, where the network expects an image scaled by this much, in noise.
+        # Sampling starts from pure noise, but at this timestep the network expects an image, scaled by `signal`, in it.
         signal, spacing = self._tables["signal"][chosen[0]].item(), self.config["timestep_spacing"]
         if timesteps is None and chosen[0] < self.num_steps - 1 and signal > 0.01:
             warnings.warn(
