@@ -1,7 +1,7 @@
 """THE MODEL CARD: model_card.md, filled in from the files of a staged folder.
 
-No number is typed by hand: the run record says how the model was trained, report.json what was measured, and what was
-not measured is not on the card.
+No number is typed by hand: the run record holds how the model was trained, report.json holds what was measured, and
+what was not measured is not on the card.
 """
 
 import configparser
@@ -21,11 +21,11 @@ from training.hub.files import (
     scheduler_config,
     unet_config,
 )
-from training.run.record import RunRecord
+from training.run.record import RunRecord, precision_name
 
 TASK = "unconditional-image-generation"
 WARNING = "> **The built-in classes do not fully support this model.** "
-Measured = Mapping[str, Any]  # one entry of report.json's "measurements"
+Measured = Mapping[str, Any]  # a Measurement as report.json holds it
 
 
 def write_card(
@@ -41,7 +41,7 @@ def write_card(
 
     Args:
         folder: a staged folder, complete but for the card.
-        record: its config without fields of this machine.
+        record: with a config from which the fields of this machine are removed.
         report: the content of report.json; None: the card has no measurements.
     """
     measured = primary_measurements(report)
@@ -66,7 +66,7 @@ def write_card(
 
 
 def primary_measurements(report: Mapping[str, Any] | None) -> list[Measured]:
-    """Of the EMA weights and, of several sampler configs, the first: report.json itself has the others."""
+    """The measurements of the EMA weights with the first sampler. The others are only in report.json."""
     entries = [] if report is None else report["measurements"]
     return [entry for entry in entries if entry["weights"] == "EMA" and entry.get("primary", True)]
 
@@ -119,7 +119,8 @@ def _project() -> str:
 
 def _images(folder: Path, record: RunRecord) -> str:
     samples, trajectory = IMAGES
-    steps, sections = record.config["ddpm_num_inference_steps"], []
+    steps = record.config["ddpm_num_inference_steps"]
+    sections = []
     if (folder / samples).is_file():
         sections.append(
             f"![Grid of samples]({samples})\n\n"
@@ -159,7 +160,6 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
     config = record.config
     stopped_early = record.step < config["max_train_steps"]
     minutes = record.seconds / 60
-    precision = "float32" if record.mixed_precision == "no" else record.mixed_precision
     description = [f"Training data: {record.source}."]
     if config["random_flip"]:
         description.append("Training flips images horizontally with probability 1/2.")
@@ -177,13 +177,13 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         "learning_rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
         "ema_max_decay": config["ema_max_decay"],
         "train_time": f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours",
-        "hardware": f"{record.num_processes} x {record.device}, {precision}",
+        "hardware": f"{record.num_processes} x {record.device}, {precision_name(record.mixed_precision)}",
     }
 
 
 def _measurements(measured: Sequence[Measured], report: Mapping[str, Any] | None) -> str:
     if report is None or not measured:
-        return "Nothing was measured, so this page has no figure for the quality of the samples."
+        return "Nothing was measured: this page has no number for the quality of the samples."
     lines = [
         "Of the weights in this repository (EMA), with the sampler in each row.",
         "",

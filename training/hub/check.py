@@ -1,6 +1,6 @@
 """THE LOADING CHECK: a staged folder loads in the three ways and gives the same images.
 
-Each way runs load_once.py in a process of its own. Without the package it must not be importable there.
+Each way runs load_once.py in its own process. Only the first of these can import ddpm_pipeline.
 """
 
 import os
@@ -22,7 +22,7 @@ NAMES = {"package": "the package", "remote-code": "remote code", "built-in": "th
 
 
 class LoadingError(RuntimeError):
-    """The staged folder does not load, or gives other images in another way."""
+    """The staged folder does not load in one of the three ways, or gives other images there."""
 
 
 def check_loading(folder: Path) -> dict[str, float]:
@@ -31,8 +31,8 @@ def check_loading(folder: Path) -> dict[str, float]:
     Returns:
         For remote code and for the built-in classes, the largest difference from the images of the package, in [0, 1].
     Raises:
-        LoadingError: the folder does not load, or the images differ by more than TOLERANCE. A difference of the
-            built-in classes is no error where they are known to be wrong (built_in_limits).
+        LoadingError: the folder does not load, or the images differ by more than TOLERANCE. The built-in classes may
+            differ where they are known to be wrong (built_in_limits).
     """
     images = _sample(folder)
     built_in_is_right = not built_in_limits(folder)
@@ -43,7 +43,7 @@ def check_loading(folder: Path) -> dict[str, float]:
         if must_agree and not difference <= TOLERANCE:  # a NaN does not agree either
             raise LoadingError(
                 f"the same seed gives other images with {NAMES[way]} than with {NAMES['package']}: they differ by "
-                f"{difference:g}, and {TOLERANCE:g} is allowed. Nothing was sent"
+                f"{difference:g}, at most {TOLERANCE:g} is allowed. Nothing was sent"
             )
         differences[way] = difference
     return differences
@@ -56,19 +56,19 @@ def describe_differences(differences: Mapping[str, float]) -> str:
 
 
 def _sample(folder: Path) -> dict[str, Any]:
-    """Two images in a numpy array for each way to load."""
+    """For each way to load, two images in a numpy array."""
     unet = unet_config(folder)
-    command = ["--steps", str(min(10, scheduler_config(folder)["num_train_timesteps"]))]
+    options = ["--steps", str(min(10, scheduler_config(folder)["num_train_timesteps"]))]
     if unet.get("num_class_embeds") is not None:
-        command += ["--class_labels", "0", str(unet["num_class_embeds"] - 1)]
+        options += ["--class_labels", "0", str(unet["num_class_embeds"] - 1)]
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         outputs = {way: Path(scratch) / f"{way}.safetensors" for way in WAYS}
         if has_class_labels(unet):
-            del outputs["built-in"]  # has no class labels
+            del outputs["built-in"]  # it does not support class labels
         children = {
             way: subprocess.Popen(
-                [sys.executable, str(SCRIPT), way, str(folder), str(output), *command],
+                [sys.executable, str(SCRIPT), way, str(folder), str(output), *options],
                 env=environment,
                 cwd=scratch,
                 text=True,

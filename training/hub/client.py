@@ -1,7 +1,7 @@
 """THE HUB CLIENT: huggingface_hub with one deadline for all calls, and retries where they are safe.
 
-HfApi waits for an answer without a limit, retries few of its requests, and reports an error for a commit that the Hub
-has made if the answer gets lost.
+HfApi itself waits for an answer without a limit, retries few of its requests, and, if the answer to a commit gets lost,
+reports an error although the Hub has made the commit.
 """
 
 import json
@@ -27,10 +27,10 @@ class HubError(RuntimeError):
 
 @dataclass
 class HubClient:
-    """Calls of the Hub's API that end, by a deadline, with a result or with HubError.
+    """Calls of the Hub's API. By the deadline each has returned a result or raised HubError.
 
     Args:
-        seconds: from now on, for all calls together.
+        seconds: time for all calls together, from the creation of this object.
     """
 
     seconds: float
@@ -40,7 +40,7 @@ class HubClient:
         from huggingface_hub.errors import HfHubHTTPError
 
         self.api = HfApi()
-        # The base class of refusals and of connection failures: of httpx or of httpx2, which depends on the version.
+        # The base class of refusals and of connection failures is of httpx or of httpx2, depending on the version.
         http_error: Any = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
         self._errors: tuple[type[Exception], ...] = (
             http_error,
@@ -51,12 +51,12 @@ class HubClient:
         self._deadline = time.monotonic() + self.seconds
 
     def call(self, action: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
-        """Call a function of the API that may safely be called twice.
+        """Call a function of the API that is safe to call twice.
 
         Args:
             action: what the call does, for messages.
         Raises:
-            HubError: the Hub refused, gave no answer before the deadline, or failed five times.
+            HubError: the Hub refused, did not answer before the deadline, or failed five times.
         """
         for delay in (*RETRY_DELAYS, None):
             try:
@@ -71,7 +71,7 @@ class HubClient:
         Returns:
             The hash of the commit.
         Raises:
-            HubError: as in `call`, or somebody else pushed in the meantime.
+            HubError: as `call`, or somebody else pushed in the meantime.
         """
         action = "create the commit"
         for delay in (*RETRY_DELAYS, None):
@@ -97,7 +97,7 @@ class HubClient:
         raise AssertionError("the last delay is None")
 
     def _call_once(self, action: str, function: Callable[..., Result], *args: Any, **options: Any) -> Result:
-        """Call it in a thread of its own, which is abandoned at the deadline: the API itself waits without a limit."""
+        """Call it in its own thread, which is abandoned at the deadline: the API itself waits without a limit."""
         outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def call() -> None:
@@ -116,7 +116,7 @@ class HubClient:
         return value
 
     def _wait_or_raise(self, action: str, error: Exception, delay: float | None) -> None:
-        """Wait before the next try; raise HubError if there is no next one (None), no use in it, or no time for it."""
+        """Wait before the next try. Raise HubError if there is none (delay is None), if it is useless, or too late."""
         status = _status(error)
         if delay is None or (status is not None and status not in TRANSIENT_STATUSES):
             raise _hub_error(action, error) from error

@@ -1,6 +1,6 @@
-"""PUBLISHING DURING TRAINING: write access is checked before, and training/publish.py runs in a process beside it.
+"""PUBLISHING DURING TRAINING: write access is checked first, then training/publish.py runs in a background process.
 
-Whatever the Hub does, training goes on.
+Whatever the Hub does, training continues.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import tempfile
 from pathlib import Path
 
 from training.config import Config
-from training.hub.client import HubClient, HubError
-
-__all__ = ["EXIT_CODE", "BackgroundPublisher", "HubError", "check_access"]
+from training.hub.client import HubClient
 
 SCRIPT = Path(__file__).parents[1] / "publish.py"
-EXIT_CODE = 3  # the model is complete, but not on the Hub
+EXIT_CODE = 3  # the Hub failed; what was trained is complete
 ACCESS_CHECK_SECONDS = 60
 
 
@@ -55,7 +53,7 @@ class BackgroundPublisher:
     def start(self) -> None:
         """Publish the current pipeline/ in the background, unless the previous publication is still running."""
         if self._process is not None and self._process.poll() is None:
-            print("The previous publication is still running: this model is not published")
+            print("The previous publication is still running: this model is not published.")
             return
         self._finish()
         # A copy, because training may replace pipeline/ before the process has read it.
@@ -78,7 +76,7 @@ class BackgroundPublisher:
         self._finish()
 
     def publish_final(self) -> int:
-        """Publish the finished model: 0, or EXIT_CODE."""
+        """Publish the finished model. Returns 0, or EXIT_CODE if that failed."""
         self._finish()
         command = [os.path.relpath(SCRIPT), str(self.run), *self.options]
         print(f"Publishing: {shlex.join(['python', *command])}", flush=True)
@@ -90,7 +88,7 @@ class BackgroundPublisher:
             _, errors = self._process.communicate()
             if self._process.returncode:
                 reason = (errors.strip().splitlines() or [f"exit code {self._process.returncode}"])[0]
-                print(f"WARNING: the model was not published ({reason}). Training continues", file=sys.stderr)
+                print(f"WARNING: the model was not published ({reason}). Training continues.", file=sys.stderr)
             self._process = None
         if self._copy is not None:
             self._copy.cleanup()

@@ -1,14 +1,15 @@
-"""THE PUBLISHED FOLDER: the names of its files, and what can be read from them without loading the model."""
+"""THE PUBLISHED FOLDER: the names of its files, and what they say about the model without loading it."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout: the card's template and the licence are there
+from training.run.record import read_json
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, with the card's template and the licence
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 HALF_WEIGHTS = "unet/diffusion_pytorch_model.fp16.safetensors"
 MODEL_FILES = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
@@ -29,16 +30,6 @@ def digest(folder: Path) -> str:
     for name in list_files(folder):
         total.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
     return total.hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} does not contain a JSON object")
-    return content
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Load a published folder in one of the three ways, sample two images and save them: run by check.py.
+"""LOAD ONCE: load a published folder in one of the three ways, sample two images and save them. check.py runs it.
 
-    python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels K ...]
+    python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels K K]
 
-A process of its own for each way: except in the first, ddpm_pipeline cannot be imported.
+Each way has its own process: in all but the first, ddpm_pipeline cannot be imported.
 """
 
 import argparse

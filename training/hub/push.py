@@ -1,4 +1,4 @@
-"""THE PUSH: one commit with a tag, on top of the commit that was looked at.
+"""THE PUSH: one commit with a tag, on top of the commit whose files were checked.
 
 publish: check_access -> read_repo_state -> stage -> check_loading -> push
 """
@@ -11,10 +11,11 @@ from typing import Any
 
 from training.hub.check import check_loading, describe_differences
 from training.hub.client import HubClient, HubError
-from training.hub.files import CARD, FORMER_NAMES, PUBLISHED, digest, list_files, read_json
+from training.hub.files import CARD, FORMER_NAMES, PUBLISHED, digest, list_files
 from training.hub.stage import stage
+from training.run.record import RunRecord
 
-INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}  # what the Hub, or its page for a new model, puts into a repository
+INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}  # what the Hub may put into a new repository
 
 
 def publish(
@@ -39,7 +40,7 @@ def publish(
         The hash of the commit.
     Raises:
         HubError: the Hub refused or failed.
-        LoadingError: the folder does not load, or not to the same images in the three ways. Nothing was sent.
+        LoadingError: the folder does not load, or gives other images in one of the three ways. Nothing was sent.
         ValueError, OSError: the run is incomplete, or an argument is invalid.
     """
     hub = HubClient(seconds)
@@ -48,8 +49,9 @@ def publish(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, log=log)
-        step = read_json(Path(run) / "pipeline" / "training.json")["step"]
-        title = f"{Path(run).resolve().name}, step {step} ({digest(folder)[:12]})"  # identifies the contents
+        record = RunRecord.load(Path(run) / "pipeline")
+        assert record is not None  # staging needs it too
+        title = f"{Path(run).resolve().name}, step {record.step} ({digest(folder)[:12]})"  # identifies the contents
         if revision_tag is not None:
             check_tag(repo, revision_tag, title)
         log(describe_differences(check_loading(folder)))
@@ -86,10 +88,10 @@ def show(run: str | Path, repo_id: str, log: Callable[[str], object] = print, **
 
 
 def check_access(hub: HubClient, repo_id: str, *, private: bool = False, license: str | None = None) -> str:
-    """Check that the token may write to the repository; create it if it does not exist, private from the start.
+    """Check that the token may write to the repository. If it does not exist, create it, private from the start.
 
     Returns:
-        Its full id, "user/name".
+        The full id of the repository, "user/name".
     Raises:
         HubError: there is no token, or it has no write access; the Hub failed; or the repository exists, is public and
             should be private.
@@ -151,7 +153,7 @@ def read_repo_state(hub: HubClient, repo_id: str) -> RepoState:
 
 
 def check_tag(repo: RepoState, tag: str, title: str) -> None:
-    """Raise HubError if the tag exists, unless it is on the newest commit and that has this title: the same push."""
+    """Raise HubError if the tag exists, unless it marks the newest commit and this push repeats that commit."""
     commit = repo.tags.get(tag)
     if commit is not None and not (repo.title == title and commit == repo.commit):
         raise HubError(f"{repo.repo_id} already has the tag {tag}, on commit {commit[:8]}: give another revision_tag")

@@ -1,7 +1,7 @@
 """STAGING: a clean folder with what is published and nothing else.
 
 The run's own folder also has checkpoints, logs and paths of this machine. Staging copies the files whose names are in
-files.PUBLISHED, leaves out settings that say where the run was, and refuses text with a token or a local path.
+files.PUBLISHED, leaves out settings that describe this machine, and refuses text with a token or a local path.
 """
 
 import hashlib
@@ -27,13 +27,12 @@ from training.hub.files import (
     digest,
     is_hub_id,
     list_files,
-    read_json,
 )
-from training.run.record import RunRecord
+from training.run.record import RunRecord, read_json
 
 LOCAL_FIELDS = ("output_dir", "cache_dir", "cpu_threads", "dataloader_num_workers", "resume_from_checkpoint",
                 "push_to_hub", "push_to_hub_steps", "hub_model_id", "hub_private_repo", "license")  # fmt: skip
-TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,98}(?<!\.)(?<!\.lock)", re.ASCII)  # stricter than git
+TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,98}(?<!\.)(?<!\.lock)", re.ASCII)  # stricter than git's own rules
 
 
 def stage(
@@ -49,7 +48,7 @@ def stage(
     """Write the folder that is published.
 
     Args:
-        run: folder of a run, with pipeline/, and with report.json if it was evaluated.
+        run: folder of a run with pipeline/, and with report.json if it was evaluated.
         folder: empty or missing.
         repo_id: "user/name", for the card.
         revision_tag: tag of the commit; None: derived from the contents of the files.
@@ -80,7 +79,7 @@ def stage(
     if license is None:
         license = "apache-2.0" if config["dataset_name"] == "moons" else "unknown"
         if license == "unknown":
-            log("The card will say `license: unknown`. Give --license if the owner of the training images permits one")
+            log("The card says `license: unknown`: give --license if the owner of the training images permits one")
     tag = revision_tag or f"sha256-{digest(folder)[:12]}"
     card = write_card(
         folder, repo_id=repo_id, revision=tag, license=license, record=replace(record, config=config), report=report
@@ -91,7 +90,7 @@ def stage(
 
 
 def shareable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of Config that do not depend on this machine; of a local path only the last part."""
+    """The fields of Config that do not depend on this machine. Of a local path only the last component is kept."""
     shared = {name: value for name, value in config.items() if name not in LOCAL_FIELDS}
     for name in ("dataset_name", "train_data_dir", "init_from", "extractor"):
         if shared.get(name) and (name in ("train_data_dir", "extractor") or not is_hub_id(shared[name])):
@@ -100,7 +99,7 @@ def shareable_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
-    """Copy the files of a saved pipeline, after checking that it is complete; how it was trained."""
+    """Check that a saved pipeline is complete, and copy its files. Returns its record."""
     if not pipeline.is_dir():
         raise FileNotFoundError(f"{pipeline} is missing: give the folder of a finished run")
     from ddpm_pipeline.loading import check_folder  # imports torch: not before it is needed
@@ -110,7 +109,7 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
     if record is None:
         raise FileNotFoundError(f"{pipeline / 'training.json'} is missing: the card needs the run's record")
     sources = {name: pipeline / name for name in MODEL_FILES}
-    for name in [*FORMER_NAMES, *IMAGES]:  # a current name replaces a former one
+    for name in [*FORMER_NAMES, *IMAGES]:  # if both names exist, the current one wins
         if (pipeline / name).is_file():
             sources[FORMER_NAMES.get(name, name)] = pipeline / name
     for name, source in sources.items():
@@ -131,7 +130,7 @@ def _write_half_precision(folder: Path) -> None:
 
 
 def _read_report(file: Path, weights: Path, log: Callable[[str], object]) -> dict[str, Any] | None:
-    """The report about these weights, or None."""
+    """The report if it is about these weights; otherwise None."""
     if not file.is_file():
         return None
     from training.evaluation.report import FORMAT  # imports torch

@@ -53,14 +53,11 @@ class RunRecord:
             ValueError: the file is damaged or lacks a key.
         """
         path = folder / FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             return None
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        values = read_json(path)
         required = [field.name for field in fields(cls) if field.default is MISSING]
-        missing = [name for name in required if not isinstance(values, dict) or name not in values]
+        missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"{path} has no {missing[0]!r}: it is not the record of a run of train.py")
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
@@ -83,3 +80,19 @@ def data_set(source: str) -> str:
 def precision_name(mixed_precision: str) -> str:
     """What the network computes in, as reports and cards call it: float32, fp16 or bf16."""
     return "float32" if mixed_precision == "no" else mixed_precision
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file holds anything else; the message names it.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not contain a JSON object")
+    return content
