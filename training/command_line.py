@@ -23,14 +23,14 @@ def parse_dataclass(
 ) -> T:
     """An instance of `cls` from `--field value` arguments. A mistake prints one line and exits with code 2.
 
-    A boolean field may stand alone: `--compile` is `--compile true`. A list or tuple field takes items separated by
+    A boolean flag needs no value: `--compile` is `--compile true`. A list or tuple field takes items separated by
     commas and may be repeated: `--eta 0,1` is `--eta 0 --eta 1`. For any other field the last value wins.
 
     Args:
         cls: a dataclass with an `Args:` section in its docstring. Its `__post_init__` may raise ValueError.
         arguments: the command line without the program's name; None: that of this process.
         description: what the program does, for --help.
-        positional: names of string fields that are given without a flag, in this order.
+        positional: names of string fields that have no flag, in the order of their values.
         config_help: help text of a `--config FILE` option that reads fields from YAML; None: no such option.
     """
     from docstring_parser import parse
@@ -64,7 +64,7 @@ def parse_dataclass(
 def _complete_switches(arguments: list[str], hints: dict[str, Any], has_positional: bool) -> list[str]:
     """`--compile` alone becomes `--compile=true`.
 
-    Where there are positional arguments, a word after the flag is its value only if it is true or false.
+    With positional arguments, the argument after the flag is its value only if it is true or false.
     """
     completed = []
     for argument, following in zip(arguments, [*arguments[1:], "-"]):
@@ -75,7 +75,7 @@ def _complete_switches(arguments: list[str], hints: dict[str, Any], has_position
 
 
 def _join_lists(arguments: list[str], hints: dict[str, Any]) -> list[str]:
-    """`--eta 0 --eta 0.5,1` becomes `--eta=[0,0.5,1]`; a value in brackets is YAML already and is left alone."""
+    """`--eta 0 --eta 0.5,1` becomes `--eta=[0,0.5,1]`; a value in brackets is YAML already and stays as it is."""
     items: dict[str, list[str]] = {}
     joined = []
     remaining = list(arguments)
@@ -84,7 +84,7 @@ def _join_lists(arguments: list[str], hints: dict[str, Any]) -> list[str]:
         flag, equals, value = argument.partition("=")
         item_type = _item_type(hints.get(flag[2:])) if flag.startswith("--") else None
         value_is_missing = not equals and (not remaining or remaining[0].startswith("--"))
-        if item_type is None or value_is_missing:  # the parser says what is missing
+        if item_type is None or value_is_missing:  # the parser reports a missing value
             joined.append(argument)
             continue
         value = value if equals else remaining.pop(0)
@@ -104,7 +104,7 @@ def _item_type(hint: Any) -> Any:
 
 
 def _one_line(message: str, hints: dict[str, Any]) -> str:
-    """The message on one line; for a value of the wrong type, on which jsonargparse writes up to seven, our own."""
+    """The message on one line. Ours replaces the up to seven lines of jsonargparse about a value of the wrong type."""
     message = " ".join(message.split()).replace('in "<unicode string>", ', "")
     match = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)
     if match is None or match[1] not in hints:

@@ -1,4 +1,4 @@
-"""CONFIG: all options of a training run, with default, unit and meaning, and how the command line sets them."""
+"""CONFIG: every setting of a training run, with default, unit and meaning, and how the command line sets it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 @dataclass(frozen=True)
 class Config:
-    """Options of a training run. "Step" always means an optimizer step.
+    """Settings of a training run. A step is always an optimizer step.
 
     Args:
         output_dir: folder of the run; created if missing.
@@ -37,7 +37,8 @@ class Config:
         on_bad_image: unreadable images: "stop" lists them all and exits, "skip" leaves them out.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
         cache_dir: folder for decoded images, extracted features and classifiers.
-        dataloader_num_workers: processes that decode images the first time; 0: the main process does.
+        dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
+            decodes them.
         denoiser: network: tiny (1.8 M parameters), small (6.5 M) or ddpm-cifar10 (35.7 M).
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
@@ -47,25 +48,26 @@ class Config:
             times gradient_accumulation_steps.
         gradient_accumulation_steps: forward passes per step.
         max_train_steps: number of steps after which training ends.
-        max_train_minutes: minutes of training after which it ends, if max_train_steps is not reached first; sampling
-            and validation do not count, and a resumed run starts again from zero.
-        learning_rate: learning rate of AdamW after warm-up.
-        lr_scheduler: constant, linear or cosine decay (both to 0 at max_train_steps).
+        max_train_minutes: minutes after which training ends, if max_train_steps is not reached first; default: no
+            limit. Sampling and validation do not count, and a resumed run starts again from zero.
+        learning_rate: learning rate of AdamW at the end of its warm-up.
+        lr_scheduler: learning rate after warm-up: constant, or linear or cosine decay to 0 at max_train_steps.
         lr_warmup_steps: steps over which the learning rate rises linearly from 0.
-        adam_beta1: beta_1 of AdamW.
-        adam_beta2: beta_2 of AdamW.
-        adam_weight_decay: weight decay of AdamW.
-        adam_epsilon: epsilon of AdamW.
-        max_grad_norm: gradients are clipped to this norm.
+        adam_beta1: beta_1 of AdamW, decay of its running mean of the gradients.
+        adam_beta2: beta_2 of AdamW, decay of its running mean of the squared gradients.
+        adam_weight_decay: weight decay of AdamW: a step multiplies the weights by 1 - learning rate * weight decay.
+        adam_epsilon: epsilon of AdamW, added to the root of the mean squared gradient.
+        max_grad_norm: largest L2 norm of the gradient of all parameters together; a larger one is scaled down to it.
         ema_max_decay: decay of the EMA of the weights after its warm-up. Samples use the EMA weights.
-        ema_inv_gamma: inverse gamma of the EMA warm-up, decay = 1 - (1 + (step - 1) / inv_gamma)^-power.
-        ema_power: power of the EMA warm-up.
+        ema_inv_gamma: inverse gamma of the EMA warm-up, decay = 1 - (1 + (step - 1) / inv_gamma)^-power; the larger,
+            the slower.
+        ema_power: power of the EMA warm-up; the smaller, the slower.
         on_nonfinite: a step with a non-finite loss or gradient never updates the weights; "stop" then ends the run and
             names the images, "skip" continues with the next step.
-        mixed_precision: precision of the network: no (float32), fp16, bf16, or auto (bf16 where the hardware supports
-            it, else float32).
-        cpu_threads: threads per process on a CPU; default: the processes share all cores. OMP_NUM_THREADS, which
-            `accelerate launch` sets to 1, is ignored.
+        mixed_precision: what the network computes in: no (float32), fp16, bf16, or auto (what `accelerate launch` was
+            configured with, else bf16 where the hardware supports it, else float32).
+        cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores.
+            OMP_NUM_THREADS, which `accelerate launch` sets to 1, is ignored.
         compile: compile the network with torch.compile.
         deterministic: use only operations that give the same bits each time. Slower on a GPU; no effect on a CPU.
         seed: seed of the initial weights and of every random number in training.
@@ -83,16 +85,17 @@ class Config:
             see ddpm_pipeline/features.py.
         save_images_steps: steps between two grids of samples; 0: only at the end.
         num_sample_images: number of images in a grid of samples.
-        ddpm_num_inference_steps: sampling steps for these grids.
+        ddpm_num_inference_steps: number of sampling steps, for all samples of the run.
         checkpointing_steps: steps between two checkpoints; one is also written at the end.
         checkpoints_total_limit: number of checkpoints to keep, the newest ones.
-        resume_from_checkpoint: "latest", or a checkpoint folder of this run.
+        resume_from_checkpoint: "latest", or a checkpoint folder of this run; default: a new run.
         init_from: model to initialise the weights from, a folder or a name on the Hub; nothing else is copied from it.
         push_to_hub: publish the model at the end, as training/publish.py does.
         push_to_hub_steps: steps between two publications during training; 0: only at the end.
         hub_model_id: repository on the Hub, "user/name"; created if missing.
         hub_private_repo: create the repository as private.
-        license: license of the published weights, by its identifier on the Hub, such as mit or cc-by-4.0.
+        license: license of the published weights, by its identifier on the Hub, such as mit or cc-by-4.0; default:
+            apache-2.0 for the moons, otherwise unknown.
     """
 
     output_dir: str = "runs/model"
@@ -189,7 +192,7 @@ class Config:
         if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
             raise ValueError(
                 f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
-                f"validation_split is {self.validation_split!r}: change these, or leave validation_samples out"
+                f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError(f"push_to_hub is true and hub_model_id is {self.hub_model_id!r}: give user/name")
@@ -213,7 +216,7 @@ class Config:
 
     @property
     def trackers(self) -> list[str]:
-        """`report_to` as a list."""
+        """`report_to` as a list without repeats."""
         names = [name.strip() for name in self.report_to.split(",")]
         if names == ["none"]:
             return []
@@ -238,7 +241,7 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The command line: `--config FILE` and `--name value`, later ones win. Without a data set: the moons preset.
+    """The settings on the command line: `--config FILE` and `--name value`, later ones win; no data set: the moons.
 
     A mistake prints one line and exits with code 2.
     """
@@ -246,7 +249,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     names_data = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(names_data.match(argument) for argument in arguments):
         arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
-    # A preset names its data. Other data on the command line replaces it, whichever of the two options names it.
+    # The data of a preset is replaced by that of the command line, even if the two are in different options.
     opposite = {"--dataset_name": "--train_data_dir", "--train_data_dir": "--dataset_name"}
     named = {argument.split("=")[0] for argument in arguments} & opposite.keys()
     if len(named) == 1:
@@ -255,5 +258,5 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         Config,
         arguments,
         description="Train a DDPM.",
-        config_help="YAML file of options, such as training/configs/mnist.yaml",
+        config_help="YAML file of settings, such as training/configs/mnist.yaml",
     )

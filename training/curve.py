@@ -4,7 +4,7 @@ Prints and plots the validation metrics of a run (`metrics.jsonl`), beside those
 at the same number of images seen. `--output FILE` writes the curve in the format of training/configs/*.curve.json.
 
 Losses are comparable if data, resolution and prediction type are the same; bits per dimension and the kernel distance
-if data and resolution are. Exit codes: 0 done; 2 there is nothing to show.
+if data and resolution are. Exit codes: 0 done; 2 a file is missing or damaged, or the run has not validated yet.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 if not __package__:  # run as a script: imports start at the project, not at training/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from training.run.record import read_json
+
+# Shown metrics, by their names in metrics.jsonl.
 METRICS = {"validation_loss": "held-out loss", "bits_per_dim": "bits per dimension", "kernel_distance": "distance"}
+# Settings that are saved with a curve, since they decide which curves are comparable.
 ABOUT = ("dataset_name", "train_data_dir", "resolution", "denoiser", "prediction_type", "train_batch_size",
          "max_train_steps", "num_validation_images", "validation_samples", "extractor")  # fmt: skip
 
-Curve = dict[str, Any]
+
+class Curve(TypedDict):
+    """The content of a *.curve.json: settings, and the metrics at each validation with "step" and "images"."""
+
+    about: dict[str, Any]
+    points: list[dict[str, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if find_spec("matplotlib") is None:
             raise ValueError('matplotlib is not installed: pip install -c constraints.txt -e ".[train,eval]"')
         curve = read_curve(args.run)
-        published = json.loads(args.beside.read_text(encoding="utf-8")) if args.beside else None
-        if published is not None and "points" not in published:
-            raise ValueError(f"{args.beside} is not a curve: give a file written with --output")
+        published = read_published(args.beside) if args.beside else None
     except (OSError, ValueError) as error:
         print(f"curve.py: {error}", file=sys.stderr)
         return 2
@@ -70,7 +77,7 @@ def read_curve(run: Path) -> Curve:
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-        except ValueError:  # an incomplete line of a run that was killed
+        except ValueError:  # an incomplete line, left by a run that was killed
             continue
         if "validation_loss" in values:
             points.append(values)
@@ -85,8 +92,21 @@ def read_curve(run: Path) -> Curve:
     return {"about": about, "points": points}
 
 
+def read_published(file: Path) -> Curve:
+    """A curve that `--output` has written.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    content = read_json(file)
+    if not content.keys() >= {"about", "points"}:
+        raise ValueError(f"{file} is not a curve: give a file written with --output")
+    return Curve(about=content["about"], points=content["points"])
+
+
 def table(curve: Curve, published: Curve | None) -> list[str]:
-    """A line for each point; in brackets the published value at the same number of images."""
+    """A line for each point, with the published value at the same number of images in brackets."""
     names = [name for name in METRICS if any(name in point for point in curve["points"])]
     lines = ["".join(f"{header:>24}" for header in ["images seen", *(METRICS[name] for name in names)])]
     for point in curve["points"]:
@@ -100,7 +120,7 @@ def table(curve: Curve, published: Curve | None) -> list[str]:
 
 
 def interpolate(curve: Curve, name: str, images: float) -> float | None:
-    """A metric after so many images, linear between two points; None before the first and after the last."""
+    """A metric at this number of images, linear between two points; None before the first and after the last."""
     import numpy as np
 
     points = [(point["images"], point[name]) for point in curve["points"] if name in point]
@@ -111,7 +131,7 @@ def interpolate(curve: Curve, name: str, images: float) -> float | None:
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:
-    """A panel for each metric, with all curves in it."""
+    """A panel for each metric, with all curves."""
     from matplotlib.figure import Figure
 
     names = [n for n in METRICS if any(n in point for curve in curves.values() for point in curve["points"])]
@@ -129,7 +149,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
 
 
 def to_json(curve: Curve) -> str:
-    """A line for each point, numbers to six significant digits."""
+    """JSON with a line for each point and numbers to six significant digits."""
     points = [
         json.dumps(
             {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in point.items()}

@@ -2,12 +2,12 @@
 
 It draws samples on all processes, compares them with training images, measures the bits per dimension of held-out
 images, and writes report.json, the only source of the numbers on a published model card, with report.md and plots
-beside it. Every distance has a real-data baseline: the same distance of as many real images.
+beside it. Every distance has a real-data baseline: the same distance between two sets of real images.
 
-Samples are kept in evaluation/ and reused by every later command. The report is written anew each time: name all the
-metrics that it should hold.
+Samples are kept in evaluation/, and later evaluations reuse them. The report is replaced each time: give all the
+metrics that it should contain.
 
-Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read; 130 after Ctrl-C.
+Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def evaluate(config: EvalConfig) -> None:
     """Measure a model and write its report.
 
     Raises:
-        ValueError: the settings do not fit the model or its data, or a library is missing.
+        ValueError: the config does not fit the model or its data, or a library is missing.
         OSError: the model or its data cannot be read, or the report cannot be written.
     """
     check_installed(config)
-    # Only now, since torch and diffusers take seconds to import.
+    # Only now: torch and diffusers take seconds to import.
     from training.evaluation.evaluator import Evaluator
     from training.run import runtime
 

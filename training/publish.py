@@ -1,7 +1,7 @@
 """Publish a run on the Hub: `python training/publish.py runs/moons --hub_model_id user/name`.
 
-Exit codes: 0 published; 1 the model does not load in the three ways, nothing was sent; 2 an error in the command or the
-run; 3 the Hub failed, the run is unchanged, and the command to publish it later is printed.
+Exit codes: 0 published; 1 the model does not load in the three ways, nothing was sent; 2 a mistake in the command, or
+the run is incomplete; 3 the Hub failed: the run is unchanged, and the command to publish it later is printed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ from pathlib import Path
 if not __package__:  # run as a script: imports start at the project, not at training/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from training.hub import check, client, push
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Publish a run on the Hugging Face Hub.", allow_abbrev=False)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--hub_model_id", required=True, help='"user/name"; created if it does not exist')
     parser.add_argument("--hub_private_repo", action="store_true", help="create the repository as private")
-    parser.add_argument("--revision_tag", help="tag of the commit, such as v1; default: a hash of the files")
-    parser.add_argument("--license", help="of the weights, as the Hub names it: mit, cc-by-4.0, ...; default: unknown")
+    parser.add_argument("--revision_tag", help="tag of the commit, such as v1; default: made from a hash of the files")
+    parser.add_argument(
+        "--license",
+        help="license of the weights, by its identifier on the Hub, such as mit or cc-by-4.0; default: apache-2.0 for "
+        "the moons, otherwise unknown",
+    )
     parser.add_argument("--fp16", action="store_true", help='also publish half-precision weights, for variant="fp16"')
     parser.add_argument("--hub_timeout", type=float, default=600, help="seconds for all requests; default: 600")
     parser.add_argument("--dry_run", action="store_true", help="show the files and the card, and send nothing")
@@ -34,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.hub_timeout > 0:
         print(f"publish.py: hub_timeout is {args.hub_timeout:g}: give a positive number of seconds", file=sys.stderr)
         return 2
-    from training.hub import check, client, push
-
     options = {"revision_tag": args.revision_tag, "license": args.license, "fp16": args.fp16}
     try:
         if args.dry_run:

@@ -1,4 +1,4 @@
-"""Every setting of an evaluation with its default, unit and meaning."""
+"""EVALUATION CONFIG: every setting of an evaluation, with default, unit and meaning, and the command line."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from training.command_line import parse_dataclass
 
-FEATURE_METRICS = ("frechet", "kernel", "precision", "density", "memorisation")  # compare features of samples
-SAMPLE_METRICS = (*FEATURE_METRICS, "shift")
-HELD_OUT_METRICS = ("bound", "flow")  # need no samples
+FEATURE_METRICS = ("frechet", "kernel", "precision", "density", "memorisation")  # need samples and an extractor
+SAMPLE_METRICS = (*FEATURE_METRICS, "shift")  # need samples
+HELD_OUT_METRICS = ("bound", "flow")  # need held-out images, no samples
 METRICS = (*SAMPLE_METRICS, *HELD_OUT_METRICS)
 WEIGHTS = ("ema", "online")
 
@@ -22,29 +22,30 @@ class EvalConfig:
 
     Args:
         model: folder of a finished run, folder of a saved pipeline, or a name on the Hub.
-        output_dir: folder for report.json, report.md and the samples; by default the folder of the run.
+        output_dir: folder for report.json, report.md and the samples; default: the folder of the run.
         metrics: what to measure, separated by commas. Samples are compared with training images by frechet, kernel,
             precision (with recall), density (with coverage), memorisation, and shift (brightness and contrast). bound
             is the variational bound on the bits per dimension of held-out images, flow their likelihood by the
-            probability-flow ODE, which needs the extra `ode`. By default all but flow.
-        num_samples: samples per sampler.
+            probability-flow ODE, which needs the extra `ode`. Default: all but flow.
+        num_samples: number of samples to draw with each sampler.
         num_inference_steps: numbers of sampling steps, separated by commas. The model card shows the first.
-        eta: 1 is ancestral (DDPM) sampling, 0 deterministic (DDIM) sampling; several are separated by commas. The model
+        eta: 1: ancestral sampling (DDPM), 0: deterministic sampling (DDIM); several are separated by commas. The model
             card shows the first.
         weights: ema (the published weights), online (without EMA; measured with the first sampler only), or both.
-        extractor: pixels, classifier, or a .th or .pt file, see ddpm_pipeline/features.py; repeat the flag for several
-            feature extractors.
-        seed: sample i is drawn from seed + i.
-        num_reference: training images to compare samples with; 0 means all.
-        num_bound_images: held-out images for bound.
-        strata: timesteps per image for bound; 0 means all.
-        num_flow_images: held-out images for flow.
-        dataset_name: as for train.py; by default the data that the model was trained on.
-        train_data_dir: as for train.py.
+        extractor: features that samples are compared in: pixels, classifier (trained on the training images first) or
+            a .th or .pt file, see ddpm_pipeline/features.py; repeat the flag for several.
+        seed: sample i has the seed `seed` + i; bound and flow draw their random numbers from it too.
+        num_reference: number of training images to compare samples with; 0: all.
+        num_bound_images: number of held-out images for bound.
+        strata: number of timesteps per image for bound; 0: all.
+        num_flow_images: number of held-out images for flow.
+        dataset_name: data to compare with, as for train.py; default: what the model was trained on.
+        train_data_dir: folder of image files to compare with, as for train.py; use it instead of dataset_name.
         revision: tag, branch or commit of a model on the Hub.
         batch_size: images per forward pass.
-        mixed_precision: what the network computes in; no means float32. flow is always float32.
-        cpu_threads: threads per process on a CPU; by default the processes of one machine share its cores.
+        mixed_precision: what the network computes in: no (float32), fp16, bf16 or auto, as for train.py. flow is always
+            in float32.
+        cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores.
         cache_dir: folder for decoded images, features and trained classifiers.
     """
 
@@ -80,9 +81,9 @@ class EvalConfig:
             raise ValueError(f"strata is {self.strata}: give at least 8 for a usable standard error, or 0 for all")
         if 0 < self.num_reference < 16:
             raise ValueError(f"num_reference is {self.num_reference}: give at least 16, or 0 for all")
-        if self.seed + self.num_samples > 2**32 - 64:
-            limit = 2**32 - 64 - self.num_samples
-            raise ValueError(f"seed is {self.seed}: give at most {limit}, so that the last sample's is below 2^32")
+        limit = 2**32 - 64 - self.num_samples  # 64, because samples are drawn in whole shards
+        if self.seed > limit:
+            raise ValueError(f"seed is {self.seed}: give at most {limit}, so that every sample has a seed below 2^32")
         self._check_lists()
         if self.dataset_name and self.train_data_dir:
             raise ValueError(
@@ -106,27 +107,24 @@ class EvalConfig:
 
     @property
     def sample_metrics(self) -> list[str]:
-        """Those of the metrics that need samples."""
         return [metric for metric in self.metrics if metric in SAMPLE_METRICS]
 
     @property
     def feature_metrics(self) -> list[str]:
-        """Those of the metrics that need samples and a feature extractor."""
         return [metric for metric in self.metrics if metric in FEATURE_METRICS]
 
     @property
     def held_out_metrics(self) -> list[str]:
-        """Those of the metrics that need held-out images and no samples."""
         return [metric for metric in self.metrics if metric in HELD_OUT_METRICS]
 
 
 def parse(arguments: Sequence[str] | None = None) -> EvalConfig:
-    """The command line: the model, then flags. A mistake prints one line and exits with code 2."""
+    """The settings on the command line, the model first. A mistake prints one line and exits with code 2."""
     return parse_dataclass(EvalConfig, arguments, description="Evaluate a model.", positional=("model",))
 
 
 def check_installed(config: EvalConfig) -> None:
-    """Raise ValueError if a library is missing that would only be imported once everything is sampled."""
+    """Raise ValueError if a library is missing: it is imported late, when the samples are already drawn."""
     extras = {"matplotlib": "eval"} | ({"torchdiffeq": "ode"} if "flow" in config.metrics else {})
     for module, extra in extras.items():
         if find_spec(module) is None:
