@@ -1,6 +1,6 @@
 """Write the tables of settings into docs/*.md, from the docstrings and defaults of the dataclasses: `make docs`.
 
-With --check nothing is written; the exit code is 1 if a table is not current.
+With --check nothing is written, and the exit code is 1 if a table is not current.
 """
 
 import dataclasses
@@ -9,61 +9,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docstring_parser import parse
+
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent))  # the project, so that `training` is found
 
 from training.config import Config  # noqa: E402
 from training.evaluation.config import EvalConfig  # noqa: E402
 
-TABLES: dict[str, Any] = {"training.md": Config, "evaluation.md": EvalConfig}
+TABLES: dict[str, type[Config | EvalConfig]] = {"training.md": Config, "evaluation.md": EvalConfig}
+TABLE = re.compile(r"(<!-- begin settings[^\n]*-->\n).*?(<!-- end settings -->)", re.S)
 
 
-def table(settings: Any) -> str:
-    """One line per field: name, type and default, meaning."""
-    meanings = field_meanings(settings.__doc__)
+def table(cls: type[Config | EvalConfig]) -> str:
+    """One line per field: name, default, meaning."""
+    descriptions = {param.arg_name: param.description or "" for param in parse(cls.__doc__ or "").params}
     lines = ["| setting | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(settings):
-        if field.default is not dataclasses.MISSING:
-            default = shown(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = shown(field.default_factory())
-        else:
-            default = "required"
-        lines.append(f"| `{field.name}` | {default} | {meanings[field.name]} |")
+    for field in dataclasses.fields(cls):
+        default = "required" if field.default is dataclasses.MISSING else formatted(field.default)
+        meaning = " ".join(descriptions[field.name].split()).replace("|", "\\|")
+        lines.append(f"| `{field.name}` | {default} | {meaning} |")
     return "\n".join(lines)
 
 
-def shown(default: Any) -> str:
+def formatted(default: Any) -> str:
     if default is None:
         return ""
-    if isinstance(default, (list, tuple)):
-        return f"`{','.join(map(str, default))}`"
-    return f"`{default}`"
-
-
-def field_meanings(docstring: str) -> dict[str, str]:
-    """{name: meaning} from the section "Args:" of a docstring, each meaning on one line."""
-    args = docstring.split("Args:\n")[1]
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", args, re.M)
-    return {name: " ".join(text.split()).replace("|", "\\|") for name, text in entries}
+    return f"`{','.join(map(str, default))}`" if isinstance(default, tuple) else f"`{default}`"
 
 
 def main() -> int:
+    check = "--check" in sys.argv
     stale = []
-    for name, settings in TABLES.items():
+    for name, cls in TABLES.items():
         path = DOCS / name
         text = path.read_text(encoding="utf-8")
-        pattern = re.compile(r"(<!-- begin settings[^\n]*-->\n).*?(<!-- end settings -->)", re.S)
-        new, count = pattern.subn(lambda match: f"{match[1]}\n{table(settings)}\n\n{match[2]}", text)  # noqa: B023
-        if count != 1:
-            raise ValueError(f"{path} has {count} places for the table of settings: it needs one")
-        if new != text:
+        parts = TABLE.split(text)  # text, begin, end, text
+        if len(parts) != 4:
+            raise ValueError(f"{path} has {len(parts) // 3} tables from `begin settings` to `end settings`: give one")
+        before, begin, end, after = parts
+        current = f"{before}{begin}\n{table(cls)}\n\n{end}{after}"
+        if current != text:
             stale.append(name)
-            if "--check" not in sys.argv:
-                path.write_text(new, encoding="utf-8")
+            if not check:
+                path.write_text(current, encoding="utf-8")
     if stale:
-        print(("not current: " if "--check" in sys.argv else "written: ") + ", ".join(stale))
-    return 1 if stale and "--check" in sys.argv else 0
+        print(("not current: " if check else "written: ") + ", ".join(stale))
+    return 1 if stale and check else 0
 
 
 if __name__ == "__main__":
