@@ -1,7 +1,8 @@
-"""Draw the figures of docs/idea.md: `python docs/site/make_figures.py [MODEL]`, by default of `make moons`.
+"""Draw the figures of docs/idea.md: `python docs/site/make_figures.py [MODEL]`; default: the model of `make moons`.
 
-idea-space.png: all moons in their first two principal components, the straight line between a half and a full moon, and
-what lies between them for the model. idea-forward.png: one moon at ten moments of the forward process.
+idea-space.png: all moons in their first two principal components, and two paths from a half to a full moon: the
+straight line, and the images that the model interpolates. idea-forward.png: one moon at ten timesteps of the forward
+process.
 """
 
 import math
@@ -16,11 +17,11 @@ from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.moons import render
 
 IMAGES = Path(__file__).resolve().parents[1] / "images"
-HALF, FULL = math.pi / 2, math.pi
+HALF, FULL = math.pi / 2, math.pi  # phases
 
 
 def principal_components(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and the two directions (D, 2) in which images (N, ...) vary most."""
+    """Mean (D,) of images (N, ...), and the two directions (D, 2) in which they vary most."""
     flat = images.flatten(1).double()
     return flat.mean(0), torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh[:2].T
 
