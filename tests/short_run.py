@@ -1,5 +1,6 @@
 """Short runs of the scripts in training/: options of a run of a few seconds, and two ways to start a script."""
 
+import contextlib
 import os
 import runpy
 import signal
@@ -28,19 +29,32 @@ SHORT_RUN = {
 }
 
 
-def run_here(script, arguments):
-    """Run a script of training/ in this process, which has imported everything: its exit code."""
+def flags(options):
+    """{"a": 1} as command-line arguments: ["--a=1"]."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@contextlib.contextmanager
+def fresh_accelerate():
+    """Inside, accelerate uses the CPU; afterwards it has forgotten the run, so that this process can start another."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        try:
+            yield patch
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def run_here(script, arguments):
+    """Run a script of training/ in this process, which has imported everything: its exit code."""
+    with fresh_accelerate() as patch:
         patch.setattr(sys, "argv", [str(TRAINING / script), *arguments])
         patch.setattr(sys, "path", list(sys.path))
         try:
             runpy.run_path(str(TRAINING / script), run_name="__main__")
         except SystemExit as exit_:
             return exit_.code
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
     return 0
 
 

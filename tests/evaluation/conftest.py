@@ -1,12 +1,12 @@
-"""A run of six steps, its first report, and the images behind it: shared by all tests of this folder."""
+"""A run of six steps, its first report, and its images: shared by all tests in this folder."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.arrays import save_images
 from tests.evaluation.helpers import arguments, train
 from tests.short_run import run_in_child
 from training.data.cache import load_images
@@ -25,7 +25,7 @@ def run(work):
 
 @pytest.fixture(scope="session")
 def first_report(work, run):
-    """The report of an evaluation in a process of its own: two numbers of steps, two values of eta."""
+    """The report of an evaluation in a child process: two numbers of steps, two values of eta."""
     settings = {"num_inference_steps": (4, 8), "eta": (1, 0)}
     output = run_in_child([], "evaluate.py", arguments(work, run, **settings), cwd=work)
     assert "The report: " in output
@@ -46,11 +46,7 @@ def test_images(work):
 @pytest.fixture(scope="session")
 def image_folder(work):
     """A folder of 40 images, of which 2 are held out."""
-    (work / "images").mkdir()
-    for i in range(40):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(work / "images" / f"{i}.png")
-    return work / "images"
+    return save_images(work / "images", 40, 16, 16)
 
 
 @pytest.fixture(scope="session")

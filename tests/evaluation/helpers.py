@@ -1,4 +1,4 @@
-"""Short evaluations: how the tests start them, and how they look at what was written."""
+"""Short evaluations: how the tests start them and read their results."""
 
 import json
 from contextlib import nullcontext
@@ -6,11 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
-from tests.short_run import SHORT_RUN, run_here
+from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.data.split import DataSplit
 from training.evaluate import evaluate
 from training.evaluation.config import EvalConfig
@@ -39,7 +37,7 @@ SETTINGS = {
 
 def train(work, name, **options):
     options = {"output_dir": work / name, "cache_dir": work / "cache", **TRAIN_SETTINGS, **options}
-    assert run_here("train.py", [f"--{option}={value}" for option, value in options.items()]) == 0
+    assert run_here("train.py", flags(options)) == 0
     return work / name
 
 
@@ -51,23 +49,18 @@ def eval_config(work, model, output_dir=None, **settings):
 
 def evaluate_here(work, model, output_dir=None, **settings):
     """Evaluate in this process. Returns the content of report.json."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        try:
-            evaluate(eval_config(work, model, output_dir, **settings))
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+    with fresh_accelerate():
+        evaluate(eval_config(work, model, output_dir, **settings))
     return json.loads(((work / output_dir if output_dir else Path(model)) / "report.json").read_text())
 
 
 def arguments(work, model, output_dir=None, **settings):
-    """The same settings as a command line, for a process of its own."""
+    """The same settings as a command line, for a child process."""
     settings = {"cache_dir": work / "cache", **SETTINGS, **settings}
     if output_dir is not None:
         settings["output_dir"] = work / output_dir
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in settings.items()}
-    return [str(model), *(f"--{name}={text}" for name, text in texts.items())]
+    return [str(model), *flags(texts)]
 
 
 def find_measurement(report, measure, **wanted):
@@ -86,7 +79,7 @@ def saved_samples(output_dir, **sampler):
 
 
 def fake_runtime(world_size=1, rank=0):
-    """What the evaluation uses of a Runtime, on one of so many ranks that know nothing of each other."""
+    """Stands for a Runtime: one rank of this world size, without communication."""
     return SimpleNamespace(
         rank=rank, world_size=world_size, is_main=rank == 0, device=torch.device("cpu"), autocast=nullcontext,
         barrier=lambda: None, gather_objects=lambda items: items,

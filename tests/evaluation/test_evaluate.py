@@ -1,7 +1,7 @@
-"""training/evaluate.py on a run of six steps: its figures against the same measures computed by hand, and its samples.
+"""training/evaluate.py on a run of six steps: its values against the same measures computed here, and its samples.
 
-Most evaluations happen in this process, which has imported everything; the first, a killed and a shared one are
-processes of their own.
+Most evaluations run in this process, which has imported everything; the first, the killed and the distributed one run
+in child processes.
 """
 
 import hashlib
@@ -42,15 +42,14 @@ def max_difference(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 
-# ---- Figures ---------------------------------------------------------------------------------------------------------
+# ---- Values ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("weights", "steps", "eta"), [("EMA", 4, 1), ("EMA", 8, 0), ("online", 4, 1)], ids=["primary", "other", "online"]
 )
 def test_distances_are_those_of_the_saved_samples(first_report, run, train_images, test_images, weights, steps, eta):
-    """Values and baselines by hand. The reference set is every 40.96th training image, the baseline every 12.8th
-    held-out image."""
+    """The reference set is every 40.96th training image, the baseline every 12.8th held-out image."""
     samples = saved_samples(run, weights=weights.lower(), steps=steps, eta=eta)[:NUM_SAMPLES]
     reference = train_images[[i * 8192 // NUM_REFERENCE for i in range(NUM_REFERENCE)]]
     equal = reference[[i * NUM_REFERENCE // NUM_SAMPLES for i in range(NUM_SAMPLES)]]
@@ -151,7 +150,7 @@ def test_probability_flow_ode_likelihood(run, work, test_images):
     assert m["value"] == pytest.approx(bits.mean().item(), rel=1e-4)
 
 
-# ---- Samples are kept ------------------------------------------------------------------------------------------------
+# ---- Samples are reused ----------------------------------------------------------------------------------------------
 
 
 def test_a_second_evaluation_draws_no_samples(first_report, run, work, monkeypatch):
@@ -247,7 +246,7 @@ def test_two_processes_draw_and_measure_the_same(first_report, run, work):
     assert find_measurement(report, "kernel_distance")["value"] == value
 
 
-def test_samples_of_another_precision_are_kept_apart(first_report, run, work):
+def test_samples_of_another_precision_have_another_folder(first_report, run, work):
     settings = {"metrics": ("shift",), "weights": ("ema",), "num_samples": 16, "num_inference_steps": (2,)}
     report = evaluate_here(work, run, "bf16", mixed_precision="bf16", **settings)
     assert report["precision"] == "bf16"
@@ -256,7 +255,7 @@ def test_samples_of_another_precision_are_kept_apart(first_report, run, work):
     assert 0 < np.abs(samples - saved_samples(run, steps=4)[:64].astype(float)).mean() < 100
 
 
-def test_a_plot_of_an_earlier_model_is_not_shown(first_report, run, work):
+def test_a_plot_of_an_earlier_evaluation_is_not_shown(first_report, run, work):
     (work / "stale" / "evaluation").mkdir(parents=True)
     shutil.copy(run / "evaluation" / "nearest.png", work / "stale" / "evaluation")
     evaluate_here(work, run, "stale", metrics=("bound",), weights=("ema",))
@@ -267,7 +266,7 @@ def test_a_plot_of_an_earlier_model_is_not_shown(first_report, run, work):
 
 
 def test_a_run_without_held_out_images(work, image_folder, monkeypatch):
-    """And the default extractor, which is trained on all images."""
+    """The default extractor is trained on all images, and measures that need held-out images are left out."""
     model = train(work, "all images", train_data_dir=image_folder, max_train_steps=1, validation_steps=0)
     calls = []
 
@@ -287,7 +286,7 @@ def test_a_run_without_held_out_images(work, image_folder, monkeypatch):
     assert any(warning.startswith("fewer than 2 images are held out") for warning in report["warnings"])
 
 
-def test_other_data_than_that_of_the_training_is_named(work, run, image_folder):
+def test_data_other_than_the_training_data_gives_a_warning(work, run, image_folder):
     settings = {"num_samples": 16, "weights": ("ema",), "num_reference": 0}
     report = evaluate_here(work, run, "other data", train_data_dir=str(image_folder), **settings)
     (warning,) = [warning for warning in report["warnings"] if "was trained on other images" in warning]
@@ -313,7 +312,7 @@ def test_a_saved_pipeline_needs_an_output_dir_and_data(saved_pipeline, work):
     assert report["step"] is None
 
 
-def test_another_scheduler_has_samples_but_no_bound(run, work):
+def test_another_scheduler_is_sampled_but_has_no_bound(run, work):
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     DDPMPipeline(pipe.unet, scheduler).save_pretrained(work / "ddim")

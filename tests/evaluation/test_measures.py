@@ -102,7 +102,7 @@ def test_a_measurement_has_the_keys_of_the_report():
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(7, 1), (7, 2), (2, 3), (20, 3)])
 def test_ranks_divide_the_held_out_images(num_images, world_size):
-    """Each image is measured once, and a rank may have none."""
+    """Each image is measured once; a rank may have none."""
     measured = {}
     for rank in range(world_size):
         options = {"batch_size": 2, "seed": 0, "runtime": fake_runtime(world_size, rank)}
@@ -114,7 +114,7 @@ def test_ranks_divide_the_held_out_images(num_images, world_size):
 
 
 def test_the_order_in_which_ranks_are_gathered_does_not_matter():
-    """Bit for bit: sums are in the order of the images."""
+    """Bit for bit: values are summed in the order of the images."""
     images = random_images(9, 1, 8, 8)
     model = Model(tiny_pipe(), "EMA", "", "", None)
     outcomes = []
@@ -127,7 +127,7 @@ def test_the_order_in_which_ranks_are_gathered_does_not_matter():
 
 
 def test_the_standard_error_keeps_its_digits_beside_a_large_mean():
-    """Nats whose spread is 1e-9 of their mean: the mean of squares minus the square of the mean would be rounding."""
+    """Nats with a standard deviation of 1e-9 of their mean: in sums of squares nothing of it would be left."""
     bits = HeldOutBits(random_images(4, 1, 2, 2), batch_size=2, seed=0, runtime=fake_runtime())
     deviations = torch.tensor([-3.0, -1.0, 1.0, 3.0], dtype=torch.float64)
     nats = (1e9 + deviations) * 4 * np.log(2)

@@ -17,14 +17,14 @@ def numbered_split(num_train, num_held_out):
     return data_split(numbered_images(0, num_train), numbered_images(100, num_held_out))
 
 
-def test_the_baseline_is_held_out_images_if_there_are_enough():
+def test_with_enough_held_out_images_the_baseline_is_some_of_them():
     real = choose_real_images(numbered_split(40, 20), 10, 10)
     assert numbers_of(real.reference) == list(range(0, 40, 4)) and real.reference_description == "10 training images"
     assert numbers_of(real.baseline) == list(range(100, 120, 2)) and real.baseline_description == "held-out images"
     assert len(real.held_out) == 20 and real.warning is None
 
 
-def test_otherwise_training_images_outside_of_the_reference_set():
+def test_with_few_held_out_images_the_baseline_is_training_images_outside_of_the_reference_set():
     real = choose_real_images(numbered_split(40, 9), 20, 10)
     assert numbers_of(real.reference) == list(range(0, 40, 2))
     assert numbers_of(real.baseline) == list(range(1, 40, 4)) and real.baseline_description == "training images"
@@ -33,7 +33,7 @@ def test_otherwise_training_images_outside_of_the_reference_set():
 
 @pytest.mark.parametrize("num_held_out", [0, 9])
 @pytest.mark.parametrize("num_reference", [0, 35, 99])
-def test_otherwise_training_images_that_the_baseline_is_not_compared_with(num_reference, num_held_out):
+def test_a_baseline_of_reference_images_is_not_compared_with_itself(num_reference, num_held_out):
     real = choose_real_images(numbered_split(40, num_held_out), num_reference, 10)
     assert numbers_of(real.baseline) == list(range(0, 40, 4))
     compared = numbers_of(real.reference[real.not_in_baseline])
@@ -89,10 +89,10 @@ def test_held_out_is_what_was_held_out_during_training(work, image_folder, train
     assert (len(split.train_indices), len(split.held_out)) == (8192, 1024)
 
 
-def test_remarks_in_the_description_of_the_data_do_not_matter():
+def test_notes_in_the_description_of_the_data_are_not_compared():
     split = numbered_split(40, 9)
-    split.data.source = "40 images of folder wall; 3 were skipped"
-    model = Model(None, "EMA", "", "", run_record(source="40 images of folder wall; old remark", num_images=40))
+    split.data.source = "40 images of folder wall; 3 unreadable"
+    model = Model(None, "EMA", "", "", run_record(source="40 images of folder wall; an old note", num_images=40))
     assert was_trained_on(model, split)
     assert not was_trained_on(model._replace(record=run_record(source=split.data.source, num_images=38)), split)
     assert not was_trained_on(model._replace(record=run_record(source="40 images of folder w", num_images=40)), split)

@@ -44,7 +44,7 @@ def test_the_report_has_all_its_keys(first_report, run):
         assert m["n"] == (NUM_SAMPLES if m["sampler"] else NUM_BOUND_IMAGES)
 
 
-def test_all_samplers_are_measured_and_the_first_one_with_online_weights(first_report):
+def test_all_samplers_are_measured_and_the_first_also_with_online_weights(first_report):
     of_samples = {"frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "memorisation"}
     of_samples |= {"mean_shift", "std_ratio"}
     groups = {}
@@ -84,7 +84,7 @@ def test_the_tables_are_complete_and_the_plots_open(first_report, run):
     assert "Frechet distances of 80 samples are too large" in text
 
 
-def test_nothing_in_it_tells_of_this_machine(first_report, run, work):
+def test_the_report_has_no_local_paths(first_report, run, work):
     for file in ("report.json", "report.md"):
         text = (run / file).read_text()
         assert work.name not in text and Path.home().name not in text
@@ -138,7 +138,7 @@ def test_nearest_grid_shows_samples_above_the_images_they_are_nearest_to(tmp_pat
         ("runs/moons", {"eta": (1.0, 0.25), "num_samples": 2048}, "runs/moons --eta 1,0.25"),
     ],
 )
-def test_the_command_has_no_folders_of_this_machine(model, settings, shown):
+def test_the_command_has_no_local_paths(model, settings, shown):
     config = EvalConfig(model, **settings)
     assert command_line(config) == f"accelerate launch training/evaluate.py {shown}"
 

@@ -1,4 +1,4 @@
-"""The models of a run, and the shards of samples that are kept."""
+"""The models of a run, and the shards in which samples are stored."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def test_online_weights_of_another_step_or_none_are_refused(run, tmp_path):
     assert [model.weights for model in load_models(str(tmp_path), ["ema"])] == ["EMA"]
 
 
-def test_the_same_weights_with_another_scheduler_have_samples_of_their_own(run, work):
+def test_samples_of_another_scheduler_have_another_folder(run, work):
     model = load_models(str(run), ["ema"])[0]
     assert model.scheduler_hash == load_models(str(work / "run"), ["online"])[0].scheduler_hash
     scheduler = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type="fixed_large")
@@ -63,7 +63,7 @@ def test_the_same_weights_with_another_scheduler_have_samples_of_their_own(run, 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_half_written_shard_does_not_count(tmp_path, monkeypatch):
+def test_a_half_written_shard_is_missing(tmp_path, monkeypatch):
     shards = Shards(tmp_path, MODEL, SamplerConfig(5, 0.5), 7, "bf16")
     assert shards.missing(2 * SHARD_SIZE + 1) == [0, 1, 2]
     first, last = numbered_images(0, SHARD_SIZE), numbered_images(100, SHARD_SIZE)
@@ -117,7 +117,7 @@ def test_whatever_changes_the_samples_changes_the_folder(tmp_path):
 
 
 class SeedPipeline:
-    """A pipeline whose image has the brightness of its seed, and which remembers its calls."""
+    """A pipeline whose images have the brightness of their seeds; it records its calls."""
 
     def __init__(self):
         self.calls = []

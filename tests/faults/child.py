@@ -1,4 +1,4 @@
-"""Runs of training/train.py in processes of their own, with a network of two blocks, and the faults put into them.
+"""Runs of training/train.py in child processes, with a network of two blocks, and the faults injected into them.
 
 The processes are forked from one that has imported everything, so a run takes a second instead of ten.
 """
@@ -75,7 +75,7 @@ class Run:
             child.join(max(0.0, deadline - time.monotonic()))
         codes = [child.exitcode for child in self.processes]
         for child in self.processes:
-            if child.exitcode is None:  # it logs where it hangs
+            if child.exitcode is None:  # on this signal it logs where it hangs
                 os.kill(child.pid, signal.SIGUSR2)
                 time.sleep(0.5)
         self.kill()
@@ -101,7 +101,7 @@ class Run:
 
 @contextlib.contextmanager
 def killed_at_end(run):
-    """Whatever happens inside, no process of the run survives."""
+    """Kill all processes of the run at the end, whatever happens inside."""
     try:
         yield run
     finally:
@@ -330,7 +330,7 @@ def disk_full_for_logs(rank):
 
 
 def _disk_full_at(name):
-    """In the second checkpoint another program fills the disk just before this file is written."""
+    """Another program fills the disk just before this file of the second checkpoint is written."""
     from training.run import checkpoint
 
     write, calls = checkpoint._write, itertools.count(1)

@@ -1,22 +1,11 @@
-"""Where the runs of the fault tests live, their options, and what an undisturbed run learns."""
+"""The folders and options of the runs in the fault tests, and the result of an undisturbed run."""
 
-import os
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))  # child.py, which the processes import by its name
-
-from child import Run
-
-from tests.short_run import SHORT_RUN
+from tests.arrays import save_images
+from tests.faults.child import Run
+from tests.short_run import SHORT_RUN, flags
 from training.run import checkpoint
-
-# `make test-faults` sets this for all repeats; otherwise tests that repeat do so a few times only.
-FULL = os.environ.get("DDPM_FAULTS") == "full"
 
 # Global batch 4 of 10 images: epochs end within step 3 and with step 5.
 OPTIONS = SHORT_RUN | {
@@ -30,7 +19,7 @@ OPTIONS = SHORT_RUN | {
 
 
 class Workspace:
-    """A folder of runs: `start` starts one, `arguments` is its command line, `sha256` identifies what it has learned.
+    """A folder of runs: `start` starts one, `arguments` is its command line, `sha256` identifies its result.
 
     Attributes:
         data: folder with images/ and the cache of the decoded images.
@@ -43,7 +32,7 @@ class Workspace:
         options = {"output_dir": self.folder / name, "cache_dir": self.data / "cache", **OPTIONS, **options}
         if "dataset_name" not in options:
             options.setdefault("train_data_dir", self.data / "images")
-        return [f"--{option}={value}" for option, value in options.items()]
+        return flags(options)
 
     def start(self, name, *, world_size=1, fault=None, crash_at=None, detect_device=False, **options):
         """A `Run` with the global batch 4, whatever the world size."""
@@ -53,7 +42,7 @@ class Workspace:
         return Run(arguments, log, world_size=world_size, fault=fault, crash_at=crash_at, detect_device=detect_device)
 
     def finish(self, name, **options):
-        """Run to the end, which must be exit code 0. Returns `sha256(name)`."""
+        """Run to the end; the exit code must be 0. Returns `sha256(name)`."""
         run = self.start(name, **options)
         assert set(run.wait(120)) == {0}, run.text()
         return self.sha256(name)
@@ -72,10 +61,7 @@ class Workspace:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "images").mkdir()
-    for i in range(10):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    save_images(folder / "images", 10, 16, 16)
     return folder
 
 
@@ -86,7 +72,7 @@ def workspace(tmp_path, data):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, data):
-    """A function of the world size: what an undisturbed run learns, as `Workspace.sha256`."""
+    """A function of the world size: `Workspace.sha256` of an undisturbed run."""
     workspace = Workspace(tmp_path_factory.mktemp("undisturbed"), data)
     results = {}
 

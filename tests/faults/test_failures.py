@@ -1,16 +1,15 @@
-"""F4, F8 to F15, F29, F30: another world size, full disks, wrong folders, non-finite losses, too little memory."""
+"""Another world size, full disks, wrong folders, non-finite losses, too little memory, too few processes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from child import TRAIN, killed_at_end
 from safetensors.torch import load_file
 
+from tests.faults.child import TRAIN, killed_at_end
 from training.config import Config
 from training.data.batches import Batches
 from training.data.cache import load_images
@@ -26,7 +25,7 @@ def weights(workspace, name, file="model.safetensors"):
     return load_file(path / file)
 
 
-# ---- F4: another world size ------------------------------------------------------------------------------------------
+# ---- Another world size ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -45,7 +44,7 @@ def test_a_run_resumes_with_another_world_size(workspace, undisturbed, world_siz
         assert max((expected[name] - resumed[name]).abs().max().item() for name in expected) < 1e-5
 
 
-# ---- F8, F9: full disks ----------------------------------------------------------------------------------------------
+# ---- Full disks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_a_disk_that_is_too_small_is_detected_before_the_first_step(workspace, s
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "manifest.json"])
-def test_a_disk_that_fills_up_while_saving_costs_no_older_checkpoint(workspace, undisturbed, small_disk, file):
+def test_a_disk_that_fills_up_while_saving_keeps_the_older_checkpoint(workspace, undisturbed, small_disk, file):
     """There is space when the save begins, but none when it reaches this file: another program has filled the disk."""
     disk = small_disk(8 * checkpoint_bytes(workspace) + 4 * 2**20)
     run = workspace.start("run", output_dir=disk / "run", fault=f"disk_full_at_{file.split('.')[0]}")
@@ -107,7 +106,7 @@ def test_logs_and_images_that_cannot_be_written_cause_one_warning_each(workspace
     assert [line["step"] for line in metrics(workspace, "run")] == [1, 2]
 
 
-# ---- F10, F11, F12: wrong folders and checkpoints --------------------------------------------------------------------
+# ---- Wrong folders and checkpoints -----------------------------------------------------------------------------------
 
 
 def test_latest_skips_a_damaged_checkpoint_with_a_message(workspace, undisturbed):
@@ -183,7 +182,7 @@ def test_a_folder_that_is_not_writable(workspace, small_disk):
         assert f"output_dir is '{folder}'" in run.text()
 
 
-# ---- F14: non-finite losses ------------------------------------------------------------------------------------------
+# ---- Non-finite losses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world_size", "precision"), [(1, "no"), (2, "no"), (1, "bf16")])
@@ -231,7 +230,7 @@ def test_nonfinite_steps_are_skipped_on_request(workspace, world_size):
     assert {int(entry["step"]) for entry in state.values()} == {5}
 
 
-# ---- F15: the learning rate counts optimizer steps -------------------------------------------------------------------
+# ---- The learning rate counts optimizer steps ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 1), (2, 2)])
@@ -244,7 +243,7 @@ def test_the_learning_rate_counts_optimizer_steps(workspace, world_size, accumul
     assert plain[1]["learning_rate"] == 1e-3 > plain[5]["learning_rate"]
 
 
-# ---- F29, F30: too little memory, too few processes ------------------------------------------------------------------
+# ---- Too little memory, too few processes ----------------------------------------------------------------------------
 
 
 def test_out_of_memory_in_a_step_says_what_to_lower(workspace):
@@ -285,4 +284,3 @@ def test_fewer_processes_than_requested_is_refused(workspace):
     assert result.returncode
     assert "told to start 2 processes, but 1 started" in result.stderr and "torchrun --nproc-per-node" in result.stderr
     assert not (workspace.folder / "run").exists()
-    assert os.environ.get("WORLD_SIZE") is None

@@ -1,4 +1,4 @@
-"""F6, F7: after a signal a run finishes its step, writes a checkpoint and exits with 143; no process survives."""
+"""After a signal a run finishes its step, writes a checkpoint and exits with 143; no process survives."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from child import TRAIN, killed_at_end
 
+from tests.faults.child import TRAIN, killed_at_end
 from training.run import checkpoint
 
 GRACE = 20  # seconds within which a run must end

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.hub.commands import run_code, start
-from training.hub.files import HALF_WEIGHTS, WEIGHTS
+from training.hub.files import FORMER_NAMES, HALF_WEIGHTS, WEIGHTS
 
 CASES = {  # name: (method, part of the path, options of the fault, part of the error or None)
     "commit 401": ("POST", "/commit/", {"status": 401}, "401"),
@@ -69,8 +69,8 @@ def folder(tmp_path):
     return folder
 
 
-def test_faults_of_the_hub(hub, tmp_path, folder):
-    """F28: permanent errors are tried once, transient ones again; no commit is made twice; silence has a deadline."""
+def test_errors_and_silence_of_the_hub(hub, tmp_path, folder):
+    """Permanent errors are tried once, transient ones again; no commit is made twice; a silent Hub has a deadline."""
     repos = {name: f"alice/n{number:02}" for number, name in enumerate(CASES)}
     for name, (method, part, fault, _) in CASES.items():
         hub.create(repos[name])
@@ -107,8 +107,8 @@ def test_repositories_with_other_files_and_of_other_users(hub, tmp_path, folder)
 
 
 def test_obsolete_files_are_deleted_in_the_same_commit(hub, tmp_path, folder):
-    """Files of an earlier publication, also under names that earlier versions used. Other people's files stay."""
-    earlier = ("model_index.json", "pipeline.py", "walk.png", "samples.png", HALF_WEIGHTS, "notes.txt")
+    """Those of an earlier publication, also under the names of earlier versions. Other people's files stay."""
+    earlier = ("model_index.json", "pipeline.py", *FORMER_NAMES, "samples.png", HALF_WEIGHTS, "notes.txt")
     hub.create("alice/x", files=dict.fromkeys(earlier, b"earlier"))
     results = push_to(hub, tmp_path / "home", folder, ["alice/x"])
     assert results["alice/x"]["error"] is None
@@ -117,8 +117,8 @@ def test_obsolete_files_are_deleted_in_the_same_commit(hub, tmp_path, folder):
     assert commit.files["pipeline.py"] == b"pipeline.py"
 
 
-def test_somebody_else_pushes_meanwhile(hub, tmp_path, folder):
-    """Between reading the newest commit and making ours: theirs stays the newest."""
+def test_a_push_by_somebody_else_is_not_overwritten(hub, tmp_path, folder):
+    """It comes between reading the newest commit and making ours."""
     hub.create("alice/x")
     hub.fault("GET", "alice/x/refs", silent=2)  # our push waits here
     with start(hub, tmp_path / "home", ["-c", PUSH, folder, "alice/x"]) as child:

@@ -19,10 +19,11 @@ import yaml
 from PIL import Image
 
 from ddpm_pipeline.loading import check_folder
+from tests.arrays import save_images
 from tests.hub.commands import ROOT, run, run_code, start
 from tests.hub.repositories import check_card
 from tests.hub.server import TOKENS, Hub
-from tests.short_run import SHORT_RUN
+from tests.short_run import SHORT_RUN, flags
 from training.hub.files import HALF_WEIGHTS, IMAGES, MODEL_FILES, WEIGHTS, count_parameters
 
 PUBLISHED = {*MODEL_FILES, *IMAGES, "README.md", "LICENSE", "config.yaml"}
@@ -39,16 +40,13 @@ def train_options(folder, name, **options):
         "ddpm_num_inference_steps": 4,
         **options,
     }
-    return [f"--{option}={value}" for option, value in options.items()]
+    return flags(options)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("publishing")
-    (folder / "images").mkdir()
-    for i in range(10):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    save_images(folder / "images", 10, 16, 16, 3)
     return folder
 
 

@@ -7,13 +7,12 @@ version of huggingface_hub, check what training/hub/client.py expects of it. The
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 
 import httpx2
 import pytest
 
+from tests.hub.commands import run_code, start
 from tests.hub.server import Hub
 
 CARD = "---\nlicense: apache-2.0\npipeline_tag: unconditional-image-generation\n---\nText\n"
@@ -43,25 +42,13 @@ def push(repo, files, **options):
 """
 
 
-def start(hub, home, script, *, token="tok-a", args=None, **variables):
-    return subprocess.Popen(
-        [sys.executable, "-c", f"{PREAMBLE}\n{script}\nprint(json.dumps(report, default=str))", json.dumps(args)],
-        env=hub.environment(home, token) | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def program(script):
+    return f"{PREAMBLE}\n{script}\nprint(json.dumps(report, default=str))"
 
 
-def run_child(*args, **options):
-    """The report of a child process that runs this script with this token."""
-    with start(*args, **options) as child:
-        try:
-            out, err = child.communicate(timeout=120)
-        finally:
-            child.kill()
-    assert child.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+def run_child(hub, home, script, *, args=None, **options):
+    """The report of a child process that runs this script."""
+    return run_code(hub, home, program(script), json.dumps(args), timeout=120, **options)
 
 
 # ---- Pushing ---------------------------------------------------------------------------------------------------------
@@ -318,7 +305,7 @@ def test_a_client_killed_while_it_waits(hub, tmp_path):
     """Its commit is made. Leaving the Hub waits for no client and closes the connections that are kept open."""
     hub.create("alice/x")
     hub.fault("POST", "/commit/", silent=60)
-    with start(hub, tmp_path, 'push("alice/x", {"a.txt": "a"})') as child:
+    with start(hub, tmp_path, ["-c", program('push("alice/x", {"a.txt": "a"})'), "null"]) as child:
         while len(hub.repo("alice/x").commits) == 1 and child.poll() is None:
             time.sleep(0.01)
         child.kill()
