@@ -26,7 +26,7 @@ def test_a_validation_or_test_split_is_held_out(folder, cache_dir):
     assert load_data_split("none", **options).held_out.shape == (0, 3, 5, 6)
     assert len(load_data_split("test", **options).held_out) == 3
     for name in ("validation", "train"):
-        with pytest.raises(ValueError, match=f"validation_split is '{name}', but the data set has \\['test'\\]"):
+        with pytest.raises(ValueError, match=f"validation_split is '{name}': give test or none"):
             load_data_split(name, **options)
 
     write_parquet(folder / "data" / "validation-00000-of-00001.parquet", photo=second)
@@ -55,7 +55,7 @@ def test_without_a_test_split_every_20th_image_is_held_out(folder, cache_dir):
     assert split.train_images[:, 0, 0, 0].tolist() == split.train_indices.tolist()
     assert split.held_out_source.startswith("one in 20 of 45 images")
     assert len(load_data_split("none", train_data_dir=folder, cache_dir=cache_dir).train_indices) == 45
-    with pytest.raises(ValueError, match="the data set has no split besides train"):
+    with pytest.raises(ValueError, match="validation_split is 'test': give none"):
         load_data_split("test", train_data_dir=folder, cache_dir=cache_dir)
 
 

@@ -1,13 +1,13 @@
 """CACHE: the images of a source are decoded once, into one array on disk that later runs map into memory.
 
-`load_images` goes through the source twice. The first pass reads the headers and settles what all images share: size,
+`load_images` reads the source twice. The first pass reads the headers and chooses what all images share: size,
 channels, 8 or 16 bits. The second pass decodes. The key of a cache is a hash of everything its pixels depend on.
 
     <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
     <cache_dir>/<key>/names.txt    a line of JSON for each image: its name, and its label if the data set has labels
     <cache_dir>/<key>/meta.json    the source, the images left out and why, the splits of the data set
 
-Gray and colour images together become colour. If one image has 16 bits, all become 16-bit.
+If a data set has gray and colour images, all become colour. If one image has 16 bits, all become 16-bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -35,7 +35,9 @@ from ddpm_pipeline.files import remove
 from training.data.decode import Payload, Target, decode, luminance, parse_colour, read_header
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset, image_folder
 
-FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, would give other pixels
+FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, give other pixels
+
+T = TypeVar("T")
 
 
 class UnreadableImagesError(ValueError):
@@ -47,10 +49,10 @@ class ImageSet:
     """The images of one data set, all of one shape."""
 
     images: np.ndarray  # (N, C, H, W) uint8 or uint16, memory-mapped read-only
-    source: str  # where they come from, for the log and the card; up to the first ";" it identifies the data set
-    skipped: tuple[str, ...]  # "name: reason" of the unreadable images that were left out on request
-    names_file: Path  # one line of JSON for each image
-    splits: tuple[str, ...] = ()  # of the data set, this one included; empty for a folder of images
+    source: str  # where they come from, for the log and the card; the part before the first ";" identifies the data set
+    skipped: tuple[str, ...]  # "name: reason" of each unreadable image that was left out
+    names_file: Path  # names.txt
+    splits: tuple[str, ...] = ()  # all splits of the data set; empty for a folder of images
 
     def name(self, i: int) -> str:
         """The name of image i: its path in the folder, or its row in the table."""
@@ -58,9 +60,9 @@ class ImageSet:
             return str(json.loads(next(islice(lines, i, None)))[0])
 
     def labels(self) -> np.ndarray | None:
-        """(N,) int64, numbered from 0 in sorted order; None if there are fewer than two labels.
+        """(N,) int64, numbered from 0 in sorted order; None if there are fewer than two different labels.
 
-        Labels are those of the data set. In a folder of images the label is the outermost folder that an image is in.
+        In a folder of images, the label of an image is the outermost subfolder that it is in.
         """
         with open(self.names_file, encoding="ascii") as lines:
             records = [json.loads(line) for line in lines]
@@ -94,7 +96,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What the pixels depend on besides the source. The cache key is made of these, in this order."""
+    """What the pixels depend on besides the source. These are in the cache key, in this order."""
 
     size: tuple[int, int] | None  # (H, W); None is the most common size in the data
     center_crop: bool
@@ -124,31 +126,35 @@ def load_images(
 
     Args:
         dataset_name: "moons", a local folder of parquet files in the Hub's layout, or a name on the Hub. The cache of a
-            Hub data set is keyed by its name: when it has changed there, delete the cache.
-        dataset_config_name: a configuration (subset) of the data set.
+            data set on the Hub is keyed by its name: delete the cache when the data set has changed.
+        dataset_config_name: configuration (subset) of the data set.
         split: as in `datasets.load_dataset`, so "train[:100]" works too.
-        train_data_dir: folder of image files, at any depth. Give this or dataset_name.
-        resolution: a side, (H, W) or "HxW" in pixels; None is the most common size in the data (moons: 32).
-        center_crop: an image of another size is resized to cover the target and cropped at the centre (True), or
-            squeezed to it (False).
-        background: the colour behind transparent pixels, a CSS name or #rrggbb; gray images take its luminance.
+        train_data_dir: folder of image files, searched recursively. Give this or dataset_name.
+        resolution: one side, (H, W) or "HxW", in pixels; None: the most common size in the data (moons: 32).
+        center_crop: resize an image of another size until it covers the target, then crop its centre; False: stretch it
+            to the target.
+        background: colour behind transparent pixels, a CSS name or #rrggbb; for gray images its luminance.
         on_bad_image: "stop" raises an error that names every unreadable image, "skip" leaves them out.
-        min_side: pixels; an image with a shorter side counts as unreadable.
-        cache_dir: where the arrays are kept; made if missing.
-        num_workers: processes that decode; 0 decodes in this one.
+        min_side: shortest allowed side in pixels; a smaller image counts as unreadable.
+        cache_dir: folder for the arrays; created if missing.
+        num_workers: processes that decode; 0: this process does.
     Raises:
-        UnreadableImagesError: images are unreadable and on_bad_image is "stop", or all are.
-        ValueError: another value of an option, no images, or images that cannot be in one array.
+        UnreadableImagesError: images are unreadable and on_bad_image is "stop", or all of them are unreadable.
+        ValueError: an invalid argument, no images, or images that do not fit into one array.
     """
     if on_bad_image not in ("stop", "skip"):
         raise ValueError(f'on_bad_image is {on_bad_image!r}: give "stop" or "skip"')
     if not isinstance(min_side, int) or min_side < 1:
-        raise ValueError(f"min_side is {min_side!r}: give an int of at least 1")
+        raise ValueError(f"min_side is {min_side!r}: give an integer of at least 1")
     if not isinstance(num_workers, int) or num_workers < 0:
-        raise ValueError(f"num_workers is {num_workers!r}: give an int of at least 0")
+        raise ValueError(f"num_workers is {num_workers!r}: give an integer of at least 0")
     colour = parse_colour(background)
     cache_dir = Path(cache_dir)
-    size = _parse_resolution(resolution)
+    size = None
+    if resolution is not None:
+        from ddpm_pipeline.pixels import height_width  # imports torch, which a cache does not need
+
+        size = height_width(resolution, "resolution")
     source = _find_source(dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir)
     size = source.size if isinstance(source, Moons) else size
     settings = DecodeSettings(size, bool(center_crop), colour, on_bad_image, min_side)
@@ -172,14 +178,6 @@ def cache_key(source: Source | Moons, settings: DecodeSettings) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _parse_resolution(resolution: Any) -> tuple[int, int] | None:
-    if resolution is None:
-        return None
-    from ddpm_pipeline.pixels import height_width  # imports torch, which reading a cache does not need
-
-    return height_width(resolution, "resolution")
-
-
 def _find_source(
     dataset_name: str | None,
     config: str | None,
@@ -189,7 +187,7 @@ def _find_source(
     cache_dir: Path,
 ) -> Source | Moons:
     if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(f"dataset_name is {dataset_name!r}, train_data_dir is {train_data_dir!r}: give exactly one")
+        raise ValueError(f"dataset_name is {dataset_name!r} and train_data_dir is {train_data_dir!r}: give one of them")
     if not isinstance(split, str):
         raise ValueError(f'split is {split!r}: give a name such as "train"')
     if dataset_name is not None and dataset_name != "moons":
@@ -199,7 +197,7 @@ def _find_source(
     if config:
         raise ValueError(f"dataset_config_name is {config!r}: {kind} has no configurations, leave it out")
     if split not in splits:
-        raise ValueError(f"split is {split!r}: {kind} has only the splits {splits}")
+        raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {kind} has no other split")
     if train_data_dir is None:
         return Moons(split, size or MOON_SIZE)
     return image_folder(Path(train_data_dir).expanduser(), cache_dir)
@@ -209,14 +207,13 @@ def _find_source(
 
 
 def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None:
-    """Make the cache `folder`: written beside it, then renamed. Of several processes the first to finish wins.
+    """Write the cache `folder` under a temporary name, then rename it. Of several processes the first to finish wins.
 
-    That is why this is not `files.replacing`, which replaces the folder it finds: another process may have made the
-    same cache by now and be reading it.
+    `files.replacing` would replace an existing folder, which another process may have written meanwhile and be reading.
 
     Args:
-        write: writes images.npy and names.txt into its first folder and returns what goes into meta.json; its
-            second folder is for temporary files.
+        write: writes images.npy and names.txt into the folder of its first argument, uses that of the second for
+            temporary files, and returns the content of meta.json.
     """
     temporary = folder.with_name(f".{folder.name[:16]}-{uuid.uuid4().hex}")
     new = temporary / "new"
@@ -228,7 +225,7 @@ def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None
             flush_to_disk(file)
         try:
             new.rename(folder)
-        except OSError:  # the folder exists: another process was quicker and has made the same
+        except OSError:  # the folder exists: another process was faster
             if not (folder / "meta.json").exists():
                 raise
     finally:
@@ -246,16 +243,16 @@ def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
 def write_decoded(
     source: Source, settings: DecodeSettings, num_workers: int, folder: Path, scratch: Path
 ) -> dict[str, Any]:
-    """Decode a source into `folder`. Only a few images are in memory at once, however many there are.
+    """Decode a source into `folder`, with only a few images in memory at once.
 
     Raises:
-        UnreadableImagesError, ValueError: as load_images.
+        UnreadableImagesError, ValueError: as `load_images`.
     """
     records = source.open(scratch)
     with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
         headers = _read_headers(records, settings.min_side, pool)
         target = _choose_target(headers, settings)
-        # Images are written one after the other, so one that fails to decode leaves no hole.
+        # An image that fails to decode leaves no gap, because images are written one after the other.
         unreadable = dict(headers.unreadable)
         items = (item for item in _numbered(records) if item[0] not in headers.unreadable)
         attempts = _attempts(partial(decode, target=target), items, pool, records.count - len(unreadable), "decoding")
@@ -266,12 +263,12 @@ def write_decoded(
 
     skipped = [line for _, line in sorted(unreadable.items())]
     if skipped and (settings.on_bad_image == "stop" or not count):
-        hint = 'on_bad_image="skip" leaves them out' if count else "none is left"
+        hint = 'on_bad_image="skip" leaves them out' if count else "no image is left"
         raise UnreadableImagesError(
             "\n  ".join([f"{len(skipped)} of {records.count} images cannot be read ({hint}):", *skipped])
         )
     if not count:
-        raise ValueError(f"{source.description}: no images in it")
+        raise ValueError(f"{source.description} has no images")
     num_resized = headers.sizes.total() - headers.sizes[target.height, target.width]
     notes = [
         (num_resized, f"resized to {target.height} x {target.width}"),
@@ -290,9 +287,9 @@ def write_decoded(
 class Headers:
     """What the first pass finds out about all images together."""
 
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (H, W) of the readable ones
-    first_with: dict[int, str] = field(default_factory=dict)  # number of channels: the first image that has so many
-    bits: int = 8  # the most of any image
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (H, W) of the readable images
+    first_with: dict[int, str] = field(default_factory=dict)  # number of channels: name of the first image with it
+    bits: int = 8  # the largest number of any image
     num_narrowed: int = 0
     num_animated: int = 0
     unreadable: dict[int, str] = field(default_factory=dict)  # index: "name: reason"
@@ -314,17 +311,17 @@ def _read_headers(records: Records, min_side: int, pool: Executor | None) -> Hea
 
 
 def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
-    """The size, channels and bits that all images get.
+    """The size, channels and bits that all images are decoded to.
 
     Raises:
-        ValueError: numbers of channels that do not go together; gray and colour do.
+        ValueError: different numbers of channels, except for gray and colour.
     """
     numbers = list(headers.first_with)
     if len(numbers) > 1 and set(numbers) != {1, 3}:
         a, b = numbers[:2] if set(numbers[:2]) != {1, 3} else (numbers[0], numbers[2])
         raise ValueError(
-            f"{headers.first_with[a]} has {a} channels and {headers.first_with[b]} has {b}: "
-            "all images of a data set need the same number, only gray and colour may be mixed"
+            f"{headers.first_with[a]} has {a} channels and {headers.first_with[b]} has {b}: give images with the same "
+            "number of channels; only gray and colour may be mixed"
         )
     channels = max(numbers, default=1)
     most_common = headers.sizes.most_common(1)[0][0] if headers.sizes else (1, 1)
@@ -333,12 +330,12 @@ def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
     return Target(channels, f"uint{headers.bits}", height, width, settings.center_crop, background)
 
 
-class Attempt(NamedTuple):
-    """What became of one image."""
+class Attempt(NamedTuple, Generic[T]):
+    """The result of reading the header of an image, or of decoding it."""
 
     i: int
     name: str
-    result: Any  # None if it failed
+    result: T | None  # None if it failed
     reason: str  # of the failure
 
 
@@ -347,15 +344,15 @@ def _numbered(records: Records) -> Iterator[tuple[int, str, Payload]]:
 
 
 def _attempts(
-    work: Callable[[Payload], Any],
+    work: Callable[[Payload], T],
     items: Iterator[tuple[int, str, Payload]],
     pool: Executor | None,
     count: int,
     title: str,
-) -> Iterator[Attempt]:
-    """`work` done on every item, in order, by the pool if there is one."""
+) -> Iterator[Attempt[T]]:
+    """`work` on every item, in order, in the pool if there is one."""
 
-    def in_parallel() -> Iterator[Attempt]:
+    def in_parallel() -> Iterator[Attempt[T]]:
         assert pool is not None
         while batch := list(islice(items, 128)):  # pool.map reads its whole input at once
             yield from pool.map(partial(_attempt, work), batch, chunksize=4)
@@ -364,22 +361,22 @@ def _attempts(
     return iter(tqdm(results, title, count, unit=" images"))
 
 
-def _attempt(work: Callable[[Payload], Any], item: tuple[int, str, Payload]) -> Attempt:
+def _attempt(work: Callable[[Payload], T], item: tuple[int, str, Payload]) -> Attempt[T]:
     i, name, payload = item
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Attempt(i, name, work(payload), "")
-    except UnidentifiedImageError:  # its message has the whole path, or an address in memory
+    except UnidentifiedImageError:  # its message has the full path, or an address in memory
         return Attempt(i, name, None, "not an image in a known format")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
         return Attempt(i, name, None, getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def _readable(
-    attempts: Iterable[Attempt], unreadable: dict[int, str], names_file: IO[str], labels: list[Any] | None
+    attempts: Iterable[Attempt[np.ndarray]], unreadable: dict[int, str], names_file: IO[str], labels: list[Any] | None
 ) -> Iterator[np.ndarray]:
-    """The decoded images. Writes their names and labels, and adds the others to `unreadable`."""
+    """The decoded images. Writes their names and labels to names_file, and adds the others to `unreadable`."""
     for i, name, image, reason in attempts:
         if image is None:
             unreadable[i] = f"{name}: {reason}"
@@ -392,7 +389,7 @@ def _readable(
 
 
 def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str) -> int:
-    """Write a .npy file of as many images as come, and return how many: the header is completed at the end."""
+    """Write images to a .npy file and return their number, which is unknown until the end: then the header gets it."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (0, *shape)}
     count = 0
     with open(path, "wb") as file:
@@ -410,6 +407,6 @@ def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """So that after a power cut no renamed folder holds an empty file."""
+    """Flush to disk before a rename: otherwise a power cut may leave the new name with an empty file."""
     file.flush()
     os.fsync(file.fileno())

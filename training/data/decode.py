@@ -1,8 +1,9 @@
 """DECODING: one image, from a file or its bytes, becomes an array of pixels.
 
-The first frame is taken, turned upright as its EXIF orientation says, and composited on a background where it is
-transparent. Gray images have 1 channel, all others 3. Gray of 16 bits is kept; where it meets 8-bit images, these are
-multiplied by 257, which maps 0..255 onto 0..65535. More than 3 channels come as .npy arrays, (H, W, C).
+Only the first frame is used. It is turned upright by its EXIF orientation, and its transparent pixels are composited on
+a background. Gray images have 1 channel, all others 3; images with more channels are .npy arrays, (H, W, C). 16-bit
+gray keeps its 16 bits; in a data set with both depths, 8-bit images are multiplied by 257, which maps 0..255 onto
+0..65535.
 
 `convert("RGB")` alone gets much of this wrong: it reveals the colour hidden under alpha and clips 16-bit gray to white.
 """
@@ -16,18 +17,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps
 
-# Pillow goes by content, not by name, and starts other programs for some of its formats (EPS): so only these.
+# Only these, because Pillow detects the format by content and starts other programs for some of its formats (EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 GRAY = frozenset(("1", "L", "LA", "I;16", "I;16B", "I;16L", "I;16N"))
 COLOUR = frozenset(("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"))
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap height and width
 
-Payload = bytes | Path | None  # an encoded image, or the file that holds it
+Payload = bytes | Path | None  # an encoded image, or its file; None for an empty cell of a table
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before it is decoded."""
+    """What is known about an image before it is decoded."""
 
     height: int  # upright
     width: int
@@ -45,8 +46,8 @@ class Target:
     dtype: str  # uint8 or uint16
     height: int
     width: int
-    center_crop: bool  # resize to cover the size and crop the rest; False squeezes to it
-    background: tuple[int, ...]  # 8 bits: one value for gray images, else three
+    center_crop: bool  # resize to cover the size and crop the rest; False stretches the image to it
+    background: tuple[int, ...]  # 8-bit values: one for gray images, else three
 
 
 # ---- Headers ---------------------------------------------------------------------------------------------------------
@@ -75,9 +76,9 @@ def _header_of_image(payload: Payload) -> Header:
     with _open(payload) as image:
         if image.mode not in GRAY | COLOUR:
             kind = {"I": "32-bit or signed integers", "F": "floating point"}.get(image.mode, "unknown")
-            raise ValueError(f"pixels are {kind} (mode {image.mode}): save it with 8 bits, or as gray with 16")
+            raise ValueError(f"pixels are {kind} (mode {image.mode}): save it with 8 bits, or as 16-bit gray")
         width, height = image.size
-        # Look first: getexif() of a PNG without EXIF decodes the whole image. The size of a TIFF is turned already.
+        # Look in `info` first: getexif() of a PNG without EXIF decodes the whole image. A TIFF is turned already.
         if "exif" in image.info and image.getexif().get(ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
         is_16 = image.mode.startswith("I;16")
@@ -155,9 +156,7 @@ def _resize(pixels: np.ndarray, target: Target) -> np.ndarray:
 
 
 def _open(payload: Payload) -> ImageFile.ImageFile:
-    if payload is None or payload == b"":
-        raise ValueError("empty")
-    if isinstance(payload, Path) and payload.stat().st_size == 0:
+    if not payload or (isinstance(payload, Path) and payload.stat().st_size == 0):
         raise ValueError("empty")
     return Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload, formats=FORMATS)
 
@@ -171,7 +170,7 @@ def _open_npy(payload: Payload) -> np.ndarray:
     assert isinstance(payload, Path)
     array = np.lib.format.open_memmap(payload, mode="r")
     if array.ndim not in (2, 3) or array.dtype.kind != "u" or array.itemsize > 2:
-        raise ValueError(f"an array {array.shape} of {array.dtype}; give (H, W) or (H, W, C), uint8 or uint16")
+        raise ValueError(f"the array is {array.shape} {array.dtype}: give (H, W) or (H, W, C), uint8 or uint16")
     return array[:, :, None] if array.ndim == 2 else array
 
 

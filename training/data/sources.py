@@ -1,8 +1,8 @@
 """SOURCES: where images come from: a folder of image files, a data set in the Hub's layout, or the drawn moons.
 
-A source is found quickly, from the names, sizes and times of its files: its `identity` names a cache that may already
-be there. Only if it is not, the source is opened and gives its images one after the other, each with a name. The images
-of files are encoded (see decode.py); moons are drawn as pixels.
+To find a source takes no more than the names, sizes and times of its files. They are its `identity`, which is part of
+the cache key. Only if there is no such cache is the source opened, and yields its images one after the other, each with
+a name. Images from files are still encoded (see decode.py); moons are drawn as pixels.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Records:
     """The images of an opened source."""
 
     count: int
-    payloads: Callable[[], Iterable[tuple[str, Payload]]]  # (name, encoded image) of each; every call starts anew
+    payloads: Callable[[], Iterable[tuple[str, Payload]]]  # (name, encoded image) of each; every call starts again
     labels: list[Any] | None = None  # one for each image
-    splits: tuple[str, ...] = ()  # all that the data set has
+    splits: tuple[str, ...] = ()  # all splits of the data set
 
 
 @dataclass(frozen=True)
 class Source:
     """A folder or data set of encoded images."""
 
-    identity: list[Any]  # goes into the cache key, as JSON: equal identity, equal images
+    identity: list[Any]  # part of the cache key, as JSON: sources with equal identity have equal images
     description: str
-    open: Callable[[Path], Records]  # takes a folder for temporary files, which must outlive the records
+    open: Callable[[Path], Records]  # its argument is a folder for temporary files, which must outlive the records
 
 
 # ---- A folder of image files -----------------------------------------------------------------------------------------
@@ -52,10 +52,11 @@ def image_folder(root: Path, cache_dir: Path) -> Source:
         ValueError: no such folder, no image in it, or symbolic links that lead out of it.
     """
     if not root.is_dir():
-        raise ValueError(f"train_data_dir is {str(root)!r}: no such folder")
+        raise ValueError(f"train_data_dir is {str(root)!r}: there is no such folder")
     files, num_ignored = _list_images(root, cache_dir)
     if not files:
-        raise ValueError(f"train_data_dir is {str(root)!r}: no image in it; images end in {' '.join(sorted(SUFFIXES))}")
+        suffixes = " ".join(sorted(SUFFIXES))
+        raise ValueError(f"train_data_dir is {str(root)!r}: give a folder with images; their names end in {suffixes}")
     names = [name for name, _, _ in files]
     ignored = f" ({num_ignored} other files ignored)" if num_ignored else ""
     records = Records(len(names), lambda: ((name, root / name) for name in names))
@@ -63,7 +64,7 @@ def image_folder(root: Path, cache_dir: Path) -> Source:
 
 
 def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """Sorted (path in root, bytes, time of change in ns) of all image files, and how many other files there are."""
+    """(path in root, bytes, time of change in ns) of all image files, sorted, and the number of other files."""
     files: list[tuple[str, int, int]] = []
     num_ignored = 0
     real_root, real_cache, outside = root.resolve(), cache_dir.resolve(), []
@@ -87,7 +88,8 @@ def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]
                 elif path.resolve() != real_cache:  # whose .npy files are not images of the data set
                     folders.append(name)
     if outside:
-        raise ValueError(f"links lead out of train_data_dir {str(root)!r}: {', '.join(sorted(outside))}")
+        links = ", ".join(sorted(outside))
+        raise ValueError(f"train_data_dir is {str(root)!r}: replace the symbolic links that lead out of it: {links}")
     return sorted(files), num_ignored
 
 
@@ -95,7 +97,7 @@ def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]
 
 
 def hub_dataset(name: str, config: str | None, split: str) -> Source:
-    """What `datasets.load_dataset` finds by this name: a local folder of parquet files, or a data set on the Hub.
+    """What `datasets.load_dataset` loads by this name: a local folder of parquet files, or a data set on the Hub.
 
     Raises:
         ValueError: a local folder without parquet files; when opened: no such data set, config or split, or not exactly
@@ -104,11 +106,11 @@ def hub_dataset(name: str, config: str | None, split: str) -> Source:
     local = Path(name)
     files: list[Any] = [name]
     if local.is_dir():
-        paths = sorted(
-            [*local.rglob("*.parquet"), *local.glob("README.md")]
-        )  # the README may define configs and splits
+        paths = sorted([*local.rglob("*.parquet"), *local.glob("README.md")])  # README.md may define configs and splits
         if not any(path.suffix == ".parquet" for path in paths):
-            raise ValueError(f"dataset_name is {name!r}: no .parquet in it; for image files give train_data_dir")
+            raise ValueError(
+                f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give train_data_dir"
+            )
         files = [(p.relative_to(local).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     description = f"data set {local.resolve().name if local.is_dir() else name}"
     description += f", config {config}" if config else ""
@@ -124,12 +126,12 @@ def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> R
 
     is_local = Path(name).is_dir()
     try:
-        # Of local files datasets makes a copy, needed only now. Downloads go where its users expect and find them.
+        # datasets copies local files, so the copy is temporary. Downloads go into its own cache, to be shared.
         table = datasets.load_dataset(name, config, split=split, cache_dir=str(scratch) if is_local else None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        tried = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
-        where = "in this folder" if is_local else 'not "moons", no local folder, and on the Hub'
-        raise ValueError(f"{tried}: {where}: {error}") from error
+        settings = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
+        problem = "it does not load" if is_local else "there is no such folder, and it does not load from the Hub"
+        raise ValueError(f"{settings}: {problem}: {error}") from error
 
     features = dict(table.features)
     image_columns = [
@@ -139,7 +141,8 @@ def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> R
     ]
     if len(image_columns) != 1:
         raise ValueError(
-            f"dataset_name is {name!r}: image columns are {image_columns} among {list(features)}; one is needed"
+            f"dataset_name is {name!r}: its image columns are {image_columns} among {list(features)}: give a data set "
+            "with one"
         )
     (images,) = image_columns
     label_columns = [
@@ -166,7 +169,7 @@ def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> R
 
 @dataclass(frozen=True)
 class Moons:
-    """The built-in data set, drawn in the size that is wanted. The test split has moons of another seed."""
+    """The built-in data set, drawn at any size. The splits have different seeds."""
 
     split: str
     size: tuple[int, int]

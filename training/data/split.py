@@ -1,7 +1,7 @@
 """SPLIT: which images a model is trained on, and which are held out to measure it.
 
-A data set that has a validation or test split gives its own held-out set. From any other, every 20th image (1000 at
-most) is held out: which ones depends on nothing but their number, so a resumed run and a later evaluation agree.
+If a data set has a validation or test split, that is the held-out set. Otherwise every 20th image, at most 1000, is
+held out. Which ones depends only on the number of images, so a resumed run and a later evaluation agree.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from training.data.cache import ImageSet, load_images
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first of them that a data set has is held out
-HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, and no more than 1000
+HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, at most 1000
 
 
-def evenly_spaced(count: int, wanted: int) -> np.ndarray:
-    """`wanted` indices spread evenly over range(count), or all of them if there are no more."""
-    return np.arange(count) if wanted >= count else np.arange(wanted) * count // wanted
+def evenly_spaced(count: int, num_indices: int) -> np.ndarray:
+    """`num_indices` evenly spaced indices of range(count), or all of them if count is not larger."""
+    return np.arange(count) if num_indices >= count else np.arange(num_indices) * count // num_indices
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DataSplit:
     data: ImageSet  # the training split, or a data set of which some images are held out
     train_indices: np.ndarray  # (N,) int64, ascending: which of `data` the model is trained on
     held_out: np.ndarray  # (M, C, H, W), same dtype as data.images; M may be 0
-    held_out_source: str  # where the held-out set comes from, for the log and the report
+    held_out_source: str  # where the held-out set comes from, for the log, the run record and the report
 
     @property
     def train_images(self) -> np.ndarray:
@@ -46,8 +46,8 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     """The images of `load_images(**options)` to train on, and a held-out set.
 
     Args:
-        validation_split: the split of the data set to hold out. None takes the first of validation, valid, val and test
-            that the data set has; if it has none, every 20th image is held out, at most 1000. "none" holds nothing out.
+        validation_split: the split of the data set to hold out. None: the first of validation, valid, val and test that
+            the data set has, or, if it has none, every 20th image, at most 1000. "none": nothing.
     Raises:
         ValueError: the data set has no such split, or its images have other channels or bits; and all of load_images.
     """
@@ -61,8 +61,10 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     elif validation_split in data.splits and validation_split != "train":
         split = validation_split
     else:
-        others = [name for name in data.splits if name != "train"] or "no split besides train"
-        raise ValueError(f'validation_split is {validation_split!r}, but the data set has {others}; "none" holds none')
+        allowed = " or ".join([*(name for name in data.splits if name != "train"), "none"])
+        raise ValueError(
+            f"validation_split is {validation_split!r}: give {allowed}, the data set has no other split to hold out"
+        )
 
     if split is None:
         step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
@@ -70,7 +72,7 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
         source = f"one in {step} of {data.source}, not trained on" if len(chosen) else "nothing: too few images"
         return DataSplit(data, np.setdiff1d(every_image, chosen), np.array(data.images[chosen]), source)
 
-    # Resized to the training images, whatever size is the most common in this split.
+    # At the size of the training images, whatever the most common size in this split is.
     held_out = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
     if held_out.images.shape[1:] != data.images.shape[1:] or held_out.images.dtype != data.images.dtype:
         raise ValueError(
