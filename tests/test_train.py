@@ -1,6 +1,6 @@
 """Whole runs of training/train.py: what they write, and that resumed and distributed runs equal uninterrupted ones.
 
-Most runs happen in this process, which has imported everything. A run that needs a new process is a child.
+Most runs are in this process, which has imported everything; one that needs a new process is a child.
 """
 
 import contextlib
@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, objective, visualize
+from tests.arrays import random_images
 from tests.models import tiny_pipe
-from tests.short_run import SHORT_RUN, run_here, run_in_child
+from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
 from training.config import TRACKERS
 from training.run import checkpoint, sampling
 from training.run.record import SAMPLE_SEED, RunRecord
@@ -48,7 +49,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("runs")
     (work / "images" / "class").mkdir(parents=True)
     for i in range(10):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        pixels = random_images(16, 16, 3, seed=i)
         Image.fromarray(pixels).save(work / "images" / ("class" if i % 2 else "") / f"{i}.png")
     return work
 
@@ -59,7 +60,7 @@ def command_line(work, name, **options):
     if not {"dataset_name", "config"} & options.keys():
         options.setdefault("train_data_dir", work / "images")
     first = [f"--config={options.pop('config')}"] if "config" in options else []
-    return first + [f"--{option}={value}" for option, value in options.items()]
+    return first + flags(options)
 
 
 def train(work, name, **options):
@@ -133,7 +134,7 @@ def two_ranks(work):
 # ---- What a run writes -----------------------------------------------------------------------------------------------
 
 
-def test_folder_of_a_run_has_the_documented_files_only(uninterrupted):
+def test_the_folder_of_a_run_has_the_documented_files_only(uninterrupted):
     assert names(uninterrupted) == [
         ".lock",
         "checkpoint-000003",
@@ -167,7 +168,7 @@ def test_metrics_count_steps_and_images(uninterrupted):
     assert entries[0]["ema_decay"] == 0 < entries[5]["ema_decay"]
 
 
-def test_pipeline_has_the_ema_weights_and_samples(uninterrupted):
+def test_the_saved_pipeline_has_the_ema_weights_and_samples(uninterrupted):
     saved = load_file(uninterrupted / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
     ema, online = (
         load_file(uninterrupted / "checkpoint-000006" / name) for name in ("ema.safetensors", "model.safetensors")
@@ -182,7 +183,7 @@ def test_pipeline_has_the_ema_weights_and_samples(uninterrupted):
     assert np.isfinite(images).all()
 
 
-def test_sample_grid_is_drawn_with_the_ema_weights(uninterrupted):
+def test_sample_grids_are_sampled_with_the_ema_weights(uninterrupted):
     saved = read_pixels(uninterrupted / "samples" / "step-000006.png")
     pipe = DDPMPipeline.from_pretrained(uninterrupted / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -207,7 +208,7 @@ def test_config_yaml_repeats_the_run_bit_for_bit(uninterrupted, work):
         assert (work / "again" / "samples" / name).read_bytes() == (uninterrupted / "samples" / name).read_bytes()
 
 
-def test_run_record_is_in_the_pipeline_and_the_checkpoints(uninterrupted, tmp_path):
+def test_the_run_record_is_in_the_pipeline_and_the_checkpoints(uninterrupted, tmp_path):
     record = RunRecord.load(uninterrupted / "pipeline")
     manifest = checkpoint.verify(uninterrupted / "checkpoint-000006")
     assert record.step == 6 and record.num_images == 10 and record.seconds > 0
@@ -225,7 +226,7 @@ def test_a_missing_run_record_is_none_and_a_damaged_one_is_refused(uninterrupted
     (tmp_path / "training.json").write_text(json.dumps({**values, "of a later version": 1}))
     assert RunRecord.load(tmp_path).as_dict() == values
     del values["num_images"]
-    for text, message in ((json.dumps(values), "num_images"), ("[1]", "global_batch"), ("{", "not valid JSON")):
+    for text, message in ((json.dumps(values), "num_images"), ("[1]", "JSON object"), ("{", "not valid JSON")):
         (tmp_path / "training.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             RunRecord.load(tmp_path)
@@ -417,7 +418,7 @@ def test_a_full_disk_under_tensorboard_does_not_end_training(work, monkeypatch, 
     assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
 
 
-def test_report_to_none_leaves_metrics_jsonl_alone(work):
+def test_report_to_none_writes_metrics_jsonl_only(work):
     assert train(work, "no trackers", max_train_steps=2, report_to="none", save_images_steps=0) == 0
     assert not (work / "no trackers" / "tensorboard").exists()
     assert [entry["step"] for entry in read_metrics(work / "no trackers")] == [1, 2]
@@ -461,7 +462,7 @@ def test_a_failed_save_keeps_the_earlier_pipeline(tmp_path, record):
     DDPMPipeline.from_pretrained(tmp_path / "pipeline")
 
 
-def test_an_image_that_cannot_be_saved_does_not_cost_the_pipeline(tmp_path, record, capsys):
+def test_an_image_that_cannot_be_saved_is_left_out_of_the_pipeline(tmp_path, record, capsys):
     class Unwritable:
         def save(self, path):
             path.write_bytes(b"half")
@@ -490,7 +491,7 @@ def test_a_pipeline_is_recovered_after_a_kill_while_it_was_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_loss_falls(work, prediction_type):
+def test_the_loss_decreases(work, prediction_type):
     steps = 60
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
@@ -626,8 +627,7 @@ def test_presets_train_on_their_data(work, shared_data, name, config, shape, opt
         "ddpm_num_inference_steps": 2,
         **options,
     }
-    arguments = [f"--{option}={value}" for option, value in options.items()]
-    assert run_here("train.py", [f"--config={ROOT / 'training' / 'configs' / config}", *arguments]) == 0
+    assert run_here("train.py", [f"--config={ROOT / 'training' / 'configs' / config}", *flags(options)]) == 0
     pipe = DDPMPipeline.from_pretrained(work / config / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     images = pipe(seeds=[1], num_inference_steps=2, output_type="latent").images

@@ -1,4 +1,4 @@
-"""Validation on held-out images: equal to a slow loop in float64; in whole runs, which it must not change."""
+"""Validation on held-out images: against a plain loop in float64, and in whole runs, which it must not change."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, rng
 from ddpm_pipeline.features import make_extractor
-from tests.short_run import SHORT_RUN, run_here
+from tests.arrays import random_images, save_images
+from tests.short_run import SHORT_RUN, flags, run_here
 from training.data.split import load_data_split
 from training.run import checkpoint, validation
 from training.run.validation import (
@@ -32,7 +32,7 @@ def make_scheduler(num_steps=1000, **options):
 
 
 def random_pixels(count, dtype=np.uint8, seed=0):
-    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max + 1, (count, *SHAPE), dtype=dtype)
+    return random_images(count, *SHAPE, seed=seed, dtype=dtype)
 
 
 def scale(pixels):
@@ -41,7 +41,7 @@ def scale(pixels):
 
 
 def network(x_t, t):
-    """Some function of each image and its timestep alone."""
+    """An arbitrary function of each image and its timestep."""
     return torch.tanh(2 * x_t) * (1 + t.view(-1, 1, 1, 1) / 1000)
 
 
@@ -117,7 +117,7 @@ def test_timesteps_are_spread_evenly(count, num_steps):
     assert t.tolist() == [int((k + 0.5) * num_steps / pairs) for k in range(pairs)]
 
 
-def test_timesteps_of_an_image_do_not_depend_on_its_index():
+def test_timesteps_of_an_image_are_independent_of_its_index():
     """No image has only early or only late timesteps, as it would if they were assigned in order."""
     t = timesteps_of_loss(random_pixels(64), make_scheduler()).double()
     assert ((t.mean(1) - 500).abs() < 480).all() and t.mean(1).std() > 50
@@ -125,7 +125,7 @@ def test_timesteps_of_an_image_do_not_depend_on_its_index():
 
 
 @pytest.mark.parametrize("band", range(5))
-def test_errors_at_one_noise_level_count_in_its_band_only(band):
+def test_errors_at_one_noise_level_are_in_its_band_only(band):
     assert band_names() == [
         "log_snr_below_-4", "log_snr_-4_to_-1", "log_snr_-1_to_1", "log_snr_1_to_4", "log_snr_above_4",
     ]  # fmt: skip
@@ -185,7 +185,7 @@ def test_a_single_image_has_no_standard_error():
     assert math.isfinite(metrics["bits_per_dim"]) and "bits_per_dim_standard_error" not in metrics
 
 
-def test_result_is_the_same_for_any_batch_size_and_random_state_of_torch():
+def test_the_result_does_not_depend_on_batch_size_or_the_random_state_of_torch():
     pixels, scheduler = random_pixels(9), make_scheduler()
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -279,21 +279,13 @@ def train(work, name, **options):
     options = {"output_dir": work / name, "cache_dir": work / "cache", **OPTIONS, **options}
     if "train_data_dir" not in options:
         options |= {"dataset_name": "moons", "resolution": 16}
-    return run_here("train.py", [f"--{option}={value}" for option, value in options.items()])
+    return run_here("train.py", flags(options))
 
 
 def read_validations(folder):
     """The entries of metrics.jsonl that a validation wrote."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [entry for entry in entries if "validation_loss" in entry]
-
-
-def save_images(folder, count):
-    folder.mkdir()
-    for i in range(count):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:03}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +353,7 @@ def test_a_resumed_run_validates_the_same(uninterrupted, work):
 
 
 def test_every_20th_image_of_a_folder_is_held_out(work, capsys):
-    folder = save_images(work / "45", 45)
+    folder = save_images(work / "45", 45, 16, 16, name="{:03}.png")
     assert train(work, "43 of 45", train_data_dir=folder, max_train_steps=2) == 0
     manifest = checkpoint.verify(work / "43 of 45" / "checkpoint-000002")
     assert manifest["num_images"] == 43
@@ -376,7 +368,7 @@ def test_every_20th_image_of_a_folder_is_held_out(work, capsys):
 
 
 def test_a_single_held_out_image_does_not_end_the_run(work, capsys):
-    folder = save_images(work / "25", 25)
+    folder = save_images(work / "25", 25, 16, 16, name="{:03}.png")
     options = {"max_train_steps": 2, "validation_samples": 4, "extractor": "pixels"}
     assert train(work, "24 of 25", train_data_dir=folder, **options) == 0
     (entry,) = read_validations(work / "24 of 25")
