@@ -18,7 +18,7 @@ class Gaussian:
     Args:
         alphas_cumprod: of a scheduler.
         mean: a number, or a tensor that broadcasts against the images.
-        std: 0 puts all the data on one image.
+        std: with 0 all the data is one image.
     """
 
     def __init__(self, alphas_cumprod, mean=0.2, std=0.3):
@@ -117,11 +117,12 @@ class Mixture:
         return -(1 - alpha_bar).sqrt() * score
 
     def network(self, scheduler):
-        """The exact epsilon network (x_t, t), for fractions of t too: log SNR is linear between two timesteps."""
-        log_snr = scheduler.snr(torch.arange(scheduler.num_steps)).log()
+        """The exact epsilon network (x_t, t), for fractions of t too."""
+        return lambda x_t, t: self.eps(x_t, alpha_bar_at(scheduler, t))
 
-        def network(x_t, t):
-            low = t[0].floor().long().clamp(0, scheduler.num_steps - 2)
-            return self.eps(x_t, torch.lerp(log_snr[low], log_snr[low + 1], (t[0] - low).double()).sigmoid())
 
-        return network
+def alpha_bar_at(scheduler, t):
+    """alpha_bar at a fractional t, the first of a batch: log SNR is linear between two timesteps."""
+    log_snr = scheduler.snr(torch.arange(scheduler.num_steps)).log()
+    low = t[0].floor().long().clamp(0, scheduler.num_steps - 2)
+    return torch.lerp(log_snr[low], log_snr[low + 1], (t[0] - low).double()).sigmoid()

@@ -1,7 +1,7 @@
 """Run the code blocks of documentation pages, each page from top to bottom: `python tests/run_docs.py FOLDER PAGE ...`
 
-The folder gets what the pages speak of: a run of the moons, a run on a folder of images, a small parquet data set. Runs
-are short: some flags get other values (SHORT). HF_ENDPOINT names the Hub that "user/mine" is published to.
+The folder gets what the pages use: a run on the moons, a run on a folder of images, a small parquet data set. Runs are
+short: some flags get other values (SHORT). HF_ENDPOINT is the URL of the Hub that "user/mine" is published to.
 Writes FOLDER/results.json: for each page null, or what went wrong. A block after a comment `<!-- not run: REASON -->`
 is left out.
 """
@@ -41,7 +41,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def prepare(folder: Path) -> None:
-    """What the pages speak of."""
+    """Create what the pages use."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     from tests.models import tiny_unet
     from training.hub import push
 
-    # What takes long and is tested elsewhere: many sampling steps, a large batch, the same model checked twice.
+    # These take long and are tested elsewhere: many sampling steps, a large batch, checking the same model twice.
     pipeline_ddpm.DEFAULT_STEPS = __main__.NUM_INFERENCE_STEPS = 5
     classifier.BATCH_SIZE = 4
     checked: dict[bytes, dict[str, float]] = {}
@@ -82,7 +82,7 @@ def prepare(folder: Path) -> None:
         )
     run_shell("python training/train.py --dataset_name moons --resolution 32 --output_dir runs/moons")
     run_shell("python training/train.py --train_data_dir my/images --resolution 32 --output_dir runs/mine")
-    # the pages sample the moons thousands of times: the smallest U-net there is, is enough for that
+    # the pages call this network thousands of times, so it is the smallest possible U-Net
     one_block = {"block_out_channels": (4,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     pipe = DDPMPipeline(tiny_unet(size=32, **one_block), DDPMScheduler(timestep_spacing="trailing"))
     pipe.save_pretrained(folder / "runs" / "moons" / "pipeline")

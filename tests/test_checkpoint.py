@@ -329,7 +329,7 @@ def test_a_folder_is_locked_against_other_processes_until_its_holder_dies(tmp_pa
     checkpoint.lock(tmp_path / "run").release()
 
 
-def test_a_lock_that_nobody_holds_any_more_is_released(tmp_path):
+def test_a_lock_without_a_holder_is_released(tmp_path):
     checkpoint.lock(tmp_path)  # as when an exception ends a run and the process lives on
     checkpoint.lock(tmp_path).release()
 

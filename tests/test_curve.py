@@ -1,4 +1,4 @@
-"""The validation curve of a run, beside a published one."""
+"""The validation curve of a run, compared with a published one."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def test_points_of_a_run(run):
     assert "/" not in json.dumps(read)  # no paths of this machine
 
 
-def test_a_curve_survives_its_file(run, tmp_path):
+def test_a_written_curve_is_the_curve_that_was_read(run, tmp_path):
     read = curve.read_curve(run)
     file = tmp_path / "mine.curve.json"
     assert curve.main([str(run), "--output", str(file)]) == 0
@@ -56,7 +56,7 @@ def test_between_two_points_the_curve_is_linear(run):
     assert curve.interpolate(read, "kernel_distance", 30) is None
 
 
-def test_a_run_beside_a_published_one(run, tmp_path, capsys):
+def test_a_run_is_compared_with_a_published_one(run, tmp_path, capsys):
     published = curve.read_curve(run)
     for point in published["points"]:
         point["validation_loss"] += 1

@@ -64,7 +64,7 @@ def test_shapes_of_input_and_prediction(name, height, width, in_channels, out_ch
     assert sample.isfinite().all()
 
 
-def test_28_pixels_suit_the_small_network():
+def test_the_small_network_takes_28_pixels():
     model = make_denoiser("small", height=28, width=28, in_channels=1)
     with torch.no_grad():
         assert model(torch.randn(1, 1, 28, 28), 5).sample.shape == (1, 1, 28, 28)

@@ -1,4 +1,4 @@
-"""The EMA against its closed form and diffusers' EMAModel; that a model in flat memory works as before."""
+"""The EMA against its closed form and diffusers' EMAModel; a model in flat memory works as before."""
 
 import math
 
@@ -54,7 +54,7 @@ def assert_flat(model, ema):
         torch.testing.assert_close(after[name], before[name] + 1)
 
 
-# ---- The average, in closed form -------------------------------------------------------------------------------------
+# ---- Closed form -----------------------------------------------------------------------------------------------------
 
 
 def test_the_ema_is_the_weighted_sum_of_all_weights():
@@ -75,7 +75,7 @@ def test_the_ema_is_the_weighted_sum_of_all_weights():
 
 
 @pytest.mark.parametrize("options", [{}, {"max_decay": 0.6}, {"inv_gamma": 3.0, "power": 2 / 3}])
-def test_it_equals_the_ema_of_diffusers(options):
+def test_the_ema_equals_that_of_diffusers(options):
     model = small_model()
     ema = FlatEMA(model, **options)
     reference = EMAModel(

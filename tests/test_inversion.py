@@ -114,7 +114,7 @@ def test_images_of_a_batch_are_independent():
             assert (image[0] - batch[name][i]).abs().max() <= 1e-5, (name, i)
 
 
-def test_other_schedulers_are_refused_with_the_fix():
+def test_other_schedulers_are_refused_and_the_error_names_the_fix():
     pipe = tiny_pipe()
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     for method in (pipe.invert, pipe.vary, lambda x: pipe.fuse(x, x), lambda x: pipe.inpaint(x, x > 0)):
