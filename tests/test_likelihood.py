@@ -405,6 +405,7 @@ def test_the_ode_of_standard_normal_data_is_stationary():
     torch.testing.assert_close(nats, expected, rtol=1e-6, atol=1e-6)
 
 
+@needs_ode_solver
 @pytest.mark.parametrize("probes", [0, -1])
 def test_bad_probes_are_named_in_the_error(probes):
     with pytest.raises(ValueError, match=f"probes is {probes}"):

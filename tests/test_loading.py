@@ -97,7 +97,7 @@ WITHOUT_PACKAGE = (
 trust = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 for name in ("plain", "su"):
     path = f"{folder}/{name}"
-    use(f"{name} plain line", lambda: DiffusionPipeline.from_pretrained(path), save_as=f"{name} built-in")
+    use(f"{name} built-in", lambda: DiffusionPipeline.from_pretrained(path), save_as=f"{name} saved by built-in")
     pipe = use(f"{name} remote", lambda: DiffusionPipeline.from_pretrained(path, **trust), save_as=f"{name} 1")
     use(f"{name} again", lambda: DiffusionPipeline.from_pretrained(f"{work}/{name} 1", **trust), save_as=f"{name} 2")
     steps = list(pipe.trajectory(seeds=[1, 2]))
@@ -182,7 +182,7 @@ class Child:
 
 @pytest.fixture(scope="module")
 def children(folder, tmp_path_factory):
-    """Both run at the same time."""
+    """The two child processes, running at the same time."""
     package_folder = str(Path(pipeline_ddpm.__file__).parents[1])
     return [
         Child(script, folder, tmp_path_factory.mktemp("child"), package)
@@ -208,10 +208,10 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_plain_line_gives_the_built_in_classes_and_no_warning(name, bare):
+def test_diffusers_alone_loads_its_own_classes_without_a_warning(name, bare):
     assert bare.report["package"] == []
-    assert bare.classes(f"{name} plain line") == BUILT_IN
-    assert bare.report[f"{name} plain line"]["messages"] == []
+    assert bare.classes(f"{name} built-in") == BUILT_IN
+    assert bare.report[f"{name} built-in"]["messages"] == []
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -233,12 +233,12 @@ def test_remote_code_loads_our_classes_without_the_package(name, bare):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_way_gives_the_same_images_and_schedule(name, folder, bare, packaged):
+def test_all_three_ways_give_the_same_images_and_schedule(name, folder, bare, packaged):
     local = DDPMPipeline.from_pretrained(folder / name)
     local.set_progress_bar_config(disable=True)
     expected = local(2, torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
     assert expected.std() > 0.1
-    ways = [(bare, way) for way in (f"{name} plain line", f"{name} remote", f"{name} again")]
+    ways = [(bare, way) for way in (f"{name} built-in", f"{name} remote", f"{name} again")]
     ways += [(packaged, way) for way in (name, f"{name} again")]
     for child, way in ways:
         np.testing.assert_allclose(child.images(way), expected, rtol=0, atol=1e-5)
@@ -252,7 +252,7 @@ def test_every_way_gives_the_same_images_and_schedule(name, folder, bare, packag
         np.testing.assert_allclose(seen["betas"], 0.02 * np.arange(1, 9) / 8, rtol=1e-12)
 
 
-def test_register_affects_the_plain_line_and_can_be_undone(packaged):
+def test_register_replaces_the_classes_of_diffusers_until_unregister(packaged):
     assert packaged.report["lazy"] == []  # importing the package does not import diffusers' pipelines
     assert packaged.classes("import alone") == BUILT_IN
     for way in ("registered", "registered twice"):
@@ -270,7 +270,7 @@ def test_register_affects_the_plain_line_and_can_be_undone(packaged):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_way_saves_the_same_bytes(name, folder, bare, packaged, tmp_path):
+def test_all_three_ways_save_the_same_bytes(name, folder, bare, packaged, tmp_path):
     expected = contents(folder / name)
     assert sorted(expected) == [
         "model_index.json",
@@ -283,7 +283,7 @@ def test_every_way_saves_the_same_bytes(name, folder, bare, packaged, tmp_path):
         for copy in copies:
             assert contents(child.work / f"{name} {copy}") == expected, copy
     # from a folder that the built-in classes saved, and over an existing folder
-    again = DDPMPipeline.from_pretrained(bare.work / f"{name} built-in")
+    again = DDPMPipeline.from_pretrained(bare.work / f"{name} saved by built-in")
     again.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == expected
     again.save_pretrained(str(folder / name))
@@ -311,8 +311,8 @@ def test_class_names_are_the_built_in_ones(folder):
 def test_no_file_contains_a_local_path(folder, bare):
     again = DDPMPipeline.from_pretrained(folder / "plain")
     assert str(folder) in str(again.unet.config._name_or_path)  # which could end up in a file
-    for place in (folder, bare.work / "plain 2"):
-        for name, data in contents(place).items():
+    for saved in (folder, bare.work / "plain 2"):
+        for name, data in contents(saved).items():
             for path in (folder.parent, Path(__file__).parents[1], Path.home(), Path(sys.prefix)):
                 assert str(path).encode() + b"/" not in data, (name, path)
             assert b"_name_or_path" not in data or name.endswith(".py")
@@ -330,25 +330,6 @@ def test_the_remote_code_is_one_file_with_one_pipeline(folder):
         source = Path(pipeline_ddpm.__file__).with_name(f"{name}.py").read_text()
         lines = [line for line in source.splitlines() if not line.startswith("from .")]  # relative imports
         assert "\n".join(lines) in text, name
-
-
-def test_bundled_modules_share_no_name():
-    """In one file the second definition of a name would replace the first."""
-    owners = {}
-    for name in saving.BUNDLED:
-        tree = ast.parse(Path(pipeline_ddpm.__file__).with_name(f"{name}.py").read_text())
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                names = [node.name]
-            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [child.id for target in targets for child in ast.walk(target) if isinstance(child, ast.Name)]
-            else:
-                continue
-            for defined in names:
-                owners.setdefault(defined, set()).add(name)
-    assert len(owners) > 50
-    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
 
 
 def test_the_class_name_follows_the_scheduler(folder, tmp_path):

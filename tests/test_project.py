@@ -1,4 +1,4 @@
-"""The project around the code: who imports whom, how long files are, what the texts and the packaging files hold."""
+"""Rules for the whole project: who may import whom, sizes of files, texts, packaging, the model card's template."""
 
 import ast
 import configparser
@@ -44,7 +44,7 @@ def python_files(*folders: str) -> list[str]:
     return [name for name in project_files() if name.endswith(".py") and name.split("/")[0] in folders]
 
 
-# ---- Imports go one way ----------------------------------------------------------------------------------------------
+# ---- Imports --------------------------------------------------------------------------------------------------------
 
 ENTRY_POINTS = ("train", "evaluate", "publish", "curve")
 # What a package of training/ may import of the others: no more than those before it.
@@ -85,7 +85,7 @@ def test_the_mathematics_imports_scheduler_random_numbers_and_pixels_only(name):
 
 
 def test_publishing_does_no_mathematics():
-    """Plain `import torch` is allowed: what is published must be finite, and someone has to look."""
+    """Plain `import torch` is allowed, for dtypes and for the check that published weights are finite."""
     maths = [f"torch.{name}" for name in ("nn", "linalg", "fft", "special", "distributions", "autograd", "optim")]
     maths += [f"ddpm_pipeline.{name}" for name in ("objective", "likelihood", "fidelity")]
     maths += ["numpy", "scipy", "torchmetrics", "torchdiffeq"]
@@ -95,7 +95,7 @@ def test_publishing_does_no_mathematics():
         assert {i for i in imports(name) if inside(i, *maths)} == set(), name
 
 
-def test_the_package_does_not_know_who_uses_it():
+def test_the_package_imports_nothing_that_uses_it():
     files = python_files("ddpm_pipeline")
     assert len(files) > 2
     for name in files:
@@ -119,8 +119,8 @@ def test_the_packages_of_training_import_one_way():
 def test_the_bundled_files_can_be_joined_into_one():
     """pipeline.py in a published folder is these files one after the other, without their relative imports.
 
-    A __future__ import may not stand in the middle of a file. diffusers finds relative imports by a regular expression
-    over the text, so none may stand in a docstring either. One name defined in two files would be one thing.
+    A __future__ import must be at the top of a file. diffusers finds relative imports by a regular expression over the
+    text, so a docstring may not have one either. In one file the second definition of a name replaces the first.
     """
     names: dict[str, str] = {}
     before: set[str] = set()
@@ -132,18 +132,20 @@ def test_the_bundled_files_can_be_joined_into_one():
         assert len(re.findall(r"^\s*(?:from|import)\s+\.\S*.*$", text, re.M)) == len(nodes)
         for node in nodes:
             assert node.level == 1 and node.module in before and node.col_offset == 0
-            assert node.lineno == node.end_lineno, "a relative import must stand on one line, to be taken out"
+            assert node.lineno == node.end_lineno, "a relative import must be on one line, so that it can be removed"
             assert all(alias.asname is None for alias in node.names)
         for node in tree.body:
             targets = node.targets if isinstance(node, ast.Assign) else []
+            targets += [node.target] if isinstance(node, ast.AnnAssign) else []
             defined = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
             defined += [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
             for what in defined:
                 assert names.setdefault(what, name) == name, f"{what} is in {names[what]} and in {name}"
         before.add(name)
+    assert len(names) > 50
 
 
-# ---- Chapters have a size --------------------------------------------------------------------------------------------
+# ---- Sizes and comments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", python_files("ddpm_pipeline", "training"))
@@ -166,12 +168,12 @@ def test_type_errors_are_ignored_for_a_reason_only(name):
             assert re.search(r"# type: ignore\[[\w, -]+\]  # \w+", line), line
 
 
-def test_the_walk_is_told_in_few_places():
+def test_the_metaphor_of_the_walk_stays_in_docs_idea():
     """The metaphor lives in docs/idea.md, in one sentence of the package's docstring and in README's caption."""
     count = 0
     for name in project_files():
         content = (ROOT / name).read_bytes()
-        if name == "docs/idea.md" or b"\0" in content or name == "tests/test_house.py":
+        if name == "docs/idea.md" or b"\0" in content or name == "tests/test_project.py":
             continue
         text = content.decode("utf-8").replace("os.walk", "").replace("ast.walk", "")
         count += len(re.findall(r"walk", text, re.I))
@@ -216,8 +218,8 @@ def test_contributing_names_only_what_exists():
     assert missing == []
 
 
-def test_texts_are_plain_and_name_no_machine():
-    machine = re.compile(
+def test_no_file_names_a_local_path_or_package_index():
+    local = re.compile(
         r"(?<![\w./:~-])/(?:home|root|work|tmp|mnt|Users)/"  # a path on the machine it was written on
         r"|\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\.org|anaconda\.org)\b|--(?:extra-)?index-url"
     )
@@ -226,10 +228,10 @@ def test_texts_are_plain_and_name_no_machine():
     for name in files:
         content = (ROOT / name).read_bytes()
         if b"\0" in content:
-            continue  # no text
+            continue  # not text
         if name.endswith(".py"):
             assert content.isascii(), name
-        found = machine.search(content.decode("utf-8"))
+        found = local.search(content.decode("utf-8"))
         assert found is None, f"{name}: {found}"
 
 
@@ -242,7 +244,7 @@ def pins() -> dict[str, str]:
     versions: dict[str, str] = {
         canonicalize_name(name): version for name, version in (line.split("==") for line in lines)
     }
-    assert len(versions) == len(lines), "a name stands there twice"
+    assert len(versions) == len(lines), "a name is pinned twice"
     return versions
 
 
@@ -283,10 +285,10 @@ def core_modules() -> set[str]:
     return {module for name in seen for module in by_distribution.get(name, ())}
 
 
-def test_a_bare_wheel_imports_all_of_itself(tmp_path):
-    """The wheel, installed into an empty folder: every module imports with nothing but the core dependencies."""
+def test_every_module_of_the_wheel_imports_with_the_core_dependencies_alone(tmp_path):
+    """The wheel is installed into an empty folder, and everything that no core dependency brings is blocked."""
     source = shutil.copytree(ROOT / "ddpm_pipeline", tmp_path / "source" / "ddpm_pipeline").parent
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheels, installed = tmp_path / "wheels", tmp_path / "installed"
