@@ -4,11 +4,11 @@
 
 A checkpoint is written into a temporary folder and flushed to disk, and only then renamed to its final name. Older
 checkpoints are deleted after the new one has been read back. The manifest holds the size and sha256 of each file, the
-step, the run record and the state of fp16's gradient scaler. Random numbers need no state: see ddpm_pipeline/rng.py.
+step, the run record and the state of fp16's loss scaler. Random numbers need no state: see ddpm_pipeline/rng.py.
 
 Other names in the folder: `checkpoint-000500.tmp-PID` is incomplete or being deleted; `checkpoint-000500.old` is
-complete and being replaced by another one of the same step. `clean_up` deals with both after a crash. While a run
-writes into its folder it holds the folder's lock.
+complete and being replaced by another one of the same step. `clean_up` handles both after a crash. While a run writes
+into its folder, it holds the folder's lock.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class DiskFullError(OSError):
 
 
 def lock(output_dir: Path) -> BaseFileLock:
-    """Create the folder if it is missing and lock it. `.release()`, or the death of this process, unlocks it.
+    """Create the folder if it is missing, and lock it until `.release()` or the end of this process.
 
-    On a file system without locks (some network drives) it warns and returns a lock that is not held.
+    On a file system without locks (some network drives) this warns and returns a lock that is not held.
 
     Raises:
         CheckpointError: the folder cannot be created or written to, or another process holds the lock.
@@ -67,7 +67,7 @@ def lock(output_dir: Path) -> BaseFileLock:
     except OSError as error:
         raise CheckpointError(f"output_dir is {str(output_dir)!r}: {error.strerror}; give a writable folder") from None
 
-    # Never a SoftFileLock: that one is a file which outlives a killed process.
+    # Never a SoftFileLock: its file outlives a killed process.
     folder_lock = FileLock(
         path, blocking=False, thread_local=False, fallback_to_soft=False, on_acquired=_write_lock_holder
     )
@@ -84,7 +84,7 @@ def lock(output_dir: Path) -> BaseFileLock:
 
 
 def clean_up(output_dir: Path) -> None:
-    """Delete what interrupted runs left, and restore a complete checkpoint that was being replaced. Lock first."""
+    """After a crash: delete incomplete checkpoints, and restore a complete one that was being replaced. Lock first."""
     for path in sorted(output_dir.glob("checkpoint-*")):
         name, _, suffix = path.name.partition(".")
         if not NAME.fullmatch(name) or not path.is_dir():
@@ -116,13 +116,13 @@ def save(
 ) -> Path:
     """Write a checkpoint after `step` optimizer steps, then delete all but the newest `total_limit` up to this step.
 
-    Checkpoints of later steps are deleted too: they belong to a run that this one replaces, and "latest" must not find
+    Checkpoints of later steps are deleted too: they belong to an earlier run in this folder, and "latest" must not find
     them. A checkpoint that cannot be deleted causes a warning.
 
     Args:
         model, ema: named float32 tensors.
         optimizer: a state dict of tensors, numbers, lists and dicts.
-        record: more entries of the manifest; plain JSON.
+        record: more entries of the manifest, as JSON values.
     Raises:
         DiskFullError: it cannot be written. The message has the path, the bytes needed and the bytes free.
         CheckpointError: what was written does not read back correctly. No other checkpoint has been deleted.
@@ -136,7 +136,7 @@ def save(
         check_free_space(output_dir, needed)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        # One after the other, so that the bytes of only one of them are in memory.
+        # One after the other, so that only one of them is in memory as bytes.
         files = {
             WEIGHTS: _write(temporary / WEIGHTS, _safetensors_bytes(model)),
             EMA: _write(temporary / EMA, _safetensors_bytes(ema)),
@@ -157,7 +157,7 @@ def save(
             "earlier checkpoints are untouched",
             str(final),
         ) from error
-    verify(final)  # as the disk has it now; older ones may go only after this
+    verify(final)  # reads it back; only then may older ones be deleted
     if replaced.exists():
         _delete(replaced)
     kept = [path for number, path in sorted(_checkpoints(output_dir)) if number <= step][-total_limit:]
@@ -170,7 +170,7 @@ def save(
 def estimate_bytes(
     model: Mapping[str, Tensor], ema: Mapping[str, Tensor], optimizer: Mapping[str, Any] | None = None
 ) -> int:
-    """About how many bytes a checkpoint takes. Without an optimizer state: that of Adam after the first step."""
+    """Approximate size of a checkpoint in bytes. Without an optimizer state, Adam's after the first step is assumed."""
     tensors = [*model.values(), *ema.values()]
     if optimizer is None:
         tensors += [*ema.values(), *ema.values()]
@@ -183,18 +183,18 @@ def find(output_dir: Path, which: str, log: Callable[[str], object] = lambda lin
     """The path and manifest of a checkpoint: the newest valid one for "latest", else the folder `which`.
 
     Args:
-        log: is called for each newer checkpoint that "latest" skips because it is damaged, with the reason.
+        log: called with the reason for each damaged checkpoint that "latest" skips.
     Raises:
         CheckpointError: there is none, or the folder is missing, damaged, or not a checkpoint of this run.
     """
     if which != "latest":
         path = Path(which)
-        if not path.exists() and path.name == which:  # its name within the folder of the run
+        if not path.exists() and path.name == which:  # its name in the folder of the run
             path = output_dir / which
         if not path.is_dir():
             names = ", ".join(path.name for _, path in sorted(_checkpoints(output_dir))) or "no checkpoints"
             raise CheckpointError(
-                f"resume_from_checkpoint is {which!r}: there is no such folder. {output_dir} has {names}"
+                f"resume_from_checkpoint is {which!r}: there is no such folder, {output_dir} has {names}"
             )
         manifest = verify(path)
         resolved = path.resolve()
@@ -255,7 +255,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
 
 
 def _write_lock_holder(descriptor: int) -> None:
-    """Write into the lock file who holds it, for the message to others; that it is locked does not depend on it."""
+    """Write who holds the lock into its file, for the error message of others; the lock itself does not need it."""
     holder = f"\nprocess {os.getpid()} on {socket.gethostname()}\n"
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -281,7 +281,7 @@ def _checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _delete(folder: Path) -> None:
-    """Rename, then delete: a folder that is deleted in part never has the name of a checkpoint."""
+    """Rename, then delete, so that a partly deleted folder never has the name of a checkpoint."""
     try:
         if ".tmp" not in folder.name:
             hidden = folder.with_name(f"{folder.name.partition('.')[0]}.tmp-{os.getpid()}")
@@ -303,7 +303,7 @@ def _torch_bytes(state: dict[str, Any]) -> memoryview:
 
 
 def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
-    """Write a new file and flush it to disk. Returns the manifest's entry: size and sha256 of what should be there."""
+    """Write a new file and flush it to disk. Returns its entry in the manifest, the size and sha256 of `content`."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -317,7 +317,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush_folder(path: Path) -> None:
-    """Flush the entries of a folder, such as a new name in it, to disk."""
+    """Flush the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""LOG: configuration, metrics and sample images of a run. A log that cannot be written never ends training."""
+"""LOG: configuration, metrics and sample images of a run. A log that cannot be written does not end training."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.config import Config
 
-PROJECT = "ddpm-pipeline"  # name of the project or experiment at wandb and others
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROJECT = "ddpm-pipeline"  # the project or experiment of wandb and other trackers
 
 
 class Log:
     """config.yaml, metrics.jsonl and samples/ in the folder of a run, and the trackers of `report_to`.
 
     Args:
-        after_step: the step at which the run resumes: entries of later steps are removed from metrics.jsonl.
-        enabled: False on all ranks but the main one: nothing is written.
+        after_step: the step after which the run resumes: entries of later steps are removed from metrics.jsonl.
+        enabled: False on all ranks but rank 0: nothing is written.
     """
 
     def __init__(self, folder: Path, config: Config, *, after_step: int = 0, enabled: bool = True) -> None:
@@ -47,13 +50,13 @@ class Log:
         with self._never_fatal("metrics", OSError):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        if step > 1:  # importing tensorboard takes a second: not before the first step is reported
+        if step > 1:  # importing tensorboard takes a second, so the first step is reported before it
             for name, tracker in self._started_trackers():
                 with self._never_fatal(f"the {name} log", Exception):
                     tracker.log(values, step=step)
 
-    def sample_images(self, step: int, grid: Any) -> None:
-        """Save a grid of samples (a PIL image) as samples/step-NNNNNN.png and send it to the trackers."""
+    def sample_images(self, step: int, grid: Image.Image) -> None:
+        """Save a grid of samples as samples/step-NNNNNN.png and send it to the trackers."""
         self.save_image(grid, f"step-{step:06d}.png")
         for name, tracker in self._started_trackers() if self.enabled else []:
             if not hasattr(tracker, "log_images"):
@@ -67,8 +70,8 @@ class Log:
                 else:
                     tracker.log_images({"samples": [grid]}, step=step)
 
-    def save_image(self, image: Any, name: str) -> None:
-        """Save a PIL image in samples/."""
+    def save_image(self, image: Image.Image, name: str) -> None:
+        """Save an image in samples/."""
         if self.enabled:
             with self._never_fatal("sample images", OSError):
                 image.save(self.folder / "samples" / name)
@@ -83,7 +86,7 @@ class Log:
                 tracker.finish()
 
     def _started_trackers(self) -> list[tuple[str, Any]]:
-        """accelerate's trackers, started at the first call. One that does not start is left out."""
+        """accelerate's trackers, by name. The first call starts them, and leaves out those that do not start."""
         while self._tracker_names:
             name = self._tracker_names.pop(0)
             with self._never_fatal(f"the {name} log", Exception):
@@ -94,7 +97,7 @@ class Log:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        if name == "tensorboard":  # which writes into tensorboard/; a resumed run hides what it repeats
+        if name == "tensorboard":  # into the folder tensorboard/; a resumed run hides the steps that it repeats
             tracker = tracker_class("tensorboard", str(self.folder), purge_step=self._after_step + 1)
             tracker.start()
             return tracker
@@ -106,7 +109,7 @@ class Log:
 
     @contextlib.contextmanager
     def _never_fatal(self, what: str, kind: type[Exception]) -> Iterator[None]:
-        """Warn of an error of this kind, once for each `what`, and go on."""
+        """Turn an error of this kind into a warning, once for each `what`."""
         try:
             yield
         except kind as error:

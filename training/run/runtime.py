@@ -21,24 +21,25 @@ T = TypeVar("T")
 
 
 class Runtime:
-    """The processes of this run, seen from one of them: accelerate's Accelerator and what we need of it.
+    """One process of the run, and how it works with the others: a typed layer over accelerate's Accelerator.
 
-    On a CPU this also sets the number of threads: `accelerate launch` asks for one, which wastes the other cores.
+    On a CPU this also sets the number of threads: `accelerate launch` sets one, which wastes the other cores.
 
     Args:
-        mixed_precision: no, fp16, bf16 or auto (bf16 if the hardware multiplies it, else float32).
-        cpu_threads: threads of each process on a CPU; None divides the cores among the processes of this machine.
+        mixed_precision: no, fp16, bf16 or auto, see `resolve_mixed_precision`.
+        cpu_threads: threads per process on a CPU; None: the processes of this machine share its cores.
     Attributes:
-        rank, world_size: index of this process and number of processes. `is_main` is rank 0.
+        rank, world_size: index of this process and number of processes. `is_main` is true on rank 0.
+        mixed_precision: no, fp16 or bf16.
         dtype: what the network computes in, inside `autocast()`.
     Raises:
-        ValueError: fp16 without a CUDA device; or the launcher was told to start another number of processes.
+        ValueError: fp16 without a CUDA device, or fewer processes than the launcher should have started.
     """
 
     def __init__(self, mixed_precision: str, cpu_threads: int | None = None) -> None:
         from accelerate import Accelerator
 
-        # Several processes without an accelerator: unless cpu=True, accelerate makes each a run of its own.
+        # Without cpu=True, accelerate makes several processes without an accelerator runs of one process each.
         cpu_only = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator: Accelerator = Accelerator(
             mixed_precision=resolve_mixed_precision(mixed_precision), cpu=cpu_only
@@ -55,18 +56,17 @@ class Runtime:
         check_world_size(self.world_size)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Around a call of the network outside of accelerate's own wrapper: it computes in `dtype`."""
+        """A context in which the network computes in `dtype`. Models from `accelerator.prepare` do so by themselves."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag whether it is set on some rank: the same answer on all ranks."""
+        """For each flag whether it is set on any rank; all ranks get the same answer."""
         if self.world_size == 1:
             return list(flags)
         total: Tensor = self.accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=self.device), "sum")
         return (total > 0).tolist()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over the ranks."""
         result: Tensor = self.accelerator.reduce(tensor, "mean")
         return result
 
@@ -88,7 +88,7 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def main_first(self) -> AbstractContextManager[None]:
-        """The main process runs the block first, the others after it."""
+        """A context that the main process runs first, the others after it."""
         return self.accelerator.main_process_first()
 
     def print(self, *values: Any, **options: Any) -> None:
@@ -97,7 +97,7 @@ class Runtime:
 
 
 def resolve_mixed_precision(requested: str) -> str:
-    """`requested`, where "auto" becomes what `accelerate launch` was told, else bf16 if the hardware multiplies it.
+    """no, fp16 or bf16. auto: what `accelerate launch` was configured with, else bf16 if the hardware supports it.
 
     Raises:
         ValueError: fp16 without a CUDA device.
@@ -113,12 +113,12 @@ def resolve_mixed_precision(requested: str) -> str:
             on_cpu = not torch.backends.mps.is_available()
             resolved = "bf16" if on_cpu and torch.cpu._is_avx512_bf16_supported() else "no"
     if resolved == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision is 'fp16', which is very slow without a CUDA device: give bf16 or no")
+        raise ValueError("mixed_precision is 'fp16', but there is no CUDA device: give bf16 or no")
     return resolved
 
 
 def check_world_size(world_size: int) -> None:
-    """Raise ValueError if the launcher was told to start another number of processes, as far as this one can tell."""
+    """Raise ValueError if the launcher should have started another number of processes, as far as we can tell."""
     requested = os.environ.get("WORLD_SIZE") or (_world_size_of_accelerate() if launched_alone() else None)
     if requested not in (None, str(world_size)):
         raise ValueError(
@@ -135,7 +135,7 @@ def launched_alone() -> bool:
 def _world_size_of_accelerate() -> str | None:
     """The number of processes on the launcher's command line; "several" if it comes from accelerate's config file.
 
-    On a CPU `accelerate launch --num_processes 2` starts one process, and tells it nothing about the other.
+    On a CPU `accelerate launch --num_processes 2` starts one process and does not tell it that two were requested.
     """
     launcher = Path(f"/proc/{os.getppid()}")
     try:
@@ -183,9 +183,9 @@ def commit() -> str | None:
 
 
 def leave_process_group() -> None:
-    """Leave the other processes: this one can end, or work alone, whenever it likes."""
+    """Leave the process group, so that this process can continue alone or end without the others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # To release their last tensors gloo's threads need the GIL, which this thread holds while it waits for them to
-        # end: without a pause one run in twenty hangs here forever.
+        # gloo's threads need the GIL to release their last tensors, and this thread holds it while it waits for them:
+        # without a pause one run in twenty hangs here forever.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""SAMPLING: grids of samples during training, and pipeline/ with the EMA weights."""
+"""SAMPLING: image grids of samples during training, and pipeline/ with the EMA weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from training.run.record import SAMPLE_SEED, RunRecord
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
+    from PIL import Image
 
     from ddpm_pipeline import DDPMPipeline, DDPMScheduler
     from training.config import Config
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from training.run.runtime import Runtime
     from training.run.signals import StopSignal
 
-PIPELINE = "pipeline"  # folder of the EMA pipeline in that of the run
-BATCH_SIZE = 64  # images sampled at a time on each rank
+PIPELINE = "pipeline"  # folder of the saved pipeline in the folder of the run
+BATCH_SIZE = 64  # images per forward pass on each rank
 
 
 class EMASampler:
     """Samples with the EMA weights of a run, on all ranks.
 
     Args:
-        x_0: (1, C, H, W) in [-1, 1], the image that trajectory.png shows on its way to noise.
+        x_0: (1, C, H, W) in [-1, 1], the training image whose forward process is in trajectory.png.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class EMASampler:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Within this context the network has the EMA weights and no dropout."""
+        """A context in which the network has the EMA weights and no dropout."""
         self.unet.eval()
         try:
             with self._ema.applied():
@@ -64,10 +65,10 @@ class EMASampler:
     def draw(self, step: int, num_images: int) -> Tensor | None:
         """Samples (num_images, C, H, W) in [-1, 1]: image i has seed SAMPLE_SEED + i, whatever the world size.
 
-        None, on all ranks, if a signal ends the run or some rank is out of memory; a warning then says so.
+        None, on all ranks, if a signal ends the run, or, with a warning, if any rank is out of memory.
         """
         runtime = self._runtime
-        # Rank r draws images r, r + world_size, ...; every rank draws as many, some of them image 0 once more.
+        # Rank r draws images r, r + world_size, ... All ranks draw equally many: those with fewer repeat image 0.
         per_rank = -(-num_images // runtime.world_size)
         indices = list(range(runtime.rank, num_images, runtime.world_size))
         indices += [0] * (per_rank - len(indices))
@@ -102,7 +103,7 @@ class EMASampler:
         return gathered.transpose(0, 1).flatten(0, 1)[:num_images]
 
     def save_grid(self, step: int) -> Tensor | None:
-        """Draw the samples and save them as samples/step-NNNNNN.png; what `draw` returns."""
+        """Draw samples and save their grid as samples/step-NNNNNN.png. Returns what `draw` returns."""
         samples = self.draw(step, self._config.num_sample_images)
         if samples is not None and self._runtime.is_main:
             from ddpm_pipeline import visualize
@@ -111,13 +112,13 @@ class EMASampler:
         return samples
 
     def save_pipeline(self, record: RunRecord) -> Tensor | None:
-        """Write pipeline/: the EMA weights, how they were trained, samples and a trajectory; what `draw` returns."""
+        """Write pipeline/: the EMA weights, the run record, samples, a trajectory. Returns what `draw` returns."""
         samples = self.save_grid(record.step)
         if not self._runtime.is_main:
             return samples
         from ddpm_pipeline import visualize
 
-        images = {"samples.png": visualize.grid(samples)} if samples is not None else {}
+        images = {} if samples is None else {"samples.png": visualize.grid(samples)}
         with self.ema_weights():
             pipe = self._make_pipeline()
             pipe.set_progress_bar_config(disable=True)
@@ -134,31 +135,31 @@ class EMASampler:
         return samples
 
     def _interrupt(self, pipe: DDPMPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        """A callback after each sampling step: a signal ends sampling."""
+        """The pipeline's callback after each sampling step: a signal ends sampling."""
         pipe.interrupt = self._stop.requested()
         return {}
 
-    def _make_pipeline(self) -> Any:
+    def _make_pipeline(self) -> DDPMPipeline:
         from ddpm_pipeline import DDPMPipeline
 
         return DDPMPipeline(self.unet, self.scheduler)
 
 
-def save_pipeline(pipe: Any, folder: Path, record: RunRecord, images: dict[str, Any]) -> None:
-    """Write a pipeline, its run record and images (PIL, by file name): all of it replaces `folder` at once."""
+def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: dict[str, Image.Image]) -> None:
+    """Write a pipeline, its run record and images by file name. All of it replaces `folder` at once."""
     with replacing(folder) as temporary:
         pipe.save_pretrained(str(temporary))
         record.save(temporary)
         for name, image in images.items():
             try:
                 image.save(temporary / name)
-            except OSError as error:  # the model is worth more than its images
+            except OSError as error:  # a missing image must not cost the model
                 (temporary / name).unlink(missing_ok=True)
                 print(f"WARNING: cannot write {folder / name}: {error.strerror or error}.", file=sys.stderr)
 
 
 def recover_pipeline(output_dir: Path) -> None:
-    """Repair what a run left that was killed while it replaced pipeline/. Lock the folder first."""
+    """After a run was killed while replacing pipeline/: restore it and delete temporary files. Lock first."""
     folder, old = output_dir / PIPELINE, output_dir / f"{PIPELINE}.old"
     if old.exists() and not folder.exists():
         old.rename(folder)

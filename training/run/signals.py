@@ -1,6 +1,6 @@
 """SIGNALS: on SIGTERM, SIGUSR1 or Ctrl-C the run finishes its step, writes a checkpoint and exits with code 143.
 
-A signal only sets a flag, and the training loop reads it after each step: nowhere else is the state consistent. A
+A signal only sets a flag. The training loop reads it after each step, because only then is the state consistent. A
 second signal ends the process at once. Outside the loop there is nothing to lose, so the first signal ends it.
 """
 
@@ -16,15 +16,15 @@ from training.run.runtime import launched_alone
 
 EXIT_CODE = 128 + signal.SIGTERM  # 143: what a shell reports for a process that SIGTERM ended
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-# Seconds within which a second signal counts as the first: `kill` of a process group reaches a process directly, and
+# Seconds in which further signals are copies of the first: a signal to the process group reaches a process directly and
 # once more through torchrun, which forwards its own.
 REPEAT_WINDOW = 1.0
 
 
 class StopSignal:
-    """Handles the signals while it is entered as a context; `requested` tells whether one has arrived.
+    """A context that handles the signals; `requested()` tells whether one has arrived.
 
-    `accelerate launch` with one process neither forwards signals nor ends its child when it dies. So the death of the
+    `accelerate launch` with one process neither forwards signals nor ends its child when it dies, so the death of the
     launcher counts as a signal too.
 
     Attributes:
@@ -43,7 +43,7 @@ class StopSignal:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous_handlers.items():
-            # torchrun ends all processes as soon as one has ended: that must not change the exit code of the others.
+            # torchrun signals the other processes as soon as one has ended: that must not change their exit code.
             signal.signal(number, signal.SIG_IGN if self.requested() else handler)
 
     def requested(self) -> bool:

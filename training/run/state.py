@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 
 class Clock:
-    """Seconds of training. Time inside `paused()`, for sampling and validation, does not count.
+    """Training time in seconds. Time inside `paused()`, for sampling and validation, does not count.
 
     Args:
-        seconds_before: training time of the run before it was resumed.
+        seconds_before: training time before the run was resumed.
     """
 
     def __init__(self, seconds_before: float = 0.0) -> None:
@@ -20,12 +20,12 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Start to count now."""
+        """Count from now."""
         self._start = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Since the start, without what came before the run was resumed."""
+        """Since the start or the resume."""
         return time.monotonic() - self._start
 
     @property

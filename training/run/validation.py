@@ -1,10 +1,10 @@
-"""VALIDATION: held-out loss, bits per dimension, distance between samples and held-out images, during training.
+"""VALIDATION: held-out loss, bits per dimension, and the distance between samples and held-out images, during training.
 
-The training loss is of other images, noise and timesteps at each step, so it hardly seems to fall. Here all three are
-fixed and the timesteps are spread evenly, so what changes from one validation to the next is the network. The loss is
-also given in bands of log SNR = log(alpha_bar / (1 - alpha_bar)): the mean over all timesteps hides that a network
-still learns fine details (high SNR) long after the outlines (low SNR). Bits per dimension are the variational bound,
-estimated from a few timesteps per image: see ddpm_pipeline/likelihood.py.
+Each step measures the training loss on other images, noise and timesteps, so it is noisy and hardly seems to fall. Here
+all three are fixed and the timesteps are evenly spaced, so only the network changes from one validation to the next.
+The loss is also reported in bands of log SNR = log(alpha_bar / (1 - alpha_bar)), because its mean over all timesteps
+hides that the network still learns fine details (high SNR) long after the outlines (low SNR). Bits per dimension are
+the variational bound, estimated from a few timesteps per image: see ddpm_pipeline/likelihood.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
 from training.data.split import DataSplit, evenly_spaced
 
 if TYPE_CHECKING:
+    from ddpm_pipeline.features import Extractor
     from training.config import Config
     from training.run.log import Log
     from training.run.runtime import Runtime
@@ -35,11 +36,11 @@ STRATA = 8  # timesteps per image for the bound
 SEED = 0  # not the run's seed: runs with different seeds are validated with the same noise
 
 Network = Callable[[Tensor, Tensor], Tensor]
-Gather = Callable[[list[Any]], list[Any]]  # the values of this rank to those of all ranks
+Gather = Callable[[list[Any]], list[Any]]  # maps the values of this rank to those of all ranks
 
 
 class Validator:
-    """Validates the EMA weights of a run, on all ranks, and logs the result."""
+    """Measures the EMA weights of a run on held-out images, on all ranks, and logs the result."""
 
     def __init__(self, config: Config, runtime: Runtime, split: DataSplit, sampler: EMASampler, log: Log) -> None:
         self._num_samples = config.validation_samples
@@ -67,7 +68,7 @@ class Validator:
             )
 
     def validate(self, step: int, images_seen: int) -> str:
-        """Measure and log. Returns a short summary for the progress bar; empty if nothing is held out."""
+        """Measure and log. Returns a summary for the progress bar, which is empty if there are no held-out images."""
         if not self._validation.num_images:
             return ""
         unet = self._sampler.unet
@@ -90,7 +91,8 @@ class Validation:
 
     Args:
         images: (M, C, H, W) uint8 or uint16.
-        num_images: how many of them to use, spread evenly.
+        num_images: number of them to use, evenly spaced.
+        batch_size: images per forward pass.
         rank, world_size: this process measures images rank, rank + world_size, ...
     """
 
@@ -109,25 +111,25 @@ class Validation:
         self.num_images = len(self.pixels)
         self._scheduler, self._device, self._batch_size = scheduler, device, batch_size
         self._index = torch.arange(self.num_images)[rank::world_size]
-        # Evenly spaced over all timesteps; a random assignment, so that no image has only early or only late ones.
+        # Evenly spaced over all timesteps, in random order, so that no image gets only small or only large ones.
         pairs = self.num_images * TIMESTEPS_PER_IMAGE
         random_bits = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs))
         evenly_spaced_t = ((torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps).long()
-        rank_of_pair = random_bits.argsort(stable=True).argsort()
-        self._t = evenly_spaced_t[rank_of_pair].view(self.num_images, TIMESTEPS_PER_IMAGE)
+        order = random_bits.argsort(stable=True).argsort()
+        self._t = evenly_spaced_t[order].view(self.num_images, TIMESTEPS_PER_IMAGE)
 
     @torch.no_grad()
     def measure(self, network: Network, gather: Gather = lambda values: values) -> dict[str, float]:
         """validation_loss, also per band of log SNR, and bits_per_dim with its standard error over the images.
 
         Args:
-            network: (x_t, t) to the model output, with EMA weights and without dropout.
-            gather: Runtime.gather_objects, if there are several ranks.
+            network: maps (x_t, t) to the prediction, with EMA weights and without dropout.
+            gather: Runtime.gather_objects if there are several ranks.
         """
         losses: list[tuple[list[int], list[list[float]]]] = []  # per batch: image indices; losses at each image's t
         bits: list[tuple[list[int], list[float]]] = []
         for index in self._index.split(self._batch_size):
-            if not len(index):  # more ranks than images
+            if not len(index):  # with more ranks than images, some ranks have none
                 continue
             x_0 = from_pixels(self.pixels[index.numpy()], self._device)
             losses.append((index.tolist(), self._losses(network, x_0, index).tolist()))
@@ -141,8 +143,8 @@ class Validation:
                 levels=num_levels(self.pixels.dtype),
             )
             bits.append((index.tolist(), likelihood.bits_per_dim(bound.total, x_0.shape[1:]).tolist()))
-        # Means and standard errors are taken over the gathered values, in float64 and in the order of the images. Sums
-        # of squares would lose the digits of a small variance beside a large mean, and depend on the world size.
+        # Means and standard errors are computed from the gathered values, in float64 and in the order of the images.
+        # Sums of squares per rank would depend on the world size, and lose the digits of a small variance.
         loss = self._in_order(gather(losses))
         band = torch.bucketize(self._scheduler.snr(self._t).log(), torch.tensor(BAND_EDGES, dtype=torch.float64))
         metrics = {"validation_loss": loss.mean().item()}
@@ -173,16 +175,16 @@ class Validation:
 
 
 def band_names() -> list[str]:
-    """Names of the bands of log SNR, from noise to image."""
+    """Names of the bands of log SNR, from low (noise) to high (image)."""
     edges = [f"{edge:g}" for edge in BAND_EDGES]
     between = [f"log_snr_{low}_to_{high}" for low, high in zip(edges, edges[1:])]
     return [f"log_snr_below_{edges[0]}", *between, f"log_snr_above_{edges[-1]}"]
 
 
-def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Any, cache_dir: Path) -> dict[str, float]:
+def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Extractor, cache_dir: Path) -> dict[str, float]:
     """Kernel distance (the estimator of KID) between samples in [-1, 1] and held-out images, with its standard error.
 
-    Empty, with a warning, if it is not defined: for a single held-out image, or for samples that are all equal.
+    Where it is not defined, for a single held-out image or if all samples are equal, it warns and returns {}.
     """
     from ddpm_pipeline import fidelity
     from ddpm_pipeline.features import extract_features
