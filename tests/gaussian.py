@@ -3,6 +3,7 @@
 import torch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from tests.arrays import normal
 from tests.models import quiet
 from tests.oracles import GaussianUNet
 
@@ -10,8 +11,7 @@ MEAN, STD = 0.2, 0.3  # of every pixel, independently
 
 
 def gaussian_images(number=2, channels=1, seed=0, dtype=torch.float64, size=8):
-    noise = torch.randn(number, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return (MEAN + STD * noise).clamp(-1, 1)
+    return (MEAN + STD * normal(number, channels, size, size, seed=seed, dtype=dtype)).clamp(-1, 1)
 
 
 def gaussian_pipe(prediction_type="epsilon", spacing="trailing", num_train_timesteps=1000, **options):

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 
+from tests.arrays import normal
 from tests.gaussian import gaussian_images
 from tests.models import tiny_pipe
 
@@ -17,10 +18,6 @@ T = 4
 @pytest.fixture(scope="module")
 def pipe():
     return tiny_pipe(num_train_timesteps=T)
-
-
-def noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -37,8 +34,8 @@ def noise(*shape):
         ({"seeds": [1.5]}, "seeds is 1.5"),
         ({"seeds": [1, -1]}, "seeds is -1"),
         ({"seeds": [2**32]}, f"seeds is {2**32}"),
-        ({"seeds": [1], "latents": noise(3, 1, 8, 8)}, "seeds has 1 entries, but the batch has 3"),
-        ({"seeds": [1, 2], "latents": noise(3, 1, 8, 8)}, "seeds has 2 entries, but the batch has 3"),
+        ({"seeds": [1], "latents": normal(3, 1, 8, 8)}, "seeds has 1 entries, but the batch has 3"),
+        ({"seeds": [1, 2], "latents": normal(3, 1, 8, 8)}, "seeds has 2 entries, but the batch has 3"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": T + 1}, f"num_inference_steps is {T + 1}.*from 1 to {T}"),
         ({"num_inference_steps": 2.5}, "2.5"),
@@ -82,7 +79,7 @@ def test_invalid_arguments_of_a_call(pipe, options, message):
         ({"class_labels": [0.5]}, "0.5"),
         ({"class_labels": [[0, 1]]}, r"\[\[0, 1\]\]"),
         ({"class_labels": [0, 1], "batch_size": 3}, "class_labels has 2 entries, but the batch has 3"),
-        ({"class_labels": [0], "latents": noise(2, 1, 8, 8)}, "class_labels has 1 entries, but the batch has 2"),
+        ({"class_labels": [0], "latents": normal(2, 1, 8, 8)}, "class_labels has 1 entries, but the batch has 2"),
         ({"class_labels": [0, 1], "seeds": [1, 2, 3]}, "class_labels has 2 entries, but the batch has 3"),
         ({"class_labels": [0, 1], "seeds": 1}, "seeds has 1 entries, but the batch has 2"),
     ],

@@ -20,11 +20,7 @@ from ddpm_pipeline.fidelity import (
     nearest,
     precision_recall,
 )
-from tests.arrays import random_images
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from tests.arrays import normal, random_images
 
 
 class Identity(nn.Module):
@@ -332,9 +328,8 @@ def test_standard_errors_of_channel_shift_are_the_standard_deviation_of_many_dra
     draws = np.array([channel_shift(draw(50, 40), draw(80, 20)) for _ in range(200)])[:, 0]
     value, error = draws[..., 0], draws[..., 1]
     std = value.std(axis=0, ddof=1)
-    np.testing.assert_allclose(
-        np.sqrt(np.square(error).mean(axis=0)), std, rtol=0.2
-    )  # 4 standard errors of 5%: 200 draws
+    # 200 draws: 0.2 is 4 standard errors of 5%
+    np.testing.assert_allclose(np.sqrt(np.square(error).mean(axis=0)), std, rtol=0.2)
     assert abs(value[:, 0].mean()) < 4 * std[0] / math.sqrt(200)
 
 

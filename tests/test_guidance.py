@@ -1,13 +1,17 @@
 """Class labels and classifier-free guidance: denoiser.py."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from ddpm_pipeline import DDPMScheduler
+from tests.arrays import normal
 from tests.models import tiny_pipe
 
 T = 4
+randn = partial(normal, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +25,6 @@ def class_pipe():
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=seeded(), dtype=dtype)
 
 
 def sample(pipe, **options):

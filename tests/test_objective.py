@@ -1,4 +1,4 @@
-"""Noised batches and the loss against the equations of the paper, KL divergences from torch, and hand calculations."""
+"""Noised batches and the loss against the paper's equations, KL divergences from torch, and hand calculations."""
 
 import math
 
@@ -9,12 +9,9 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_pipeline import objective
 from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
+from tests.arrays import normal
 
 T = 1000
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def alpha_bar(scheduler, t):

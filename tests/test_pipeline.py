@@ -1,7 +1,8 @@
-"""Sampling against diffusers' own pipeline, formulas by hand, and exact networks; image-to-image and trajectories."""
+"""Sampling against diffusers' pipeline, hand-written formulas and exact networks; image-to-image and trajectories."""
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from PIL import Image
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from tests import gaussian
+from tests.arrays import normal
 from tests.models import quiet, tiny_pipe, tiny_unet
 from tests.oracles import GaussianUNet
 
 T = 4  # few diffusion timesteps, but every branch is taken
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+randn = partial(normal, dtype=torch.float32)
 
 
 def make_pipe(channels=1, num_train_timesteps=T, **options):
@@ -39,10 +42,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
-
-
 def sample(pipe, *args, **options):
     return pipe(*args, output_type="latent", return_dict=False, **options)[0]
 
@@ -52,12 +51,12 @@ def close(actual, expected, atol=1e-5):
 
 
 def gaussian_pipe(scheduler, channels=1, mean=0.1, std=0.2):
-    """float32, for the default beta schedule. With std 0 all the data is one image, `mean`."""
+    """In float32, for the default beta schedule. With std 0 all the data is one image, `mean`."""
     unet = GaussianUNet(DDPMScheduler(), mean=mean, std=std, channels=channels, dtype=torch.float32)
     return quiet(DDPMPipeline(unet, scheduler))
 
 
-# ---- Beside diffusers' own pipeline ----------------------------------------------------------------------------------
+# ---- Against diffusers' pipeline -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,7 +282,7 @@ def test_image_sizes():
     assert make_pipe()(seeds=[1, 2, 3], height=4, width=6).images[2].size == (6, 4)
 
 
-# ---- While it runs ---------------------------------------------------------------------------------------------------
+# ---- Callbacks, interruption, gradients ------------------------------------------------------------------------------
 
 
 def test_a_callback_sees_every_step_and_can_replace_latents():
