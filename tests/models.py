@@ -1,4 +1,4 @@
-"""Tiny untrained networks and pipelines: small enough for thousands of calls, with every part that a real one has."""
+"""Tiny untrained networks and pipelines: small enough for thousands of calls, with every part of a real one."""
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel

@@ -1,6 +1,6 @@
-"""Where diffusers' DDPMScheduler and DDPMPipeline are wrong, slow or silent, one row each, and ours beside them.
+"""Where diffusers' DDPMScheduler and DDPMPipeline are wrong, slow or silent, and ours are not: one row per case.
 
-A row measures the same on both. The built-in result is checked too: a test fails once diffusers fixes it.
+A row measures the same quantity on both. The built-in result is checked too: a test fails once diffusers fixes it.
 """
 
 import inspect
@@ -37,7 +37,7 @@ ROWS: list[Row] = []
 
 
 def row(number, built_in, ours):
-    """Make a measurement a row; its result must satisfy one condition for the built-in classes, another for ours."""
+    """Add a measurement; its result must satisfy one condition for the built-in classes and another for ours."""
 
     def add(measure):
         ROWS.append(Row(number, measure.__name__, measure, built_in, ours))
