@@ -44,7 +44,7 @@ def python_files(*folders: str) -> list[str]:
     return [name for name in project_files() if name.endswith(".py") and name.split("/")[0] in folders]
 
 
-# ---- Imports --------------------------------------------------------------------------------------------------------
+# ---- Imports ---------------------------------------------------------------------------------------------------------
 
 ENTRY_POINTS = ("train", "evaluate", "publish", "curve")
 # What a package of training/ may import of the others: no more than those before it.
