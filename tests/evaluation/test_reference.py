@@ -17,14 +17,14 @@ def numbered_split(num_train, num_held_out):
     return data_split(numbered_images(0, num_train), numbered_images(100, num_held_out))
 
 
-def test_with_enough_held_out_images_the_baseline_is_some_of_them():
+def test_with_enough_held_out_images_the_baseline_is_held_out_images():
     real = choose_real_images(numbered_split(40, 20), 10, 10)
     assert numbers_of(real.reference) == list(range(0, 40, 4)) and real.reference_description == "10 training images"
     assert numbers_of(real.baseline) == list(range(100, 120, 2)) and real.baseline_description == "held-out images"
     assert len(real.held_out) == 20 and real.warning is None
 
 
-def test_with_few_held_out_images_the_baseline_is_training_images_outside_of_the_reference_set():
+def test_with_few_held_out_images_the_baseline_is_other_training_images():
     real = choose_real_images(numbered_split(40, 9), 20, 10)
     assert numbers_of(real.reference) == list(range(0, 40, 2))
     assert numbers_of(real.baseline) == list(range(1, 40, 4)) and real.baseline_description == "training images"
@@ -44,7 +44,7 @@ def test_a_baseline_of_reference_images_is_not_compared_with_itself(num_referenc
 def test_a_baseline_smaller_than_the_samples_is_at_most_half_of_the_images_and_warns():
     real = choose_real_images(numbered_split(40, 9), 0, 30)
     assert len(real.baseline) == 20 and real.not_in_baseline.sum() == 20
-    assert "the real-data baseline is of 20 images" in real.warning
+    assert "the real-data baseline has only 20 images" in real.warning
 
 
 def test_too_few_images_give_no_baseline_and_a_warning():

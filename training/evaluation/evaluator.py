@@ -1,4 +1,4 @@
-"""The steps of an evaluation: models, images, samples, held-out images, report. See training/evaluate.py."""
+"""EVALUATOR: the steps of an evaluation: models, images, samples, held-out images, report. See training/evaluate.py."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
 from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
 from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
+from training.run.record import precision_name
 from training.run.runtime import Runtime, commit, device_name, versions
 
 
 class Evaluator:
-    """One evaluation: its settings, its processes, its models, and the warnings that have come up.
+    """One evaluation: its config, runtime and models, and the warnings so far.
 
     Raises:
-        ValueError: the settings do not fit the model.
+        ValueError: there is no such model, or the config does not fit it.
     """
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.started = time.monotonic()
         self.runtime = Runtime(config.mixed_precision, config.cpu_threads)
-        self.precision = {"no": "float32"}.get(self.runtime.mixed_precision, self.runtime.mixed_precision)
+        self.precision = precision_name(self.runtime.mixed_precision)
         with self.runtime.main_first():  # rank 0 downloads for all
             self.models = load_models(config.model, config.weights, config.revision)
         check_fits_model(config, self.models[0])
@@ -37,25 +38,25 @@ class Evaluator:
         self.warnings: list[str] = []
 
     def load_images(self) -> RealImages:
-        """The data, and which of its images are compared with what."""
+        """Load the data, and choose the reference set and the real-data baseline."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.runtime.is_main:
-            for plot in self.folder.glob("*.png"):  # maybe of other weights
+            for plot in self.folder.glob("*.png"):  # of an earlier evaluation, maybe of other weights
                 plot.unlink()
         with self.runtime.main_first():  # rank 0 decodes for all
             split = load_split(self.config, self.models[0])
-        same = was_trained_on(self.models[0], split)
-        kind = "training images" if same else f"images of {split.data.source}"
+        is_training_data = was_trained_on(self.models[0], split)
+        kind = "training images" if is_training_data else f"images of {split.data.source}"
         real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind)
         self.runtime.print(
             f"reference set: {real.reference_description} of {split.data.source}; real-data baseline: "
             f"{len(real.baseline)} {real.baseline_description}"
         )
-        self._warn_about_data(real, same)
+        self._warn_about_data(real, is_training_data)
         return real
 
-    def _warn_about_data(self, real: RealImages, same: bool) -> None:
-        """Warn of what makes the figures less than they seem. same: the model was trained on this data."""
+    def _warn_about_data(self, real: RealImages, is_training_data: bool) -> None:
+        """Warnings about the data that limit what the measurements mean."""
         config, record = self.config, self.models[0].record
         if config.sample_metrics and real.warning:
             self.warnings.append(real.warning)
@@ -65,18 +66,19 @@ class Evaluator:
             self.warnings.append(
                 "it is not known how this model was trained: it may have seen the images that are held out here"
             )
-        elif not same:
+        elif not is_training_data:
             self.warnings.append(
                 f"the model was trained on other images, {record.num_images} of {record.source}: it may have seen the "
                 "images that are held out here"
             )
         if "frechet" in config.metrics and config.num_samples < 2048:
             self.warnings.append(
-                f"Frechet distances of {config.num_samples} samples are too large, by about 1 / n: use 2048 or more"
+                f"Frechet distances of {config.num_samples} samples are too large, by an error that shrinks as 1 / n: "
+                "use 2048 samples or more"
             )
 
     def make_extractors(self, real: RealImages) -> list[Extractor]:
-        """The feature extractors; the classifier is trained on the training images."""
+        """The feature extractors of the config; the classifier is trained on the training images."""
         if not self.config.feature_metrics:
             return []
         with self.runtime.main_first():  # rank 0 trains the classifier for all
@@ -92,7 +94,7 @@ class Evaluator:
             ]
 
     def measure_samples(self, real: RealImages, extractors: list[Extractor]) -> list[Measurement]:
-        """Draw the samples that are missing and compare them with the real images; ranks above 0 return [].
+        """Draw the missing samples and compare them with the real images. Ranks above 0 return [].
 
         The first weights are measured with all samplers, the others with the first sampler only.
         """
@@ -140,7 +142,7 @@ class Evaluator:
         return measurements
 
     def measure_held_out(self, real: RealImages) -> tuple[list[Measurement], list[Curve]]:
-        """Bits per dimension of held-out images with all weights, and the variational bound's curves over t."""
+        """Bits per dimension of held-out images with all weights, and the curves of the variational bound over t."""
         measurements: list[Measurement] = []
         curves: list[Curve] = []
         if len(real.held_out) < 2:
@@ -212,7 +214,7 @@ class Evaluator:
 
 
 def check_fits_model(config: EvalConfig, model: Model) -> None:
-    """Raise ValueError if the model cannot be sampled or measured with these settings."""
+    """Raise ValueError if the model cannot be sampled or measured with this config."""
     num_timesteps = model.pipe.scheduler.config.num_train_timesteps
     if config.sample_metrics and (wrong := [steps for steps in config.num_inference_steps if steps > num_timesteps]):
         raise ValueError(

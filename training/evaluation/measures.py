@@ -1,7 +1,7 @@
-"""What is measured of a model: distances of its samples to real images, and bits per dimension of held-out images.
+"""MEASURES: distances between samples and real images, and bits per dimension of held-out images.
 
-The mathematics is in ddpm_pipeline/fidelity.py and likelihood.py. Here is which images are compared with which, and
-what the report says about it.
+The mathematics is in ddpm_pipeline/fidelity.py and likelihood.py. This file chooses which images are compared, and how
+the report names the results.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from training.run.runtime import Runtime
 
 ODE_TOLERANCE = 1e-3  # relative and absolute, of the ODE solver
 
-Curve = dict[str, Any]
+Curve = dict[str, Any]  # an entry of "curves" in report.json, see HeldOutBits._curve
 
 
 @dataclass(frozen=True)
 class Result:
-    """One value, without the model and the sampler that it was measured of.
+    """One measured value, without the model and the sampler it belongs to.
 
     Args:
-        measure: its id, as kernel_distance.
-        name: what tables and plots call it.
+        measure: its id, such as kernel_distance.
+        name: its name in tables and plots.
         n: number of samples or of held-out images.
-        real_data_baseline: the same measure of real images instead of samples; None if there is none.
+        real_data_baseline: the same measure with real images instead of samples; None if there is none.
         extractor: name of the feature extractor; None for measures of pixels and for bits.
-        channel: index of the colour channel, for measures of a single one.
+        channel: index of the colour channel, for measures of a single channel.
     """
 
     measure: str
@@ -56,14 +56,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Measurement:
-    """An entry of "measurements" in report.json: a Result, and what it was measured of.
+    """An entry of "measurements" in report.json: a Result with the model and the sampler it belongs to.
 
     Args:
         reference: the real images that the samples were compared with, or the held-out images.
         weights: EMA or online.
-        primary: of the first weights and the first sampler, which is what a model card shows.
-        seed: of the first sample, or of the noise of the bound.
-        seconds: spent sampling, or measuring held-out images.
+        primary: whether it is of the first weights and the first sampler, which a model card shows.
+        seed: of the first sample, or of the random numbers for held-out images.
+        seconds: time for sampling, or for measuring held-out images.
         sampler, num_inference_steps, eta: how the samples were drawn; None for held-out images.
     """
 
@@ -95,7 +95,7 @@ def make_measurement(
     seed: int,
     seconds: float,
 ) -> Measurement:
-    """The only place where measurements are made. sampler: None for held-out images."""
+    """The Measurement of a result. sampler: None for held-out images."""
     scheduler = model.pipe.scheduler
     description = None
     if sampler is not None:
@@ -130,10 +130,10 @@ def compare_features(
 
     Args:
         samples: (N, C, H, W), uint8 or uint16.
-        metrics: those that are not in FEATURE_METRICS are ignored.
-        cache_dir: where features of real images are kept.
+        metrics: others than FEATURE_METRICS are ignored.
+        cache_dir: for the features of real images.
     Raises:
-        ValueError: there is no distance, for example because all samples are equal.
+        ValueError: a distance is not defined, for example because all samples are equal.
     """
     if not set(metrics) & set(FEATURE_METRICS):
         return
@@ -153,7 +153,7 @@ def compare_features(
         estimate = fidelity.kernel_distance(features, reference)
         real_value = None if baseline is None else fidelity.kernel_distance(baseline, baseline_reference).value
         yield result("kernel_distance", "KID" if extractor.is_inception else "kernel distance", estimate, real_value)
-    # Between sets of equal size: the balls around the images shrink as their number grows.
+    # Between sets of equal size, because the balls around the images shrink as their number grows.
     equal = reference[evenly_spaced(len(reference), len(samples))]
     for metric, measures, statistic in (
         ("precision", ("precision", "recall"), fidelity.precision_recall),
@@ -174,7 +174,7 @@ def compare_features(
 
 
 def compare_channels(samples: np.ndarray, real: RealImages) -> Iterator[Result]:
-    """Brightness and contrast of each colour channel, compared with the reference set.
+    """Mean and standard deviation of each colour channel, compared with the reference set.
 
     Raises:
         ValueError: all pixels of a channel are equal.
@@ -198,7 +198,7 @@ def compare_channels(samples: np.ndarray, real: RealImages) -> Iterator[Result]:
 
 
 class HeldOutBits:
-    """Bits per dimension of held-out images, which are divided among the ranks.
+    """Bits per dimension of held-out images, divided among the ranks.
 
     Args:
         images: (M, C, H, W), uint8 or uint16.
@@ -212,7 +212,7 @@ class HeldOutBits:
         self._levels = num_levels(images.dtype)
 
     def variational_bound(self, model: Model, variance_type: str, num_images: int, strata: int) -> tuple[Result, Curve]:
-        """The variational bound with this variance, and its curves over t. strata: 0 for all timesteps."""
+        """The variational bound with this variance of the reverse process, and its curves over t; strata=0: all t."""
         unet = model.pipe.unet.to(self._runtime.device)
         scheduler: Any = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type=variance_type)
         strata = min(strata, scheduler.num_steps - 1)
@@ -242,7 +242,7 @@ class HeldOutBits:
         return self._result("bits_per_dim", name, bound.total), self._curve(bound, model, variance_type)
 
     def ode_likelihood(self, model: Model, num_images: int) -> Result:
-        """The likelihood by the probability-flow ODE, always in float32."""
+        """The likelihood by the probability-flow ODE, in float32."""
         device = self._runtime.device
         unet = model.pipe.unet.to(device)
         parts = []
@@ -257,11 +257,11 @@ class HeldOutBits:
         return self._result("bits_per_dim_ode", "bits per dimension, probability-flow ODE", nats)
 
     def _own_batches(self, num_images: int, title: str) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """The index and the pixels of the images that this rank measures, batch by batch."""
+        """The images that this rank measures, in batches: their indices and their pixels."""
         chosen = evenly_spaced(len(self._images), num_images)
         own = torch.arange(len(chosen))[self._runtime.rank :: self._runtime.world_size]
         for index in tqdm(own.split(self._batch_size), title, disable=not self._runtime.is_main, leave=False):
-            if len(index):  # with more ranks than images, some rank has none
+            if len(index):  # with more ranks than images, some ranks have none
                 yield index, np.asarray(self._images[chosen[index.numpy()]])
 
     def _result(self, measure: str, name: str, nats: Tensor) -> Result:
@@ -270,7 +270,7 @@ class HeldOutBits:
         return Result(measure, name, estimate, len(bits))
 
     def _curve(self, bound: likelihood.VariationalBound, model: Model, variance_type: str) -> Curve:
-        """The terms of the bound against t and the rate-distortion curve, as means over the images."""
+        """The terms of the bound over t, and the rate-distortion curve, as means over the images."""
         terms = {
             name: likelihood.bits_per_dim(value.mean(0), self._shape)
             for name, value in (("prior", bound.prior), ("kl", bound.kl), ("decoder", bound.decoder))
@@ -300,11 +300,11 @@ def variance_types(model: Model) -> list[str]:
 
 
 def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Values of all images by index, so that sums do not depend on the number of ranks."""
+    """The values of all images, ordered by index, so that sums do not depend on the world size."""
     index = torch.cat([index for index, _ in parts])
     return torch.cat([values for _, values in parts])[index.argsort()]
 
 
 def _rounded(values: Tensor) -> Any:
-    """To six digits, more than are significant."""
+    """To six significant digits: more than are accurate."""
     return [float(f"{value:.6g}") for value in values.tolist()] if values.ndim else float(f"{values.item():.6g}")

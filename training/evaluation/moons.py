@@ -1,4 +1,4 @@
-"""What is measured at the end of a run on the moons: are the samples moons, and what lies between two moons?"""
+"""MOONS: measured at the end of a run on the moons: are the samples moons, and what is between two moons?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure_samples(log: Log, step: int, samples: Tensor) -> str:
 def fuse_moons(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, num_inference_steps: int) -> str:
     """Interpolate between a half moon and a full moon, and write fusion.png and fusion.json. Returns a summary.
 
-    The rows of the image: distance-balanced interpolation; without balance; the mean of the pixels.
+    Rows of the image: distance-balanced interpolation; latent interpolation without balance; mean of the pixels.
     """
     pipe: Any = DDPMPipeline(unet, scheduler)
     pipe.set_progress_bar_config(desc="interpolating moons", leave=False)

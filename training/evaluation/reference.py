@@ -1,4 +1,4 @@
-"""The real images of an evaluation: a reference set, a baseline set that stands in for the samples, a held-out set."""
+"""REFERENCE: the real images of an evaluation: the reference set, the real-data baseline and the held-out set."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from training.config import Config
 from training.data.split import DataSplit, evenly_spaced, load_data_split
 from training.evaluation.config import EvalConfig
 from training.evaluation.samples import Model
+from training.run.record import data_set
 
 SMALLEST_BASELINE = 6  # density and coverage need five nearest neighbours of every image
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """Which real images are compared with what.
+    """The real images that samples are compared with, and those of the real-data baseline.
 
-    Samples are compared with the reference set. The real-data baseline is the same measure of real images, taken from
-    outside of the reference set or removed from it: what a perfect model would get, up to its own standard error.
+    The real-data baseline is the same measure with real images instead of samples: what a perfect model would get, up
+    to a standard error. It is compared with those images of the reference set that are not in it.
 
     Args:
         split: the data.
-        reference: (N, C, H, W): training images.
-        reference_description: what they are, for the report.
-        baseline: (M, C, H, W): images that are measured as if they were samples; M may be 0.
-        baseline_description: what they are.
-        not_in_baseline: (N,) bool: the reference images that the baseline is compared with.
-        warning: what is wrong with the baseline, if anything.
+        reference: (N, C, H, W), the reference set, training images.
+        reference_description: what the reference set is, for the report.
+        baseline: (M, C, H, W), real images that are measured as if they were samples; M may be 0.
+        baseline_description: what these are, for the report.
+        not_in_baseline: (N,) bool, the reference images that the baseline is compared with.
+        warning: why the baseline is missing or less comparable; None if it is neither.
     """
 
     split: DataSplit
@@ -53,10 +54,10 @@ class RealImages:
 
 
 def load_split(config: EvalConfig, model: Model) -> DataSplit:
-    """The data that the model was trained on, or other data, prepared as for training.
+    """The data that the model was trained on, or that of the config, prepared as for training.
 
-    Held out is the test split if there is one, since the others may have been looked at while training; else what was
-    held out during training.
+    The held-out set is the test split if there is one, because training may have been tuned on the others; otherwise
+    it is what was held out during training.
 
     Raises:
         ValueError: it is not known what the model was trained on, or the images do not fit the model.
@@ -65,7 +66,7 @@ def load_split(config: EvalConfig, model: Model) -> DataSplit:
     settings |= model.record.config if model.record else {}
     if config.dataset_name or config.train_data_dir:
         settings |= {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
-        if config.dataset_name in (None, "moons"):  # a folder and the moons have no configs and no splits to choose
+        if config.dataset_name in (None, "moons"):  # a folder and the moons have no configurations and no such splits
             settings["dataset_config_name"] = None
             if settings["validation_split"] != "none":
                 settings["validation_split"] = None
@@ -93,16 +94,16 @@ def was_trained_on(model: Model, split: DataSplit) -> bool:
     record = model.record
     if record is None or record.num_images != len(split.train_indices):
         return False
-    return record.source.split(";")[0] == split.data.source.split(";")[0]  # the rest is remarks
+    return data_set(record.source) == data_set(split.data.source)
 
 
 def choose_real_images(
     split: DataSplit, num_reference: int, num_samples: int, kind: str = "training images"
 ) -> RealImages:
-    """A reference set of num_reference training images (0: all), and a baseline set as large as the samples.
+    """A reference set of num_reference training images (0: all), and a baseline of num_samples real images.
 
-    The baseline set is held-out images if there are enough of them, else training images outside of the reference set
-    if there are enough of those, else at most half of all training images.
+    The baseline has held-out images if there are enough; else training images outside the reference set if there are
+    enough; else some of all training images, at most half.
 
     Args:
         kind: what the report calls the training images.
@@ -123,8 +124,8 @@ def choose_real_images(
         warning = f"there is no real-data baseline: {len(train)} images are too few to set {SMALLEST_BASELINE} aside"
     elif len(baseline) < num_samples:
         warning = (
-            f"the real-data baseline is of {len(baseline)} images, because there are no more; distances depend on the "
-            f"number of images, so it is not quite comparable with {num_samples} samples"
+            f"the real-data baseline has only {len(baseline)} images; distances depend on the number of images, so it "
+            f"is not quite comparable with {num_samples} samples"
         )
     count = f"{len(reference)}" if len(reference) < len(train) else f"all {len(train)}"
     return RealImages(

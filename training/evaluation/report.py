@@ -1,4 +1,4 @@
-"""What an evaluation leaves: report.json, report.md and plots."""
+"""REPORT: what an evaluation writes: report.json, report.md and plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -21,10 +21,14 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.measures import Curve, Measurement
 from training.evaluation.samples import SamplerConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 FORMAT = 2  # of report.json; publishing leaves out a report of another format
-PLOTTED = ("frechet_distance", "kernel_distance")  # against the number of sampling steps
-PRINTED = (*PLOTTED, "precision", "recall")
-PATH_FIELDS = ("output_dir", "train_data_dir", "dataset_name", "extractor", "cache_dir")
+PLOTTED = ("frechet_distance", "kernel_distance")  # over the number of sampling steps
+PRINTED = (*PLOTTED, "precision", "recall")  # in samples_line
+PATH_FIELDS = ("output_dir", "train_data_dir", "dataset_name", "extractor", "cache_dir")  # of EvalConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +36,23 @@ class Report:
     """The content of report.json.
 
     Args:
-        weights_sha256: of the first weights that are measured, by default the published ones.
-        command: that writes this report, without paths of this machine.
+        weights_sha256: of the first measured weights, by default the EMA weights.
+        command: the command that writes this report, without paths of this machine.
         warnings: sentences without a full stop.
-        curves: the terms of the variational bound against t, for each weights and variance.
+        curves: the terms of the variational bound over t, for each weights and variance.
         data: the data set.
         reference: description, n and sha256 of the reference set.
         real_data_baseline: description and n of the images of the real-data baseline.
         held_out: description and n of the held-out images.
         extractors: name, key and accuracy of each.
-        step: optimizer steps that the model was trained for, if known.
-        precision: of the network: float32, bf16 or fp16.
-        seconds: the whole evaluation took.
+        step: optimizer steps of the model's training; None if unknown.
+        precision: what the network computes in: float32, bf16 or fp16.
+        seconds: duration of the evaluation.
+        num_processes: world size.
+        device: name of the processor or GPU.
+        date: YYYY-MM-DD.
         commit: of this project's code; None outside a git checkout.
+        versions: of Python and of the libraries.
     """
 
     format: int = FORMAT
@@ -69,7 +77,7 @@ class Report:
 
 
 def write(output_dir: Path, folder: Path, report: Report) -> None:
-    """Write report.json and report.md into output_dir, plots into folder. A file is complete or as it was."""
+    """Write report.json and report.md into output_dir, replacing each at once, and plots into folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = [*plot_distances(folder, report.measurements), *plot_bound(folder, report.curves)]
     if (folder / "nearest.png").is_file():
@@ -83,7 +91,7 @@ def write(output_dir: Path, folder: Path, report: Report) -> None:
 
 
 def command_line(config: EvalConfig) -> str:
-    """The command with these settings. A path outside the current folder is cut to its last component."""
+    """The command line for this config. Of a path outside the current folder only the last component is kept."""
     command = ["accelerate", "launch", "training/evaluate.py", _shareable(config.model, "runs/")]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -103,7 +111,7 @@ def _shareable(path: str, parent: str = "") -> str:
 
 
 def samples_line(weights: str, sampler: SamplerConfig, measurements: Sequence[Measurement]) -> str:
-    """The main measurements of one sampler in one line."""
+    """One line with the main measurements of one sampler."""
     printed = [m for m in measurements if m.measure in PRINTED]
     groups = []
     for extractor in dict.fromkeys(m.extractor for m in printed):
@@ -113,7 +121,7 @@ def samples_line(weights: str, sampler: SamplerConfig, measurements: Sequence[Me
 
 
 def held_out_line(measurement: Measurement) -> str:
-    """The measurement of held-out images in one line."""
+    """One line about a measurement of held-out images."""
     value = f"{measurement.value:.3f} +- {measurement.standard_error:.3f}"
     return f"{measurement.weights}, {measurement.name}: {value}, {measurement.n} images"
 
@@ -122,7 +130,7 @@ def held_out_line(measurement: Measurement) -> str:
 
 
 def markdown(report: Report, plots: Sequence[str]) -> str:
-    """A table for each extractor with a line for each sampler, one for bits per dimension, and the plots."""
+    """The text of report.md: a table for each extractor, one for bits per dimension, and the plots."""
     baseline = report.real_data_baseline
     lines = [
         "# Evaluation",
@@ -135,8 +143,8 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
     ]
     lines += [f"\n> {warning}." for warning in report.warnings]
     lines += [
-        f"\nThe {extractor['name']} is right about {extractor['accuracy']:.1%} of the images that it was not trained "
-        "on. It sees what separates its classes and may be blind to the rest."
+        f"\nThe {extractor['name']} has an accuracy of {extractor['accuracy']:.1%} on images that it was not trained "
+        "on. Its features show what separates its classes; they may miss other differences."
         for extractor in report.extractors
         if extractor["accuracy"] is not None
     ]
@@ -147,13 +155,13 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         lines += ["", "## Bits per dimension of held-out images", "", "| weights | measure | images | value |",
                   "|---|---|---|---|"]  # fmt: skip
         lines += [f"| {m.weights} | {m.name} | {m.n} | {_with_error(m)} |" for m in of_held_out]
-    lines += ["", "Two distances are comparable only if extractor, reference set and number of samples are the same."]
+    lines += ["", "Two distances are comparable only with the same extractor, reference set and number of samples."]
     lines += [f"\n![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n".join(lines) + "\n"
 
 
 def _samples_table(extractor: str | None, measurements: Sequence[Measurement]) -> list[str]:
-    """A line for each sampler, and one for the real-data baseline."""
+    """A table with a line for each sampler, and one for the real-data baseline."""
     names = list(dict.fromkeys(m.name for m in measurements))
     lines = [
         "",
@@ -186,7 +194,7 @@ def _number(value: float | None) -> str:
 def nearest_grid(
     samples: np.ndarray, reference: np.ndarray, extractor: Extractor, cache_dir: Path, count: int = 12
 ) -> Image.Image:
-    """The `count` samples that are nearest to a reference image, and that image below each."""
+    """The `count` samples that are closest to a reference image, each above that image."""
     features = extract_features(extractor, samples)
     distance, index = fidelity.nearest(features, extract_features(extractor, reference, cache_dir=cache_dir))
     closest = distance.argsort()[:count]
@@ -195,9 +203,10 @@ def nearest_grid(
 
 
 def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[str]:
-    """Distances against the number of sampling steps, with the first extractor. Returns the names of the files.
+    """Plot the distances over the number of sampling steps, in features of the first extractor.
 
-    There is no plot if there is only one number of steps.
+    Returns:
+        The names of the files; none if there is only one number of steps.
     """
     names = []
     for measure in PLOTTED:
@@ -208,16 +217,13 @@ def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[st
             continue
         figure, axes = _figure()
         for weights, eta in dict.fromkeys((m.weights, m.eta) for m in chosen):
-            line = [m for m in chosen if (m.weights, m.eta) == (weights, eta)]
-            line.sort(key=lambda m: m.num_inference_steps or 0)
-            axes.errorbar(
-                [m.num_inference_steps for m in line],
-                [m.value for m in line],
-                [m.standard_error or 0 for m in line],
-                marker="o",
-                capsize=3,
-                label=f"{weights}, eta {eta:g}",
+            points = sorted(
+                (m.num_inference_steps or 0, m.value, m.standard_error or 0)
+                for m in chosen
+                if (m.weights, m.eta) == (weights, eta)
             )
+            numbers, values, errors = zip(*points)
+            axes.errorbar(numbers, values, errors, marker="o", capsize=3, label=f"{weights}, eta {eta:g}")
         baseline = chosen[0].real_data_baseline
         if baseline is not None:
             axes.axhline(baseline, color="gray", linestyle="--", label="real-data baseline")
@@ -231,7 +237,7 @@ def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[st
 
 
 def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
-    """The terms of the variational bound against t, and distortion against rate. Returns the names of the files."""
+    """Plot the terms of the variational bound over t, and distortion over rate. Returns the names of the files."""
     if not curves:
         return []
     figure, axes = _figure()
@@ -252,14 +258,14 @@ def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
     return [*names, _save(figure, axes, folder / "rate_distortion.png")]
 
 
-def _figure() -> tuple[Any, Any]:
+def _figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     return figure, figure.subplots()
 
 
-def _save(figure: Any, axes: Any, path: Path) -> str:
+def _save(figure: Figure, axes: Axes, path: Path) -> str:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""The models of a run, and their samples: saved in shards, so that no sample is ever drawn twice."""
+"""SAMPLES: the models of a run and their samples, which are saved in shards so that none is drawn twice."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from training.run.record import RunRecord
 from training.run.runtime import Runtime
 
 SHARD_SIZE = 64  # samples per file
-WEIGHTS_FILE = Path("unet", "diffusion_pytorch_model.safetensors")  # in a pipeline's folder
+WEIGHTS_FILE = Path("unet", "diffusion_pytorch_model.safetensors")  # in the folder of a pipeline
 
 
 class Model(NamedTuple):
-    """A pipeline, and what is known about its training.
+    """A pipeline and its run record.
 
     Args:
+        pipe: a DDPMPipeline, or anything that is called like one.
         weights: "EMA" or "online".
-        sha256: of the weights' file.
+        sha256: of the file of weights.
         scheduler_hash: sha256 of the scheduler's class and configuration.
         record: how the model was trained; None if its folder has no training.json.
     """
@@ -63,18 +64,18 @@ def load_models(name: str, weights: Sequence[str], revision: str | None = None) 
 
     Args:
         name: folder of a run, folder of a saved pipeline, or a name on the Hub.
-        weights: "ema", "online"; only a run has online weights, and without them they are left out.
+        weights: "ema", "online" or both. Only a run has online weights; of other models they are left out.
         revision: tag, branch or commit on the Hub.
     Raises:
-        ValueError: there is no such model, none of its weights is requested, or pipeline/ and the newest checkpoint are
-            of different steps.
+        ValueError: there is no such model, it has none of these weights, or pipeline/ and the newest checkpoint are of
+            different steps.
     """
     run = Path(name)
     is_run = (run / "pipeline").is_dir()
     if run.is_dir() and not is_run and not (run / "model_index.json").is_file():
         raise ValueError(
             f"{run} is neither a saved pipeline nor a finished run with pipeline/: give one of these (to finish a run, "
-            "resume it with --max_train_steps set to the step it has reached)"
+            "resume it with --max_train_steps set to the step that it has reached)"
         )
     ema = _load_ema(name, run / "pipeline" if is_run else run, revision)
     models = [ema] if "ema" in weights else []
@@ -86,7 +87,7 @@ def load_models(name: str, weights: Sequence[str], revision: str | None = None) 
 
 
 def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
-    """The model of a pipeline's folder, or of that name on the Hub if there is no such folder."""
+    """The model in the folder of a pipeline; if there is no such folder, the one with that name on the Hub."""
     try:
         pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
     except OSError as error:
@@ -101,7 +102,11 @@ def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
 
 
 def _load_online(run: Path, ema: Model, step: int) -> Model:
-    """The online weights of the newest checkpoint, which must be of the same step as pipeline/."""
+    """The online weights of the newest checkpoint.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of another step than pipeline/.
+    """
     try:
         path, manifest = checkpoint.find(run, "latest")
     except checkpoint.CheckpointError as error:
@@ -123,7 +128,7 @@ def _hash_scheduler(scheduler: Any) -> str:
 
 
 def _hash_weights(weights: dict[str, Tensor]) -> str:
-    """sha256 of weights whose file is in the Hub's cache and not in a folder."""
+    """sha256 of the weights of a model on the Hub, whose file is in the cache and not in a known folder."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
@@ -134,9 +139,9 @@ def _hash_weights(weights: dict[str, Tensor]) -> str:
 
 
 class Shards:
-    """The samples of one model and sampler, SHARD_SIZE to a file. A file is complete or missing.
+    """The samples of one model and sampler, in files of SHARD_SIZE. A file is complete or missing.
 
-    The folder's name holds everything that the samples depend on.
+    The name of the folder has everything that the samples depend on.
     """
 
     def __init__(self, folder: Path, model: Model, sampler: SamplerConfig, seed: int, precision: str) -> None:
@@ -146,7 +151,7 @@ class Shards:
         self.seed = seed
 
     def missing(self, num_samples: int) -> list[int]:
-        """Indices of the shards that have yet to be drawn for so many samples."""
+        """Indices of the shards that are still missing for this many samples."""
         return [shard for shard in range(-(-num_samples // SHARD_SIZE)) if not self._is_complete(shard)]
 
     def save(self, shard: int, pixels: np.ndarray) -> None:
@@ -179,15 +184,15 @@ def sample(
     batch_size: int,
     runtime: Runtime,
 ) -> float:
-    """Draw the shards that are missing, divided among the ranks. Returns the seconds it took, 0 if none was missing.
+    """Draw the missing shards, divided among the ranks. Returns the seconds that this took, 0 if none was missing.
 
     Args:
-        pixel_dtype: uint8 or uint16, of the saved samples.
+        pixel_dtype: of the saved samples, uint8 or uint16.
         batch_size: samples per forward pass; it changes the samples by rounding errors only.
     """
     started = time.monotonic()
     missing = shards.missing(num_samples)
-    runtime.barrier()  # all ranks must look before one of them writes
+    runtime.barrier()  # no rank may write before all have looked
     own = missing[runtime.rank :: runtime.world_size]
     pipe = model.pipe.to(runtime.device)
     pipe.set_progress_bar_config(leave=False, position=1, disable=not runtime.is_main)
