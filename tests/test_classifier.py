@@ -1,4 +1,4 @@
-"""The small classifier on images made here: what it learns, its cache, its accuracy."""
+"""The small classifier on images created here: what it learns, its cache, its accuracy."""
 
 import math
 

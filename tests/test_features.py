@@ -1,4 +1,4 @@
-"""Extractors and their cache, against files and images made here, and the ResNet-56 against CIFAR-10's labels."""
+"""Extractors and their cache, on images and files created here; the ResNet-56 against the labels of CIFAR-10."""
 
 import io
 import os
@@ -69,8 +69,7 @@ def test_the_cache_key_depends_on_extractor_and_images(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_names_of_cached_files_stay(tmp_path):
-    """Caches of earlier versions stay valid."""
+def test_names_of_cached_files_are_unchanged_so_that_old_caches_are_found(tmp_path):
     extract_features(make_extractor("pixels"), np.arange(24, dtype=np.uint8).reshape(2, 1, 3, 4), cache_dir=tmp_path)
     name = "features-bd7d00f5b1126dce7ddbf326d832a6d659b67c17c6387eba17af01f0b288c6ac.safetensors"
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -172,9 +171,7 @@ def test_torchscript_extractors(tmp_path):
     assert features.dtype == torch.float32
     np.testing.assert_array_equal(features[:, :1860], images.reshape(3, -1))  # not resized, integers 0..255
     assert_same_in_8_and_16_bits(inception, np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16))
-    between = np.array([7 * 257 - 100, 7 * 257 + 100], dtype=np.uint16).reshape(
-        1, 1, 1, 2
-    )  # rounded to the nearest, not down
+    between = np.array([7 * 257 - 100, 7 * 257 + 100], dtype=np.uint16).reshape(1, 1, 1, 2)  # rounded to the nearest
     assert extract_features(inception, between)[0, :2].tolist() == [7, 7]
     np.testing.assert_array_equal(
         extract_features(inception, images[:, :1])[:, :1860], images[:, :1].repeat(3, axis=1).reshape(3, -1)

@@ -323,7 +323,7 @@ def test_ci_can_be_run():
 # ---- The model card --------------------------------------------------------------------------------------------------
 
 
-def test_the_model_card_says_where_each_of_its_fields_comes_from():
+def test_the_model_card_explains_the_source_of_each_field():
     text = (ROOT / "model_card.md").read_text(encoding="utf-8")
     (comment,) = re.findall(r"<!--.*?-->\n", text, re.S)
     explained = re.findall(r"^([a-z_]+): ", comment, re.M)

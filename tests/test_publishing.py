@@ -1,4 +1,4 @@
-"""What is staged for the Hub, and what the card says about it. Publishing itself: tests/hub/test_round_trip.py."""
+"""The staged folder and its card. Publishing itself: tests/hub/test_round_trip.py."""
 
 import hashlib
 import json
@@ -102,7 +102,7 @@ def test_the_default_tag_depends_on_the_contents(run, tmp_path):
 
 
 @pytest.mark.parametrize("tag", ["", "bad tag", "a..b", "v1.", "v1.lock", "-v", "a" * 100, "v/1", "\u00e4"])
-def test_tags_that_git_might_refuse(run, tmp_path, tag):
+def test_invalid_tags_are_refused(run, tmp_path, tag):
     with pytest.raises(ValueError, match="revision_tag is"):
         staged(run, tmp_path / "out", revision_tag=tag)
 
@@ -163,7 +163,7 @@ def test_tokens_and_local_paths_are_not_published(run, tmp_path, monkeypatch):
         (lambda run: (run / "report.json").write_text("[]"), "report.json does not contain a JSON object"),
     ],
 )
-def test_incomplete_runs(run, tmp_path, damage, message, capsys):
+def test_incomplete_runs_are_refused(run, tmp_path, damage, message, capsys):
     damage(run)
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         staged(run, tmp_path / "out")
@@ -310,7 +310,7 @@ def built_in_sample(folder, steps):
     ],
 )
 def test_the_card_warns_where_the_built_in_classes_are_wrong(tmp_path, scheduler, warning):
-    """And only there they are wrong: their last step leaves noise."""
+    """They are wrong only for these schedulers: their last step leaves noise."""
     run = make_run(tmp_path / "run", scheduler=scheduler)
     card, _ = card_of(run, tmp_path / "out")
     noise_std = built_in_sample(tmp_path / "out", 5).std()
@@ -339,7 +339,7 @@ def test_limits_of_the_built_in_classes_do_not_prevent_publishing(tmp_path, unet
         assert "built-in" not in differences  # they cannot sample it
 
 
-def test_inconsistent_options():
+def test_inconsistent_options_are_refused():
     for options, message in (
         ({"push_to_hub": True}, "hub_model_id is None"),
         ({"hub_model_id": "a/b"}, "push_to_hub is false"),

@@ -275,7 +275,7 @@ def test_bf16_keeps_the_weights_in_float32(work):
         assert all(t.dtype == torch.float32 and t.isfinite().all() for t in load_file(work / "bf16" / file).values())
 
 
-def test_the_time_limit_ends_a_run_like_its_last_step(work):
+def test_at_the_time_limit_a_run_ends_as_after_its_last_step(work):
     assert train(work, "time limit", max_train_minutes=1e-9) == 0
     assert {"checkpoint-000001", "pipeline"} < set(names(work / "time limit"))
     assert names(work / "time limit" / "samples") == ["step-000001.png", "trajectory.png"]

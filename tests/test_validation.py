@@ -98,7 +98,8 @@ def test_loss_equals_a_plain_loop(prediction_type, dtype):
         assert metrics[f"validation_loss/{name}"] == pytest.approx(losses_in_band.mean().item(), rel=1e-5)
 
 
-def test_loss_of_a_perfect_prediction_is_zero_and_of_a_zero_prediction_the_mean_square_of_the_target():
+def test_the_loss_of_perfect_and_of_zero_predictions():
+    """0, and the mean square of the target."""
     scheduler, pixels = make_scheduler(prediction_type="sample"), random_pixels(8)
     x_0 = scale(pixels)
     metrics = validate(pixels, scheduler, lambda x_t, t: x_0.float())
@@ -294,7 +295,7 @@ def uninterrupted(work):
     return work / "uninterrupted"
 
 
-def test_a_run_validates_every_so_many_steps_and_at_its_end(uninterrupted):
+def test_a_run_validates_at_intervals_and_at_its_end(uninterrupted):
     entries = read_validations(uninterrupted)
     assert [(entry["step"], entry["images"]) for entry in entries] == [(2, 8), (4, 16), (5, 20)]
     for entry in entries:

@@ -28,7 +28,7 @@ def indices_of(batches, steps, batch_size):
     ("count", "batch_size"),
     [(12, 4), (10, 4), (7, 3), (5, 12), (1, 2), (64, 64)],  # fitting, straddling, larger than an epoch, ...
 )
-def test_every_epoch_is_a_permutation_of_its_own(count, batch_size):
+def test_every_epoch_is_another_permutation(count, batch_size):
     epochs = 6
     sequence = indices_of(make(numbered(count), batch_size), -(-epochs * count // batch_size), batch_size)
     orders = sequence[: epochs * count].reshape(epochs, count)

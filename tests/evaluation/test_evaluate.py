@@ -89,7 +89,7 @@ def test_distances_are_those_of_the_saved_samples(first_report, run, train_image
 
 
 def test_bits_are_those_of_the_variational_bound(first_report, run, test_images):
-    """With both variances and both weights."""
+    """For EMA and online weights, with both fixed variances."""
     index = [i * 1024 // NUM_BOUND_IMAGES for i in range(NUM_BOUND_IMAGES)]
     x_0 = torch.from_numpy(test_images[index] / 127.5 - 1).float()
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")

@@ -42,7 +42,7 @@ def test_a_baseline_of_six_images_is_enough_for_every_measure(tmp_path):
     assert len(results) == 9 and all(result.real_data_baseline is not None for result in results)
 
 
-def test_copies_of_training_images_are_found_and_copies_of_held_out_ones_are_not(tmp_path):
+def test_memorisation_detects_copies_of_training_images_only(tmp_path):
     train, held_out = (random_images(20, 1, 8, 8, seed=seed) for seed in (0, 1))
     real = choose_real_images(data_split(train, held_out), 0, 20)
     for samples, value in ((train, 1), (held_out, 0.5)):
@@ -72,7 +72,7 @@ def test_the_baseline_is_not_compared_with_itself(tmp_path):
     assert shifts == pytest.approx({"mean_shift": shift.mean.value, "std_ratio": shift.std_ratio.value})
 
 
-def test_each_colour_channel_is_a_measurement_of_its_own():
+def test_each_colour_channel_is_a_separate_measurement():
     samples, train = (random_images(n, 3, 4, 4, seed=n) for n in (16, 40))
     results = list(compare_channels(samples, choose_real_images(data_split(train, train[:0]), 0, 16)))
     assert [(result.measure, result.channel) for result in results] == [
@@ -114,7 +114,7 @@ def test_ranks_divide_the_held_out_images(num_images, world_size):
 
 
 def test_the_order_in_which_ranks_are_gathered_does_not_matter():
-    """Bit for bit: values are summed in the order of the images."""
+    """Results are equal bit for bit, because values are summed in the order of the images."""
     images = random_images(9, 1, 8, 8)
     model = Model(tiny_pipe(), "EMA", "", "", None)
     outcomes = []

@@ -163,7 +163,7 @@ def test_notes_on_the_data_set_are_not_compared():
         failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of b; 2 resized")
 
 
-def test_two_runs_in_one_folder(workspace, undisturbed):
+def test_a_second_run_in_the_same_folder_is_refused(workspace, undisturbed):
     with killed_at_end(workspace.start("run", fault="slow_steps")) as first:
         first.wait_for("[step 1 on rank 0]")
         second = workspace.start("run", output_dir=workspace.folder / "run")
@@ -172,7 +172,7 @@ def test_two_runs_in_one_folder(workspace, undisturbed):
     assert workspace.finish("run") == undisturbed()
 
 
-def test_a_folder_that_is_not_writable(workspace, small_disk):
+def test_a_folder_that_is_not_writable_is_refused(workspace, small_disk):
     disk = small_disk(2**20)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     (workspace.folder / "file").write_text("mine")
@@ -202,7 +202,7 @@ def test_a_nan_loss_on_one_rank_stops_all_before_anything_is_updated(workspace, 
     assert "Traceback" not in text
 
 
-def test_the_image_is_named(workspace):
+def test_a_non_finite_image_is_named(workspace):
     run = workspace.start("run", fault="one_nan_image")
     assert run.wait() == [1], run.text()
     data = load_images(train_data_dir=workspace.data / "images", cache_dir=workspace.data / "cache")
@@ -246,7 +246,7 @@ def test_the_learning_rate_counts_optimizer_steps(workspace, world_size, accumul
 # ---- Too little memory, too few processes ----------------------------------------------------------------------------
 
 
-def test_out_of_memory_in_a_step_says_what_to_lower(workspace):
+def test_out_of_memory_in_a_step_names_smaller_settings(workspace):
     run = workspace.start("run", fault="out_of_memory_training")
     assert run.wait() == [1]
     text = run.text()

@@ -30,7 +30,7 @@ def assert_stopped(workspace, run, step=None):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_in_a_step_lets_it_finish_and_the_run_resumes_bit_for_bit(workspace, undisturbed, number):
+def test_after_a_signal_the_step_is_finished_and_the_run_resumes_bit_for_bit(workspace, undisturbed, number):
     with killed_at_end(workspace.start("run", fault="slow_steps", checkpointing_steps=100)) as run:
         run.wait_for("[step 3 on rank 0]")
         send(run, number, "all")

@@ -358,7 +358,7 @@ def test_a_bug_in_the_server_fails_the_test():
         hub.__exit__()
 
 
-def test_environment(hub, tmp_path, monkeypatch):
+def test_the_environment_of_a_client_knows_this_hub_only(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_TOKEN", "of somebody else")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "of somebody else")
