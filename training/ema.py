@@ -25,8 +25,8 @@ class FlatEMA:
     """float32 EMA of all parameters of a model. It moves the parameters into one block of memory.
 
     Each parameter remains the same object with the same values, so optimizers and wrappers work as before. Create the
-    EMA once the model is on its device, and before DistributedDataParallel wraps it. Buffers are not part of the EMA:
-    online and EMA weights share them. A frozen parameter equals its EMA.
+    EMA when the model is on its device, and before DistributedDataParallel wraps it. Buffers have no EMA: online and
+    EMA weights share them. The EMA of a frozen parameter equals it.
 
     Args:
         model: its parameters are all float32 and on one device.
@@ -40,7 +40,7 @@ class FlatEMA:
         self, model: nn.Module, max_decay: float = 0.9999, inv_gamma: float = 1.0, power: float = 0.75
     ) -> None:
         if not 0 <= max_decay < 1:
-            raise ValueError(f"max_decay is {max_decay!r}: give at least 0 and less than 1")
+            raise ValueError(f"max_decay is {max_decay!r}: give a number in [0, 1)")
         for name, value in (("inv_gamma", inv_gamma), ("power", power)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}: give a positive number")
@@ -89,17 +89,17 @@ class FlatEMA:
 
         Raises:
             ValueError: step is less than 1.
-            RuntimeError: the parameters have left their block of memory (the model was moved to another device or
-                dtype, or loaded with `assign=True`), or the EMA weights are applied.
+            RuntimeError: the parameters are no longer in their block of memory (the model was moved to another device
+                or dtype, or loaded with `assign=True`), or the EMA weights are applied.
         """
         self._check_in_place()
         self._ema.lerp_(self._weights, 1 - self.decay_at(step))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the model has the EMA weights; afterwards the online weights again, bit for bit.
+        """A context in which the model has the EMA weights; afterwards it has the online weights again, bit for bit.
 
-        Enter it between training steps, and outside of autocast, which caches cast copies of the weights.
+        Enter it between optimizer steps and outside of autocast, which caches cast copies of the weights.
 
         Raises:
             RuntimeError: as in `update`.
@@ -127,7 +127,7 @@ class FlatEMA:
         missing, unknown = self._ema_views.keys() - state.keys(), state.keys() - self._ema_views.keys()
         if missing or unknown:
             problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not a parameter of the model"
-            raise ValueError(f"{problem}: give one tensor for each of its {len(self._ema_views)} parameters")
+            raise ValueError(f"{problem}: give one tensor for each of the {len(self._ema_views)} parameters")
         for name, ema in self._ema_views.items():
             tensor = state[name]
             if tensor.shape != ema.shape or tensor.dtype != torch.float32:
@@ -150,13 +150,13 @@ class FlatEMA:
 def _views(flat: Tensor, parameters: Mapping[str, Tensor], sizes: list[int]) -> dict[str, Tensor]:
     """For each parameter a tensor of its shape and strides, one after the other in the memory of `flat`.
 
-    Each has its own storage object over a part of that memory. Tensors that share a storage object count as copies of
-    one another in accelerate's `save_model` and `save_state`, which then write the first and drop the rest.
+    Each has its own storage object over a part of that memory: accelerate's `save_model` and `save_state` treat tensors
+    that share a storage object as copies, and write only the first.
     """
     storage, start, views = flat.untyped_storage(), 0, {}
     for (name, like), size in zip(parameters.items(), sizes):
         own = storage[start * flat.itemsize : (start + like.numel()) * flat.itemsize]
-        # empty_like has the strides of `like`, also if it is channels_last, without gaps or overlaps
+        # The strides of empty_like are those of `like` (channels_last too), without gaps or overlaps.
         views[name] = torch.empty(0, device=flat.device).set_(own, 0, like.shape, torch.empty_like(like).stride())
         start += size
     return views

@@ -1,7 +1,7 @@
-"""BATCHES: which images a training step sees, in which order, and mirrored or not.
+"""BATCHES: which images an optimizer step sees, in which order, and mirrored or not.
 
-All of it is a pure function of (seed, step, index in the global batch). So nothing has to be saved to resume a run, and
-one process or four see the same batch.
+Everything is a pure function of (seed, step, index in the global batch). So nothing has to be saved to resume a run,
+and one process or four see the same global batch.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 from ddpm_pipeline import rng
 from ddpm_pipeline.pixels import from_pixels
 
-MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set up to this size is copied to the accelerator once
+MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 
 
 class Batches:
     """Batches of images in [-1, 1].
 
-    Shuffled epochs follow one another without end. Step s takes images s B to (s + 1) B - 1 of this sequence, so a
-    batch may span two epochs.
+    The epochs, each shuffled, form one endless sequence. Step s takes its images s B to (s + 1) B - 1, so a batch may
+    span two epochs.
 
     Args:
         images: (M, C, H, W) uint8 or uint16, in memory or memory-mapped.
-        train_indices: (N,) int64, which of them to use; all by default.
+        train_indices: (N,) int64, which of them to use; default: all.
         batch_size: B, the global batch.
-        seed: for the order and the flips.
-        random_flip: mirror half of the images left to right, at random.
-        device: where batches are returned.
+        seed: of the order and the flips.
+        random_flip: flip half of the images horizontally, at random.
+        device: of the returned batches.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Batches:
             self._on_device = torch.from_numpy(np.array(images)).to(device)
 
     def indices(self, step: int, index: Tensor) -> np.ndarray:
-        """Which images these are, (b,) int64 into `images`.
+        """Indices into `images` of these images of the global batch, (b,) int64.
 
         Args:
             step: optimizer step, 0, 1, ...
@@ -74,10 +74,10 @@ class Batches:
         return x_0
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """The train indices in the order of epoch 0, 1, ...: sorted by one random number for each."""
+        """The train indices in the order of this epoch: sorted by one random number for each."""
         if epoch != self._epoch:
-            number = torch.arange(len(self._train_indices))
-            random = rng.bits(rng.key(self._seed, rng.Stream.SAMPLE_ORDER, epoch), number)
-            self._order = self._train_indices[random.argsort(stable=True).numpy()]
+            key = rng.key(self._seed, rng.Stream.SAMPLE_ORDER, epoch)
+            random_bits = rng.bits(key, torch.arange(len(self._train_indices)))
+            self._order = self._train_indices[random_bits.argsort(stable=True).numpy()]
             self._epoch = epoch
         return self._order
