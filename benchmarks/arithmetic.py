@@ -27,7 +27,7 @@ def step_with_shape(shape: tuple[int, ...], seconds: float) -> list[Comparison]:
     generator = torch.Generator().manual_seed(0)
     x, output, noise = (torch.randn(shape, generator=generator) for _ in range(3))
     timesteps = torch.randint(0, 1000, shape[:1], generator=generator)
-    # Any: the annotation of `step` allows a tuple, but here it returns an object with fields.
+    # Any: by its annotation, `step` may return a tuple; here it returns an object with fields.
     peer: Any = built_in.DDPMScheduler()
     ours: Any = DDPMScheduler()
     for scheduler in (peer, ours):
@@ -76,5 +76,5 @@ def ema_update(foreach: bool, seconds: float) -> Comparison:
 
 
 def assert_close(theirs: torch.Tensor, ours: torch.Tensor) -> None:
-    """Only equal results make times comparable. Their tables are float32, ours are float64."""
+    """Times are comparable only if the results are equal, up to rounding: their tables are float32, ours float64."""
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

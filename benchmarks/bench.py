@@ -1,8 +1,8 @@
 """The project against its peers: `make bench`, or `python benchmarks/bench.py [--only step,ema] [--quick]`.
 
-The peers are diffusers' own classes and, if a checkout of its repository is given, its training script. Each figure is
-the median over rounds in which the peer and ours ran in alternation. The ratio says how many times as fast ours was,
-with the 10 % and 90 % quantiles over rounds. The result is benchmarks/results/NAME.json, with the machine.
+The peers are diffusers' own classes and, with --diffusers_repo, its training script. Each time is the median over
+rounds in which the peer and ours run in alternation. The ratio is how many times as fast ours is, with its 10 % and
+90 % quantiles over the rounds. Writes benchmarks/results/NAME.json, with processor and versions.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     notes: list[str] = []
 
-    def report(part: str, comparisons: list[Comparison]) -> None:
+    def add(part: str, comparisons: list[Comparison]) -> None:
         for comparison in comparisons:
             results.append({"part": part} | comparison.as_dict())
-            print(line(results[-1]), flush=True)
+            print(describe(results[-1]), flush=True)
 
     if "step" in args.only:
-        report("step", arithmetic.step(seconds))
+        add("step", arithmetic.step(seconds))
     if "ema" in args.only:
-        report("ema", arithmetic.ema(seconds))
+        add("ema", arithmetic.ema(seconds))
     launched = [part for part in args.only if part in ("training", "launch")]
     if launched and args.diffusers_repo is None:
-        notes.append(f"skipped: {' and '.join(launched)}, which need --diffusers_repo PATH or DIFFUSERS_REPO")
+        notes.append(f"skipped: {' and '.join(launched)}: give --diffusers_repo PATH, or set DIFFUSERS_REPO")
     elif launched:
         if scripts.needs_stand_in():
-            notes.append("torchvision is not installed: the peer's script used the stand-in in benchmarks/stand_in")
+            notes.append("torchvision is not installed: the peer's script uses the stand-in in benchmarks/stand_in")
         if not hardware["bf16"]:
             notes.append(
-                "the processor has no bf16 instructions: our script trained in float32, where convolutions take nearly "
+                "the processor has no bf16 instructions: our script trains in float32, where convolutions take nearly "
                 "all the time of both scripts"
             )
         with tempfile.TemporaryDirectory() as folder:
@@ -60,9 +60,9 @@ def main() -> None:
                 rounds = 1 if args.quick else 3
                 rounds_bf16 = rounds if hardware["bf16"] else 1
                 duration = 3 if args.quick else 12
-                report("training", scripts.training(both, seconds=duration, rounds=rounds, rounds_bf16=rounds_bf16))
+                add("training", scripts.training(both, seconds=duration, rounds=rounds, rounds_bf16=rounds_bf16))
             if "launch" in launched:
-                report("launch", scripts.launch(both, rounds=1 if args.quick else 4))
+                add("launch", scripts.launch(both, rounds=1 if args.quick else 4))
     for note in notes:
         print(note)
 
@@ -71,19 +71,19 @@ def main() -> None:
     path = RESULTS / f"{name}{'-quick' if args.quick else ''}.json"
     minutes = minutes_since(started)
     write_json(path, {"machine": hardware, "minutes": minutes, "notes": notes, "results": results})
-    print(f"{minutes} minutes, written to {path.relative_to(ROOT)}")
+    print(f"{minutes} minutes; results: {path.relative_to(ROOT)}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the speed of the project against its peers.")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"comma-separated, some of {', '.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="a short run of each part, with rough figures")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="a short run of each part, with rough results")
     parser.add_argument(
         "--diffusers_repo",
         default=os.environ.get("DIFFUSERS_REPO"),
-        help="checkout of diffusers' repository, for training and launch (default: DIFFUSERS_REPO)",
+        help="checkout of diffusers' repository, for training and launch; default: the variable DIFFUSERS_REPO",
     )
-    parser.add_argument("--name", help="of the file in benchmarks/results (default: from the processor)")
+    parser.add_argument("--name", help="name of the file in benchmarks/results; default: the processor's name")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := [part for part in args.only if part not in PARTS]:
@@ -91,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def line(result: dict[str, Any]) -> str:
+def describe(result: dict[str, Any]) -> str:
     low, high = result["ratio_quantiles_10_90"]
     target = ""
     if result["target"] is not None:

@@ -1,8 +1,9 @@
 """The same weights, sampled by diffusers' own pipeline and by ours: `python benchmarks/built_in.py RUN --output FILE`
 
-Both draw from the same seeds with the same numbers of steps. The built-in pipeline uses timestep_spacing "leading", the
-default of its scheduler, and the spacing that the model was saved with. Writes a JSON file and an image grid with one
-row per pipeline. Samples are kept with those of training/evaluate.py and reused.
+Both use the same seeds and the same numbers of steps. The built-in pipeline is measured with timestep_spacing
+"leading", the default of its scheduler, and with the spacing that the model was saved with. Writes FILE.json, and
+FILE.png with one row of samples per pipeline and number of steps. Samples are kept with those of training/evaluate.py
+and reused.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ GRID_COLUMNS = 16
 
 
 class BuiltIn:
-    """diffusers' own pipeline with the calling convention of ours."""
+    """diffusers' own pipeline, called like ours."""
 
     def __init__(self, model: Model, spacing: str) -> None:
         config = dict(model.pipe.scheduler.config) | {"timestep_spacing": spacing}
@@ -109,18 +110,25 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a finished run")
-    parser.add_argument("--num_samples", type=int, default=1024, help="for each pipeline and number of steps")
-    parser.add_argument("--num_inference_steps", default="10,50,100", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--extractor", default="classifier", help="as for training/evaluate.py")
+    parser.add_argument(
+        "--num_samples", type=int, default=1024, help="for each pipeline and number of steps; default: %(default)s"
+    )
+    parser.add_argument("--num_inference_steps", default="10,50,100", help="separated by commas; default: %(default)s")
+    parser.add_argument("--extractor", default="classifier", help="as for training/evaluate.py; default: %(default)s")
     parser.add_argument("--dataset_name", help="as for training/evaluate.py")
-    parser.add_argument("--num_reference", type=int, default=10_000, help="training images to compare with; 0: all")
-    parser.add_argument("--cpu_threads", type=int)
+    parser.add_argument(
+        "--num_reference",
+        type=int,
+        default=10_000,
+        help="training images to compare with; 0: all; default: %(default)s",
+    )
+    parser.add_argument("--cpu_threads", type=int, help="default: all cores")
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without .json")
     return parser.parse_args()
 
 
 def as_dict(result: measures.Result) -> dict[str, Any]:
-    """With value and standard error on the top level, as in report.json."""
+    """The fields of a result, with value and standard error on the top level, as in report.json."""
     fields = dataclasses.asdict(result)
     del fields["estimate"]
     return fields | result.estimate._asdict()

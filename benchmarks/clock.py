@@ -1,10 +1,10 @@
-"""Run a training script unchanged, record when its optimizer steps end, and exit after the last one that is needed.
+"""Run a training script unchanged, record when its optimizer steps end, and exit after the last timed step.
 
     clock.py FILE WARM_UP STEPS SECONDS SCRIPT [ARGUMENT ...]
 
 Writes JSON to FILE: "first", when step 1 ended; "begin", when step WARM_UP ended; "steps", how many steps were timed
-after that; "end", when the last of them ended. Times are Unix times in seconds. STEPS are timed, or fewer: the first
-step that ends more than SECONDS after "begin" is the last.
+after that; "end", when the last of them ended. Times are Unix times in seconds. At most STEPS are timed; the first step
+that ends more than SECONDS after "begin" is the last.
 """
 
 import json
@@ -24,7 +24,7 @@ step = 0
 
 
 def now() -> float:
-    """Waits for the GPU, so call it for recorded steps only: between them a script may run ahead of the GPU."""
+    """Unix time, after waiting for the GPU. For recorded steps only: between them a script may run ahead of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.time()

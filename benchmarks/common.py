@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: folders, the description of the machine, how results are written."""
+"""Shared by the benchmark scripts: folders, processor and versions, writing results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def minutes_since(started: float) -> float:
-    """Minutes since time.monotonic() was `started`, to one decimal."""
+    """Minutes since `started`, a time.monotonic(), to one decimal."""
     return round((time.monotonic() - started) / 60, 1)
 
 

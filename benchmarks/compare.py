@@ -1,4 +1,4 @@
-"""Timing of two implementations in alternation, so that other load on the machine affects both alike."""
+"""Timing two implementations in alternation, so that other load on the processor affects both alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Comparison:
 
     Args:
         name: what was measured.
-        unit: "us", "ms" and "s" are times; "images/s" is a rate.
-        target: the smallest ratio that is good enough; None: there is no target.
+        unit: of a time, "us", "ms" or "s"; or of a rate, "images/s".
+        target: smallest ratio that is good enough; None: no target.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast ours was, in each round."""
+        """How many times as fast ours is, in each round."""
         pairs = zip(self.peer, self.ours)
         return [ours / peer if self.unit == "images/s" else peer / ours for peer, ours in pairs]
 
@@ -56,7 +56,7 @@ class Comparison:
 def alternate(
     name: str, peer: Callable[[], object], ours: Callable[[], object], *, seconds: float, target: float | None = None
 ) -> Comparison:
-    """Call the peer and ours in alternation for about this many seconds; short calls many times in each round."""
+    """Call the peer and ours in alternation for about this many seconds. A round has many calls if they are short."""
     gc.collect()
     gc.disable()
     pair = (peer, ours)
@@ -75,7 +75,7 @@ def alternate(
 
 
 def seconds_per_call(call: Callable[[], object], calls: int) -> float:
-    """The mean over so many calls."""
+    """The mean time of this many calls."""
     start = time.perf_counter()
     for _ in range(calls):
         call()

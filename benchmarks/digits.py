@@ -2,7 +2,7 @@
 
 Trains ddpm_pipeline's classifier on MNIST and measures its accuracy on the test images. With a RUN it also classifies
 samples of that model: for which fraction is the classifier at least 90 % confident, and does the model draw all digits?
-Judge by both: the classifier can be confident about noise too, but then it mostly sees one and the same digit.
+Judge by both: the classifier can be confident about noise too, but then it mostly predicts the same digit.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ BATCH_SIZE = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, nargs="?", help="folder of a trained run (default: the classifier alone)")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a finished run; default: the classifier alone")
     parser.add_argument("--mnist", type=Path, required=True, help="folder of MNIST's parquet files")
-    parser.add_argument("--num_samples", type=int, default=256)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; sample i has seed + i")
-    parser.add_argument("--output", type=Path, help="JSON file (default: digits.json in the folder of the run)")
+    parser.add_argument("--num_samples", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="sample i has seed + i; default: %(default)s")
+    parser.add_argument("--output", type=Path, help="JSON file; default: digits.json in the folder of the run")
     args = parser.parse_args()
     if args.output is None and args.run is None:
         parser.error("--output is missing: give it, or the folder of a run")
 
     train, test = (
-        load_images(dataset_name=str(args.mnist), split=split, resolution=32, cache_dir=CACHE_DIR, num_workers=0)
+        load_images(dataset_name=str(args.mnist), split=split, resolution=32, cache_dir=CACHE_DIR)
         for split in ("train", "test")
     )
     classifier = train_classifier(train.images, train.labels(), cache_dir=FEATURES_DIR)
@@ -88,7 +88,7 @@ def classify_samples(classifier: Classifier, args: argparse.Namespace) -> dict[s
 
 
 def predict(classifier: Classifier, images: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Probability of the predicted class and the class itself, (N,) each, of images (N, C, H, W)."""
+    """Probability of the predicted class, and the class, (N,) each, for images (N, C, H, W)."""
     x = torch.from_numpy(images).float() / (num_levels(images.dtype) - 1)
     probabilities = torch.cat([classifier.probabilities(batch) for batch in x.split(500)])
     confidence, index = probabilities.max(dim=1)

@@ -1,8 +1,8 @@
 """Quality of images between two images: `python benchmarks/interpolation.py runs/moons/pipeline --output out/moons`
 
-For moons it measures two things that are known: the distance of an interpolated image to the nearest true moon, and the
-lit fraction. With --data it interpolates between images of any data set and measures the distance to the nearest image
-of the set. Writes NAME.json and NAME-*.png.
+For moons the truth is known: it measures the distance of an interpolated image to the nearest true moon, and its lit
+fraction. With --data it interpolates between images of any data set and measures the distance to the nearest image of
+the set. Writes OUTPUT.json and OUTPUT-*.png.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ddpm_pipeline.pixels import from_pixels, to_pixels  # noqa: E402
 from training.data.cache import load_images  # noqa: E402
 
 SEEDS = list(range(16))
-# Pairs of phases in degrees; 0 is the new moon, 180 the full moon. On one side, both waxing or both waning, it is
-# obvious what lies halfway.
+# Pairs of phases in degrees; 0 is the new moon, 180 the full moon. If both are waxing or both waning (one side), the
+# moon halfway between them is obvious.
 ONE_SIDE = [(90, 180), (45, 135), (45, 180), (60, 120), (30, 150), (90, 150), (180, 270), (225, 315), (210, 330)]
 BOTH_SIDES = [(135, 225), (90, 270), (45, 315), (150, 300)]
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("pipeline", help="folder of a saved pipeline, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without .json")
-    parser.add_argument("--data", help="a local data set (parquet) or folder of images, instead of moons")
+    parser.add_argument("--data", help="local data set (parquet) or folder of images, instead of moons")
     args = parser.parse_args()
 
     pipe: Any = DDPMPipeline.from_pretrained(args.pipeline)
@@ -82,7 +82,7 @@ def describe(images: Tensor) -> dict[str, float]:
 
 
 def inversion_error(pipe: Any) -> list[dict[str, Any]]:
-    """Mean squared error of inversion and sampling in 50 steps, over 32 moons of random phases."""
+    """Mean squared error after inversion and sampling in 50 steps each, of 32 moons with random phases."""
     x_0 = render(torch.rand(32, generator=torch.Generator().manual_seed(1)) * 2 * math.pi)
     results = []
     for iterations in (0, 1, 3):
@@ -94,7 +94,7 @@ def inversion_error(pipe: Any) -> list[dict[str, Any]]:
 
 
 def compare_methods(pipe: Any, a: Tensor, b: Tensor, output: Path) -> dict[str, Any]:
-    """The image halfway between two moons by every method; over 16 seeds for methods that draw noise."""
+    """The image halfway between two moons by every method, with 16 seeds for methods that draw noise."""
     repeated = [x.expand(len(SEEDS), -1, -1, -1) for x in (a, b)]
     images = {"mean of the pixels": (a + b) / 2}
     for t in (200, 400, 600):
@@ -115,9 +115,9 @@ def compare_methods(pipe: Any, a: Tensor, b: Tensor, output: Path) -> dict[str, 
 
 @torch.no_grad()
 def mix_noised_images(pipe: Any, a: Tensor, b: Tensor, t: int, first_t: int) -> Tensor:
-    """As other implementations do: noise both images independently, take the mean, and sample from first_t.
+    """What other implementations do: noise both images independently, take the mean, and sample from first_t.
 
-    The mean of two independent noises has a standard deviation of 0.71, where the network expects 1; some
+    The mean of two independent noises has a standard deviation of 0.71, where the network expects 1. Some
     implementations also start sampling one timestep late.
     """
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def mix_noised_images(pipe: Any, a: Tensor, b: Tensor, t: int, first_t: int) -> 
 
 
 def interpolate_pairs(pipe: Any, output: Path) -> dict[str, Any]:
-    """Balanced interpolation of 13 pairs of moons in 9 images each."""
+    """Distance-balanced interpolation between 13 pairs of moons, 9 images each."""
     all_pairs = ONE_SIDE + BOTH_SIDES
     a, b = (torch.cat([moon(pair[i]) for pair in all_pairs]) for i in (0, 1))
     weights = [i / 8 for i in range(9)]
@@ -146,7 +146,7 @@ def interpolate_pairs(pipe: Any, output: Path) -> dict[str, Any]:
     for pair, strip in zip(all_pairs, strips):
         match = phase_of(strip)
         phases = match.phase.rad2deg()
-        steps = (phases[1:] - phases[:-1] + 180) % 360 - 180  # the shorter way round
+        steps = (phases[1:] - phases[:-1] + 180) % 360 - 180  # in the shorter direction
         lit = [lit_fraction(math.radians(degrees)) for degrees in pair]
         middle = describe(strip[4:5])
         results.append(
@@ -169,9 +169,10 @@ def interpolate_pairs(pipe: Any, output: Path) -> dict[str, Any]:
 
 
 def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
-    """Half of a moon is masked: the lower half, whose phase follows from the upper half; or the left or right half that
-    does not show the terminator, whose phase follows from the other half unless the terminator is at the edge of the
-    mask or of the moon.
+    """Inpaint half of each of 32 moons, and compare its phase with that of the known half.
+
+    The masked half is the lower one, whose phase follows from the upper one; or the left or right one without the
+    terminator, whose phase follows from the other one unless the terminator is at the edge of the mask or of the moon.
     """
     phases = torch.rand(32, generator=torch.Generator().manual_seed(2)) * 2 * math.pi
     x_0 = render(phases)
@@ -206,9 +207,9 @@ def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
 
 
 def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dict[str, Any]:
-    """Distances of interpolated images, halfway between two images of a data set, to the nearest image of the set.
+    """Distances from images halfway between two images of a data set to the nearest image of the set.
 
-    In pixels a blurred image is nearer to all others than a sharp one is. Therefore distances are also measured in the
+    In pixels a blurred image is closer to all others than a sharp one. Therefore distances are also measured in the
     features of a classifier that is trained on the data.
     """
     folder = Path(data)
@@ -247,7 +248,7 @@ def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dic
 
 
 def squared_distance(x: Tensor, data_set: Tensor, rank: int = 1) -> Tensor:
-    """Mean squared difference to the nearest of the data set, or to the rank-th nearest: (B,)."""
+    """Mean squared difference to the nearest image of the data set, or to the rank-th nearest: (B,)."""
     return torch.cdist(x.flatten(1), data_set.flatten(1)).square().kthvalue(rank, dim=1).values / x[0].numel()
 
 

@@ -1,7 +1,8 @@
 """Does a run that is killed and resumed end with the same weights? `python benchmarks/killed.py runs/mnist`
 
 Repeats a finished run in a folder beside it, from its config.yaml: kills it (SIGKILL) at random steps, resumes it from
-its newest checkpoint each time, and compares the last checkpoints of both runs, which are bit-equal on one machine.
+its newest checkpoint each time, and compares the last checkpoints of both runs. On the same hardware they are equal bit
+for bit.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ PIPELINE_WEIGHTS = Path("pipeline", "unet", "diffusion_pytorch_model.safetensors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--kills", type=int, default=5, help="how often it is killed (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the steps at which it is killed (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file (default: killed.json in the folder of the new run)")
+    parser.add_argument("--kills", type=int, default=5, help="number of kills; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the random steps; default: %(default)s")
+    parser.add_argument("--output", type=Path, help="JSON file; default: killed.json in the folder of the new run")
     args = parser.parse_args()
 
     finished, manifest = checkpoint.find(args.run, "latest")
@@ -42,7 +43,7 @@ def main() -> None:
             run = subprocess.Popen([*command, *resume_flags(folder)], stdout=log, stderr=log)
         while run.poll() is None and last_logged_step(folder) < kill_step:
             time.sleep(0.2)
-        time.sleep(rng.uniform(0, 5))  # metrics are logged every few steps: the kill comes anywhere between two lines
+        time.sleep(rng.uniform(0, 5))  # metrics are logged every few steps: kill anywhere between two lines
         if run.poll() is not None:
             sys.exit(f"the run ended by itself with exit code {run.returncode}: see {folder / 'log.txt'}")
         run.kill()

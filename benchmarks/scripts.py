@@ -40,12 +40,12 @@ class Times:
 
 
 class Scripts:
-    """Both scripts, ready to launch on the same images. Everything that they write is under `folder`."""
+    """Both scripts, to launch on the same images. Everything that they write is in `folder`."""
 
     def __init__(self, diffusers_repo: Path, folder: Path) -> None:
         self.peer = diffusers_repo / PEER
         if not self.peer.is_file():
-            raise ValueError(f"diffusers_repo is {diffusers_repo}, without {PEER}: give a checkout of diffusers")
+            raise ValueError(f"diffusers_repo is {str(diffusers_repo)!r}: give a checkout of diffusers, with {PEER}")
         self.folder = folder
         self.images, self.network, self.times = folder / "images", folder / "network", folder / "times.json"
         self.images.mkdir()
@@ -89,7 +89,7 @@ class Scripts:
         )
         if not self.times.exists():
             last_lines = "\n".join((process.stdout + process.stderr).splitlines()[-20:])
-            raise RuntimeError(f"{Path(str(script[0])).name} ended before its last step. Its output:\n{last_lines}")
+            raise RuntimeError(f"{Path(str(script[0])).name} ended before its last step:\n{last_lines}")
         times = json.loads(self.times.read_text(encoding="utf-8"))
         rate = times["steps"] * BATCH_SIZE / (times["end"] - times["begin"]) if steps else 0.0
         return Times(times["first"] - launched, rate)
@@ -102,7 +102,7 @@ def needs_stand_in() -> bool:
 def training(scripts: Scripts, *, seconds: float, rounds: int, rounds_bf16: int) -> list[Comparison]:
     """Images per second after the warm-up.
 
-    On a CPU `accelerate launch` gives a process one thread by default, which the peer uses; ours uses all cores. So the
+    On a CPU `accelerate launch` gives a process one thread by default. The peer uses one, ours uses all cores. So the
     peer runs with its defaults, and also with as many threads as ours.
     """
     default, equal_threads, bf16, ours = [], [], [], []
@@ -123,7 +123,7 @@ def training(scripts: Scripts, *, seconds: float, rounds: int, rounds_bf16: int)
 def launch(scripts: Scripts, *, rounds: int) -> list[Comparison]:
     """Seconds from the launch to the end of the first step, after one launch of each that fills the caches.
 
-    `accelerate launch` imports torch before the script does. One process of ours does not need it.
+    `accelerate launch` imports torch before it starts the script, which imports it again. Ours also runs without it.
     """
     peer, ours, plain = [], [], []
     for _ in range(rounds + 1):
