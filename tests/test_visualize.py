@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
 
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.visualize import animate, grid, strip, to_uint8, trajectory_grid
@@ -66,6 +68,16 @@ def test_a_strip_has_two_rows_per_image():
         for column, step in enumerate((steps[0], steps[4], steps[8])):
             assert (rows[2 * i, column] == to_uint8(step.x_t)[i, ..., 0]).all()
             assert (rows[2 * i + 1, column] == to_uint8(step.x_0_pred)[i, ..., 0]).all()
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_without_x_0_predictions_has_frames_of_one_size(tmp_path, kind):
+    """DPM-Solver++ returns none. WebP refuses frames of different sizes."""
+    pipe = tiny_pipe(scheduler=DPMSolverMultistepScheduler(20, timestep_spacing="trailing"))
+    animate(pipe.trajectory(seeds=1, num_inference_steps=3), tmp_path / f"trajectory.{kind}")
+    with Image.open(tmp_path / f"trajectory.{kind}") as animation:
+        assert animation.n_frames == 3  # the last one, x_t of the last step, is shown longer
+        assert animation.width == animation.height
 
 
 def test_invalid_trajectories_and_files(tmp_path):
