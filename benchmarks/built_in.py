@@ -42,7 +42,7 @@ class BuiltIn:
         config = dict(model.pipe.scheduler.config) | {"timestep_spacing": spacing}
         self.pipe: Any = BuiltInDDPMPipeline(model.pipe.unet, BuiltInDDPMScheduler.from_config(config))
 
-    def to(self, device: Any) -> BuiltIn:
+    def to(self, device: torch.device) -> BuiltIn:
         self.pipe.to(device)
         return self
 

@@ -2,10 +2,10 @@
 
 Order: config, runtime, data, model, EMA, optimizer, resume, loop, save. A step is an optimizer step. Noise, loss and
 EMA are float32; autocast is around the network alone. Every random number is a function of (seed, step, index in the
-global batch), dropout also of the rank, so a resumed run continues bit for bit.
+global batch), for dropout of (seed, step, rank), so a resumed run continues bit for bit.
 
 Exit codes: 0 done; 1 a non-finite loss or gradient, out of memory or disk full; 2 a mistake in the command or the data;
-3 the Hub failed; 143 stopped by a signal after writing a checkpoint.
+3 the Hub failed; 143 stopped by a signal.
 """
 
 from __future__ import annotations

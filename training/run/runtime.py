@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ class Runtime:
         """A context that the main process runs first, the others after it."""
         return self.accelerator.main_process_first()
 
-    def print(self, *values: Any, **options: Any) -> None:
-        """`print`, on the main process only."""
-        self.accelerator.print(*values, **options)
+    def print(self, line: str) -> None:
+        """Print on the main process only."""
+        self.accelerator.print(line)
 
 
 def resolve_mixed_precision(requested: str) -> str:
