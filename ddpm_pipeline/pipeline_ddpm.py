@@ -308,6 +308,8 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         a, denoiser = self._image_input(image_a, "image_a", class_labels, labels_for=1)
         b = None if several else self._prepare_images(image_b, "image_b")
         endpoints = stack_endpoints(a, b)
+        if several and len(a) == 1:
+            raise ValueError("image_b is None: give two images, or image_a as a list of at least two")
         if several and balance:
             raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
         weights = check_weights(weight, endpoints.shape[1], several).to(endpoints.device)

@@ -60,7 +60,15 @@ def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., 
         return folder
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name} is not a local folder, and not the name of a model on the Hub (user/model)")
-    return Path(download(name, **{option: options[option] for option in DOWNLOAD_OPTIONS if option in options}))
+    try:
+        return Path(download(name, **{option: options[option] for option in DOWNLOAD_OPTIONS if option in options}))
+    except OSError as error:  # its text speaks of caches and stack traces, whatever the cause
+        revision = f" at revision {options['revision']!r}" if options.get("revision") else ""
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise OSError(
+            f"{name} is not a local folder, and no model{revision} on the Hub that can be loaded ({reason}): give the "
+            "folder of a pipeline, such as runs/moons/pipeline, or user/model"
+        ) from error
 
 
 def isolate_remote_code() -> None:

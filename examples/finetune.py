@@ -1,15 +1,19 @@
 """Continue training a saved or published model on your own images:
 `python examples/finetune.py MODEL IMAGE_FOLDER OUTPUT_FOLDER [TRAINING FLAGS]`.
 
-Give --denoiser, such as `--denoiser tiny` for the moons, if the model has another network than the default of train.py,
-which refuses weights that do not fit. train.py runs in a process of its own, as from the command line.
+The new run has the network, size, prediction type and number of diffusion timesteps of the model; the images must have
+as many channels. train.py runs in a process of its own, as from the command line.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-from ddpm_pipeline import DDPMPipeline
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the project, so that `training` is found
+
+from ddpm_pipeline import DDPMPipeline  # noqa: E402
+from training.denoiser import find_preset  # noqa: E402
 
 if len(sys.argv) < 4:
     sys.exit(__doc__)
@@ -18,8 +22,11 @@ model, images, output, *flags = sys.argv[1:]
 pipe = DDPMPipeline.from_pretrained(model)
 size = pipe.unet.config.sample_size
 height, width = (size, size) if isinstance(size, int) else size
-train = Path(__file__).parents[1] / "training" / "train.py"
-command = [sys.executable, str(train), "--train_data_dir", images, "--output_dir", output, "--init_from", model]
+preset = find_preset(pipe.unet.config)
+if preset is None:
+    sys.exit(f"{model} has none of the networks of training/denoiser.py")
+command = [sys.executable, str(ROOT / "training" / "train.py"), "--init_from", model, "--denoiser", preset]
+command += ["--train_data_dir", images, "--output_dir", output]
 command += ["--resolution", f"{height}x{width}", "--prediction_type", pipe.scheduler.config.prediction_type]
 command += ["--ddpm_num_steps", str(pipe.scheduler.config.num_train_timesteps), "--learning_rate", "1e-4"]
 sys.exit(subprocess.run([*command, *flags]).returncode)

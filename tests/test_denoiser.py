@@ -7,9 +7,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from ddpm_pipeline import DDPMScheduler
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from tests.models import tiny_pipe, tiny_unet
-from training.denoiser import PRESETS, choose_attention, load_initial_weights, make_denoiser
+from training.denoiser import PRESETS, choose_attention, find_preset, load_initial_weights, make_denoiser
 
 SQUARE = {"height": 32, "width": 32, "in_channels": 3}
 
@@ -185,6 +185,20 @@ def test_initial_weights_of_another_architecture_or_process_are_refused(saved, n
     with pytest.raises(ValueError, match=re.escape(message)):
         load_initial_weights(saved, unet, DDPMScheduler(**{"num_train_timesteps": 20, **scheduler}), print)
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "ddpm-cifar10"])
+def test_the_preset_of_a_model_is_found_and_named(name, tmp_path):
+    with torch.device("meta"):
+        unet = make_denoiser(name, height=16, width=16, in_channels=1)
+    assert find_preset(unet.config) == name
+    assert find_preset(tiny_unet().config) is None
+
+
+def test_initial_weights_of_another_preset_are_refused_with_its_name(tmp_path):
+    DDPMPipeline(make_denoiser("tiny", height=16, width=16, in_channels=1), DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Give --denoiser tiny, and images with 1 channels"):
+        load_initial_weights(str(tmp_path), tiny_unet(), DDPMScheduler(), print)
 
 
 def test_initial_weights_that_do_not_exist():

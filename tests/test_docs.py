@@ -17,7 +17,7 @@ EXAMPLES = """```sh
 python examples/sample.py
 python examples/interpolate.py
 python examples/other_scheduler.py
-python examples/finetune.py runs/mine/pipeline my/images runs/finetuned --denoiser tiny --max_train_steps 1
+python examples/finetune.py runs/mine/pipeline my/images runs/finetuned --max_train_steps 1 --cache_dir cache
 ```
 """
 

@@ -6,7 +6,7 @@ height and width must be multiples of 4. `save_pretrained` writes a plain UNet2D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,9 +128,11 @@ def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, l
     for tensor_name in [*target, *weights]:
         shapes = [tuple(state[tensor_name].shape) if tensor_name in state else None for state in (weights, target)]
         if shapes[0] != shapes[1]:
+            preset = find_preset(pipe.unet.config)
+            fix = f"--denoiser {preset}" if preset else "the denoiser that it was trained with"
             raise ValueError(
                 f"init_from is {name!r}, which has another architecture: {tensor_name} has shape {shapes[0]} there and "
-                f"{shapes[1]} here. Give the denoiser that it was trained with, and images with as many channels"
+                f"{shapes[1]} here. Give {fix}, and images with {pipe.unet.config['in_channels']} channels"
             )
     for field, option in (("prediction_type", "prediction_type"), ("num_train_timesteps", "ddpm_num_steps")):
         trained_with, value = pipe.scheduler.config[field], scheduler.config[field]
@@ -143,6 +145,15 @@ def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, l
         log(f"WARNING: {name} was trained with another noise schedule than this ddpm_beta_schedule")
     unet.load_state_dict(weights)
     log(f"initial weights: {name}")
+
+
+def find_preset(config: Mapping[str, Any]) -> str | None:
+    """The preset that a UNet2DModel with this configuration was made from, or None."""
+    fields = ("block_out_channels", "down_block_types", "up_block_types")
+    for name, preset in PRESETS.items():
+        if all(tuple(config[field]) == preset[field] for field in fields):
+            return name
+    return None
 
 
 def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
