@@ -284,27 +284,57 @@ class Options:
         model: a folder.
         steps: numbers of steps.
         names: some names.
+        paths: some files.
         fast: skip something.
     """
 
     model: str
     steps: tuple[int, ...] = (50,)
     names: list[str] | None = None
+    paths: tuple[str, ...] = ()
     fast: bool = False
 
 
 def parse_options(*arguments):
-    return parse_dataclass(Options, arguments, description="A test.", positional=["model"])
+    return parse_dataclass(Options, arguments, description="A test.", positional=["model"], repeatable=["paths"])
 
 
-def test_a_list_takes_commas_and_repeated_flags():
+def test_a_list_takes_commas_and_the_last_flag_wins():
     assert parse_options("runs/a") == Options("runs/a")
     assert parse_options("runs/a", "--steps", "50, 100").steps == (50, 100)
     assert parse_options("--steps=50,100", "runs/a") == Options("runs/a", (50, 100))
-    assert parse_options("runs/a", "--steps", "5", "--steps", "7").steps == (5, 7)
+    assert parse_options("runs/a", "--steps", "5,6", "--steps", "7").steps == (7,)
+    assert parse_options("runs/a", "--steps", "5", "--steps", "[7]").steps == (7,)
+    assert parse_options("--steps", "5", "--", "runs/a") == Options("runs/a", (5,))
     assert parse_options("runs/a", "--steps=[5, 7]").steps == (5, 7)
     assert parse_options("runs/a", "--names", "1,b: c.th,yes").names == ["1", "b: c.th", "yes"]
     assert parse_options("runs/a", "--names", "null").names is None
+
+
+def test_a_repeatable_flag_takes_one_item_with_its_commas():
+    assert parse_options("runs/a", "--paths", "a, b.pt", "--steps", "5", "--paths=c").paths == ("a, b.pt", "c")
+
+
+def test_an_empty_field_of_a_yaml_file_is_named(tmp_path, capsys):
+    """Null is a value of optional fields only: seed, a number, and lists, strings and choices alike need one."""
+    file = tmp_path / "a config.yaml"
+    for field in ("seed", "checkpointing_steps", "background", "on_bad_image", "report_to", "adam_beta1"):
+        file.write_text(f"dataset_name: moons\n{field}:\n")
+        with pytest.raises(SystemExit) as exit_:
+            parse(["--config", str(file)])
+        assert exit_.value.code == 2
+        printed = capsys.readouterr().err
+        assert f"{field} is null: give " in printed and printed.count("\n") == 1
+    file.write_text("dataset_name: moons\nmax_train_minutes:\n")
+    assert parse(["--config", str(file)]).max_train_minutes is None
+
+
+def test_a_mistake_in_a_yaml_file_names_the_file(tmp_path, capsys):
+    file = tmp_path / "a config.yaml"
+    file.write_text("foo: 1\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(file)])
+    assert f"{file}: " in capsys.readouterr().err
 
 
 def test_a_boolean_flag_before_a_positional_argument():

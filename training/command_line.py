@@ -19,6 +19,7 @@ def parse_dataclass(
     *,
     description: str,
     positional: Sequence[str] = (),
+    repeatable: Sequence[str] = (),
     config_help: str | None = None,
 ) -> T:
     """An instance of `cls` from `--field value` arguments. A mistake prints one line and exits with code 2.
@@ -31,6 +32,7 @@ def parse_dataclass(
         arguments: the command line without the program's name; None: that of this process.
         description: what the program does, for --help.
         positional: names of string fields that have no flag, in the order of their values.
+        repeatable: list fields whose flag takes one item, commas included, and may be repeated to give several.
         config_help: help text of a `--config FILE` option that reads fields from YAML; None: no such option.
     """
     from docstring_parser import parse
@@ -39,7 +41,7 @@ def parse_dataclass(
     hints = get_type_hints(cls)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = _complete_switches(arguments, hints, bool(positional))
-    arguments = _join_lists(arguments, hints)
+    arguments = _join_lists(arguments, hints, repeatable)
     parser = ArgumentParser(
         prog=Path(sys.argv[0]).name, description=description, allow_abbrev=False, exit_on_error=False
     )
@@ -51,11 +53,18 @@ def parse_dataclass(
     parser.add_class_arguments(cls, skip=set(positional))
     try:
         values = parser.parse_args(arguments)
+        for name, hint in hints.items():  # an empty field of a YAML file is null, which jsonargparse lets pass
+            if values[name] is None and types.NoneType not in (hint, *get_args(hint)):
+                raise ValueError(f"{name} is null: give {_describe(hint)}")
         return cls(**{name: values[name] for name in hints})
     except (ArgumentError, ValueError) as error:
         message = _one_line(str(error), hints)
         if re.match("Problems parsing config|Unexpected config|Option", message):  # jsonargparse does not name the file
-            paths = re.findall(r"--config[ =](\S+)", " ".join(arguments))
+            paths = [
+                argument.removeprefix("--config=") if argument.startswith("--config=") else following
+                for argument, following in zip(arguments, [*arguments[1:], ""])
+                if argument == "--config" or argument.startswith("--config=")
+            ]
             message = f"{', '.join(paths)}: {message}"
         print(f"{parser.prog}: {message}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -74,26 +83,32 @@ def _complete_switches(arguments: list[str], hints: dict[str, Any], has_position
     return completed
 
 
-def _join_lists(arguments: list[str], hints: dict[str, Any]) -> list[str]:
-    """`--eta 0 --eta 0.5,1` becomes `--eta=[0,0.5,1]`; a value in brackets is YAML already and stays as it is."""
-    items: dict[str, list[str]] = {}
-    joined = []
+def _join_lists(arguments: list[str], hints: dict[str, Any], repeatable: Sequence[str]) -> list[str]:
+    """`--eta 0,1` becomes `--eta=[0,1]`; a value in brackets is YAML already and is left alone."""
+    items: dict[str, list[str]] = {}  # of repeatable flags
+    joined: list[str] = []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
+        if argument == "--":
+            return [*joined, argument, *remaining]
         flag, equals, value = argument.partition("=")
         item_type = _item_type(hints.get(flag[2:])) if flag.startswith("--") else None
         value_is_missing = not equals and (not remaining or remaining[0].startswith("--"))
-        if item_type is None or value_is_missing:  # the parser reports a missing value
+        if item_type is None or value_is_missing:  # the parser says what is missing
             joined.append(argument)
             continue
         value = value if equals else remaining.pop(0)
         if value.startswith("[") or value == "null":
             joined.append(f"{flag}={value}")
+            continue
+        if flag[2:] in repeatable:
+            texts = items.setdefault(flag, [])
+            texts.append(value)
         else:
             texts = [text.strip() for text in value.split(",")]
-            items.setdefault(flag, []).extend(texts if item_type in (int, float) else map(json.dumps, texts))
-    return joined + [f"{flag}=[{','.join(texts)}]" for flag, texts in items.items()]
+        joined.append(f"{flag}=[{','.join(texts if item_type in (int, float) else map(json.dumps, texts))}]")
+    return joined
 
 
 def _item_type(hint: Any) -> Any:
@@ -106,7 +121,7 @@ def _item_type(hint: Any) -> Any:
 def _one_line(message: str, hints: dict[str, Any]) -> str:
     """The message on one line. Ours replaces the up to seven lines of jsonargparse about a value of the wrong type."""
     message = " ".join(message.split()).replace('in "<unicode string>", ', "")
-    match = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)
+    match = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: ?(.*)', message)
     if match is None or match[1] not in hints:
         return re.sub(r'^Parser key "(\w+)"', r"\1", message)
     return f"{match[1]} is {match[2]!r}: give {_describe(hints[match[1]])}"

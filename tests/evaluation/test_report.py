@@ -133,7 +133,11 @@ def test_nearest_grid_shows_samples_above_the_images_they_are_nearest_to(tmp_pat
         ("runs/moons", {"cache_dir": "/data/alice/cache"}, "runs/moons --cache_dir cache"),
         ("runs/moons", {"cache_dir": "/data/a=b/cache"}, "runs/moons --cache_dir cache"),
         ("runs/moons", {"train_data_dir": "/data/my images"}, "runs/moons --train_data_dir 'my images'"),
-        ("runs/moons", {"extractor": ("~/inception.pt", "pixels")}, "runs/moons --extractor inception.pt,pixels"),
+        (
+            "runs/moons",
+            {"extractor": ("~/inception.pt", "pixels")},
+            "runs/moons --extractor inception.pt --extractor pixels",
+        ),
         ("runs/moons", {"metrics": ("frechet", "bound")}, "runs/moons --metrics frechet,bound"),
         ("runs/moons", {"eta": (1.0, 0.25), "num_samples": 2048}, "runs/moons --eta 1,0.25"),
     ],
@@ -145,7 +149,7 @@ def test_the_command_has_no_local_paths(model, settings, shown):
 
 def test_the_command_gives_the_same_settings_again():
     config = EvalConfig(
-        "runs/x", num_inference_steps=(50, 10), eta=(1.0, 0.125), weights=("online",), extractor=("pixels", "a b.pt"),
+        "runs/x", num_inference_steps=(50, 10), eta=(1.0, 0.125), weights=("online",), extractor=("pixels", "a, b.pt"),
         metrics=("kernel", "bound"), seed=7, strata=0, mixed_precision="bf16", train_data_dir="my images",
     )  # fmt: skip
     assert parse(shlex.split(command_line(config))[3:]) == config

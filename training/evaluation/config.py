@@ -120,7 +120,9 @@ class EvalConfig:
 
 def parse(arguments: Sequence[str] | None = None) -> EvalConfig:
     """The settings on the command line, the model first. A mistake prints one line and exits with code 2."""
-    return parse_dataclass(EvalConfig, arguments, description="Evaluate a model.", positional=("model",))
+    return parse_dataclass(
+        EvalConfig, arguments, description="Evaluate a model.", positional=("model",), repeatable=("extractor",)
+    )
 
 
 def check_installed(config: EvalConfig) -> None:

@@ -100,8 +100,11 @@ def command_line(config: EvalConfig) -> str:
         values = value if isinstance(value, tuple) else (value,)
         if field.name in PATH_FIELDS:
             values = tuple(map(_shareable, values))
-        numbers = (f"{item:g}" if isinstance(item, float) else str(item) for item in values)
-        command += [f"--{field.name}", ",".join(numbers)]
+        texts = [f"{item:g}" if isinstance(item, float) else str(item) for item in values]
+        if field.name == "extractor":  # may hold commas, and is repeated instead
+            command += [part for text in texts for part in ("--extractor", text)]
+        else:
+            command += [f"--{field.name}", ",".join(texts)]
     return shlex.join(command)
 
 
