@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder to write to; when the block ends, it is renamed to `path`.
 
     If the block raises, the temporary path is removed and `path` is unchanged. The parent folder must exist. A folder
-    is replaced in two renames: a process that is killed between them leaves the old one as `<name>.old`.
+    is replaced in two renames: a process that is killed between them leaves the old one as `.<name>.old`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    remove(temporary)  # left by a killed process with the same id
+    # Threads, and processes of one id on two machines, may write the same path.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         if temporary.is_dir():
@@ -38,7 +39,7 @@ def remove(path: Path) -> None:
 
 def _replace_folder(new: Path, path: Path) -> None:
     """No operating system replaces a folder that is not empty, so the old one is renamed first."""
-    old = path.with_name(f"{path.name}.old")
+    old = path.with_name(f".{path.name}.old")
     if path.exists():
         remove(old)
         path.rename(old)

@@ -33,6 +33,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
+INDEX_DTYPES = (torch.int64, torch.int32)  # a bool or uint8 index would be a mask
 MAX_TRAIN_TIMESTEPS = 100_000  # above this a typo is likelier than a real schedule, and tables grow large
 TINY_VARIANCE = 1e-20  # replaces beta_tilde = 0 at the first index, where its logarithm is needed
 
@@ -209,6 +210,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         """
         self._check_images(x_prev)
         _check_shapes(x_prev=x_prev, noise=noise)
+        if prev_t is None:
+            raise ValueError("prev_t is None: give the index of each image in x_prev, -1 for a clean one")
         alpha_bar_t, alpha_bar_prev = self.alpha_bars(t, prev_t)
         alpha = alpha_bar_t / alpha_bar_prev
         signal, noise_std = (self._broadcast(table, x_prev) for table in (alpha.sqrt(), (1 - alpha).sqrt()))
@@ -289,36 +292,6 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             x_0, eps = (self._converted(prediction, t, x_t, source, quantity) for quantity in ("sample", "epsilon"))
             return self._velocity(x_0, eps, t).to(prediction.dtype)
         return self._converted(prediction, t, x_t, source, target).to(prediction.dtype)
-
-    def x_0_from_eps(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Eq. (15), DDPM: x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t).
-
-        Args:
-            x_t: noisy images at index t, (B, C, H, W).
-            eps: the noise in them, same shape.
-            t: (B,) int64 in [0, T).
-        Returns:
-            (B, C, H, W), dtype of x_t.
-        Raises:
-            ValueError: shapes differ, or some t is out of range.
-        """
-        _check_shapes(x_t=x_t, eps=eps)
-        return self._converted(eps, t, x_t, "epsilon", "sample").to(x_t.dtype)
-
-    def eps_from_x_0(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """The noise in x_t if the clean image is x_0: eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t).
-
-        Args:
-            x_t: noisy images at index t, (B, C, H, W).
-            x_0: clean images, same shape.
-            t: (B,) int64 in [0, T).
-        Returns:
-            (B, C, H, W), dtype of x_t.
-        Raises:
-            ValueError: shapes differ, or some t is out of range.
-        """
-        _check_shapes(x_t=x_t, x_0=x_0)
-        return self._converted(x_0, t, x_t, "sample", "epsilon").to(x_t.dtype)
 
     def _converted(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
         """a x_t + b prediction: x_0 (`target` "sample") or eps ("epsilon"), in float32 or float64."""
@@ -658,8 +631,13 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         index = self._checked(t)
         if prev_t is None:
             prev_t = t - 1
-        elif t.device.type == "cpu" and not ((prev_t >= -1) & (prev_t < t)).all():
-            raise ValueError(f"prev_t is {_short(prev_t.tolist())}: each must be at least -1 and less than its t")
+        else:
+            if not isinstance(prev_t, Tensor) or prev_t.dtype not in INDEX_DTYPES:
+                raise ValueError(f"prev_t is {prev_t!r}: give an int64 or int32 tensor, each in [-1, t)")
+            if prev_t.numel() != t.numel() and 1 not in (prev_t.numel(), t.numel()):
+                raise ValueError(f"prev_t has {prev_t.numel()} entries and t has {t.numel()}: give one for each t")
+            if t.device.type == "cpu" and not ((prev_t >= -1) & (prev_t < t)).all():
+                raise ValueError(f"prev_t is {_short(prev_t.tolist())}: each must be at least -1 and less than its t")
         table = self._alpha_bar.to(t.device)
         return table[index + 1], table[prev_t + 1]
 
@@ -673,8 +651,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _checked(self, t: Tensor) -> Tensor:
         """t, after a check of its dtype and, where this does not make the host wait, of its range."""
-        index_dtypes = (torch.int64, torch.int32)  # a bool or uint8 index would be a mask
-        if not isinstance(t, Tensor) or t.dtype not in index_dtypes:
+        if not isinstance(t, Tensor) or t.dtype not in INDEX_DTYPES:
             raise ValueError(f"t is {t!r}: give an int64 or int32 tensor, all in [0, {self.num_steps})")
         if t.device.type == "cpu" and not torch.compiler.is_compiling():
             values = t.numpy()  # faster than dispatched operations

@@ -177,17 +177,21 @@ def test_predictions_convert_there_and_back(schedule, images):
 
 
 @pytest.mark.parametrize("schedule", FINITE_SNR, ids=values_of)
-def test_x_0_from_eps_and_back(schedule, images):
+def test_x_0_from_the_noise_and_back(schedule, images):
     scheduler = DDPMScheduler(**schedule)
     x_0, eps, _ = images
     signal, noise_std = as_images(scheduler.alphas_cumprod).sqrt(), as_images(1 - scheduler.alphas_cumprod).sqrt()
     x_t = signal * x_0 + noise_std * eps
     # x_0 is divided by the signal, which is 5e-5 at the end of the cosine schedule
     tolerance = 1e-14 / signal.amin().item() + 1e-12
-    close(scheduler.x_0_from_eps(x_t, eps, ALL_T), x_0, rtol=0, atol=tolerance)
-    close(scheduler.eps_from_x_0(x_t, x_0, ALL_T), eps, rtol=0, atol=1e-12)
-    close(scheduler.eps_from_x_0(x_t, scheduler.x_0_from_eps(x_t, eps, ALL_T), ALL_T), eps, rtol=0, atol=1e-12)
-    close(scheduler.x_0_from_eps(x_t, scheduler.eps_from_x_0(x_t, x_0, ALL_T), ALL_T), x_0, rtol=0, atol=tolerance)
+
+    def convert(prediction, source, target):
+        return scheduler.convert_prediction(prediction, ALL_T, x_t, source, target)
+
+    close(convert(eps, "epsilon", "sample"), x_0, rtol=0, atol=tolerance)
+    close(convert(x_0, "sample", "epsilon"), eps, rtol=0, atol=1e-12)
+    close(convert(convert(eps, "epsilon", "sample"), "sample", "epsilon"), eps, rtol=0, atol=1e-12)
+    close(convert(convert(x_0, "sample", "epsilon"), "epsilon", "sample"), x_0, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=values_of)

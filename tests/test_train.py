@@ -475,16 +475,20 @@ def test_an_image_that_cannot_be_saved_is_left_out_of_the_pipeline(tmp_path, rec
 
 
 def test_a_pipeline_is_recovered_after_a_kill_while_it_was_replaced(tmp_path):
-    for name in ("pipeline.old", ".pipeline.tmp-123", "pipeline.tmp", "pipeline.backup"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
-    sampling.recover_pipeline(tmp_path)
-    assert names(tmp_path) == ["pipeline", "pipeline.backup"]
-    assert (tmp_path / "pipeline" / "file").read_text() == "pipeline.old"
-    (tmp_path / "pipeline.old").mkdir()
-    sampling.recover_pipeline(tmp_path)
-    assert names(tmp_path) == ["pipeline", "pipeline.backup"]
-    assert (tmp_path / "pipeline" / "file").read_text() == "pipeline.old"
+    """Also if version 0.1 was killed, which called it pipeline.old; a user's copy of that name stays."""
+    for old in (".pipeline.old", "pipeline.old"):
+        folder = tmp_path / f"killed {old}"
+        for name in (old, ".pipeline.tmp-123-0a", "pipeline.tmp", "pipeline.backup"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "file").write_text(name)
+        sampling.recover_pipeline(folder)
+        assert names(folder) == ["pipeline", "pipeline.backup"]
+        assert (folder / "pipeline" / "file").read_text() == old
+        (folder / "pipeline.old").mkdir()
+        (folder / ".pipeline.old").mkdir()
+        sampling.recover_pipeline(folder)
+        assert names(folder) == ["pipeline", "pipeline.backup", "pipeline.old"]
+        assert (folder / "pipeline" / "file").read_text() == old
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from training.hub.files import (
 from training.run.record import RunRecord, read_json
 
 LOCAL_FIELDS = ("output_dir", "cache_dir", "cpu_threads", "dataloader_num_workers", "resume_from_checkpoint",
-                "push_to_hub", "push_to_hub_steps", "hub_model_id", "hub_private_repo", "license")  # fmt: skip
+                "push_to_hub", "push_to_hub_steps", "hub_model_id", "hub_private_repo", "license",
+                "report_to")  # fmt: skip
 TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,98}(?<!\.)(?<!\.lock)", re.ASCII)  # stricter than git's own rules
 
 

@@ -160,9 +160,11 @@ def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: d
 
 def recover_pipeline(output_dir: Path) -> None:
     """After a run was killed while replacing pipeline/: restore it and delete temporary files. Lock first."""
-    folder, old = output_dir / PIPELINE, output_dir / f"{PIPELINE}.old"
-    if old.exists() and not folder.exists():
-        old.rename(folder)
+    folder = output_dir / PIPELINE
+    # without the dot: as version 0.1 named it, and now maybe a copy that the user has made
+    for old in (output_dir / f".{PIPELINE}.old", output_dir / f"{PIPELINE}.old"):
+        if old.exists() and not folder.exists():
+            old.rename(folder)
     for path in output_dir.iterdir():
-        if re.fullmatch(rf"{PIPELINE}\.(old|tmp)|\.{PIPELINE}\.tmp-\d+", path.name):
+        if re.fullmatch(rf"\.{PIPELINE}\.(old|tmp-[\w-]+)|{PIPELINE}\.tmp", path.name):
             remove(path)
