@@ -173,7 +173,7 @@ def _train(
         x = torch.stack([image.rot90(turns[i], (1, 2)) for image, i in zip(x, turn_indices.tolist())])
         return x.to(device), turn_indices.to(device)
 
-    for _ in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False):
+    for _ in tqdm(range(steps), desc="training the classifier", unit=" steps", leave=False, disable=None):
         indices = train_indices[torch.randint(len(train_indices), (BATCH_SIZE,), generator=generator).numpy()]
         x, target = batch(indices, torch.randint(len(turns), (BATCH_SIZE,), generator=generator))
         loss = F.cross_entropy(network(x), target)

@@ -27,6 +27,7 @@ from torch import Tensor
 from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
+from training.progress import progress
 from training.run import checkpoint, failures, signals
 from training.run.failures import ForwardPass
 from training.run.log import Log, check_trackers
@@ -247,13 +248,11 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
 
 def train(run: Run, state: TrainingState) -> bool:
     """The training loop. Returns True if a signal ended it; either way its last step has a checkpoint."""
-    from tqdm import tqdm
-
     config, runtime, clock = run.config, run.runtime, state.clock
     scaler = runtime.accelerator.scaler
     parameters = list(run.unet.parameters())
     time_limit = 60 * config.max_train_minutes if config.max_train_minutes else math.inf  # seconds
-    progress = tqdm(total=config.max_train_steps, initial=state.step, desc="training", disable=not runtime.is_main)
+    bar = progress(desc="training", total=config.max_train_steps, initial=state.step, disable=not runtime.is_main)
     loss_sum, num_losses = torch.zeros((), device=runtime.device), 0
     stopping = out_of_time = False
     run.unet.train()
@@ -289,7 +288,7 @@ def train(run: Run, state: TrainingState) -> bool:
         state.step += 1
         if not nonfinite:
             run.ema.update(state.step)
-        progress.update()
+        bar.update()
         images_seen = state.step * run.record.global_batch
         is_last = stopping or out_of_time or state.step == config.max_train_steps
 
@@ -308,7 +307,7 @@ def train(run: Run, state: TrainingState) -> bool:
                     ema_decay=run.ema.decay_at(state.step),
                     skipped=state.skipped,
                 )
-            progress.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
+            bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
             loss_sum.zero_()
             logged_at, num_losses = now, 0
 
@@ -320,7 +319,7 @@ def train(run: Run, state: TrainingState) -> bool:
         if config.validation_steps and not stopping and (is_last or is_due(state.step, config.validation_steps)):
             with clock.paused():
                 summary = run.validator.validate(state.step, images_seen)
-            progress.set_description(f"training ({summary})" if summary else "training")
+            bar.set_description(f"training ({summary})" if summary else "training")
 
         # ---- Sample, publish (after the last step, main() does both)
         publish = is_due(state.step, config.push_to_hub_steps)
@@ -336,7 +335,7 @@ def train(run: Run, state: TrainingState) -> bool:
     if state.saved_step != state.step:
         save_checkpoint(run, state)
     run.stop.in_loop = False
-    progress.close()
+    bar.close()
     return stopping
 
 

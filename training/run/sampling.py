@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline.files import remove, replacing
+from training.progress import is_terminal
 from training.run.failures import is_out_of_memory
 from training.run.record import SAMPLE_SEED, RunRecord
 
@@ -78,7 +79,7 @@ class EMASampler:
             with self.ema_weights(), runtime.autocast():
                 pipe = self._make_pipeline()
                 title = f"sampling at step {step}"
-                pipe.set_progress_bar_config(desc=title, leave=False, disable=not runtime.is_main)
+                pipe.set_progress_bar_config(desc=title, leave=False, disable=not (runtime.is_main and is_terminal()))
                 for start in range(0, per_rank, BATCH_SIZE):
                     images += pipe(
                         seeds=[SAMPLE_SEED + i for i in indices[start : start + BATCH_SIZE]],

@@ -1,0 +1,62 @@
+"""PROGRESS: a bar on a terminal; elsewhere, such as in a log file, at most a line a minute."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+INTERVAL = 60.0  # seconds between two lines
+
+
+def progress(
+    iterable: Iterable[Any] | None = None,
+    desc: str = "",
+    total: int | None = None,
+    *,
+    unit: str = "it",
+    disable: bool = False,
+    leave: bool = True,
+    initial: int = 0,
+) -> Any:
+    """A tqdm over `iterable`, or one to `update()`; each argument means what it means there.
+
+    Where standard error is not a terminal, what takes longer than a minute prints a line a minute and one at the end.
+    """
+    kind = tqdm if is_terminal() else Lines
+    return kind(iterable, desc and f"{desc}: ", total, unit=unit, disable=disable, leave=leave, initial=initial)
+
+
+def is_terminal() -> bool:
+    """Whether standard error is a terminal, where a bar can be redrawn."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+class Lines(tqdm):
+    """A tqdm that prints lines: no bar, no carriage returns and no movements of the cursor."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, mininterval=INTERVAL, delay=INTERVAL, **options)
+        counts = "{n_fmt}/{total_fmt}{unit}, {percentage:.0f}%" if self.total else "{n_fmt}{unit}"
+        self.bar_format = "{desc}" + counts + " [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        self._printed_at = getattr(self, "start_t", 0.0)  # a disabled tqdm has no start
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Called whenever a bar would be redrawn."""
+        if self._time() - self._printed_at >= INTERVAL:
+            self._print()
+
+    def close(self) -> None:
+        if not getattr(self, "disable", True):
+            if self._time() - self.start_t >= INTERVAL:
+                self._print()
+            self.delay = math.inf  # tqdm leaves a bar alone that was never shown
+        super().close()
+
+    def _print(self) -> None:
+        self._printed_at = self._time()
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
