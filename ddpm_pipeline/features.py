@@ -81,7 +81,9 @@ def extract_features(
     if cached is not None:
         return cached["features"]
     batches = []
-    with tqdm(total=len(images), desc=f"features, {extractor.name}", unit=" images", leave=False, disable=None) as progress:
+    with tqdm(
+        total=len(images), desc=f"features, {extractor.name}", unit=" images", leave=False, disable=None
+    ) as progress:
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size]))
             batches.append(extractor(batch))
