@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .denoiser import UNetDenoiser, check_class_labels
 from .images import check_image_size
+from .precision import compute_dtype
 from .sampling import SamplingRun
-from .scheduling_ddpm import DDPMScheduler, check_int, compute_dtype
+from .scheduling_ddpm import DDPMScheduler, check_int
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses only the last 32 bits of a larger seed
 
@@ -112,17 +113,20 @@ def partial_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int
 def step_options(scheduler: Any, generator: Any, eta: float | None) -> dict[str, Any]:
     """Keyword arguments of `scheduler.step`: the generator, if this scheduler takes one, and eta, if it is not None.
 
+    Our scheduler calls it `ddim_eta`.
+
     Raises:
         ValueError: eta is not in [0, 1], or this scheduler has none.
     """
     parameters = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generator} if "generator" in parameters else {}
     if eta is not None:
-        if "eta" not in parameters:
+        name = next((name for name in ("ddim_eta", "eta") if name in parameters), None)
+        if name is None:
             raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta: leave it out")
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (ancestral)")
-        options["eta"] = eta
+        options[name] = eta
     return options
 
 

@@ -194,5 +194,5 @@ def _train(
                 num_correct += int((network.head(features).argmax(dim=1) == target).sum())
                 num_tested += len(indices)
     weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-    scale = torch.cat(squares).double().mean().sqrt().cpu()
+    scale = torch.cat(squares).cpu().double().mean().sqrt()
     return {**weights, "accuracy": torch.tensor(num_correct / num_tested, dtype=torch.float64), "scale": scale}

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from .scheduling_ddpm import compute_dtype
+from .precision import compute_dtype
 
 
 class Denoiser(Protocol):

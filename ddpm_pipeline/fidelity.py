@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .image_arrays import check_images, chunks
 from .pixels import num_levels
+from .precision import as_float64
 
 CHUNK = 2048  # feature vectors in float64, or sides of a kernel matrix, in memory at a time
 CHUNK_DISTANCES = 2**23  # entries of a distance matrix in memory at a time
@@ -75,12 +76,12 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
 
     A QR of [R of the previous chunks; next chunk] at a time, so that not all features are in float64 at once.
     """
-    mean = features.new_zeros(features.shape[1], dtype=torch.float64)
+    mean = as_float64(features.new_zeros(features.shape[1]))
     for chunk in features.split(CHUNK):
-        mean += chunk.double().sum(dim=0) / len(features)
+        mean += as_float64(chunk).sum(dim=0) / len(features)
     root = mean.new_zeros(0, len(mean))
     for chunk in features.split(CHUNK):
-        root = torch.linalg.qr(torch.cat([root, chunk.double() - mean]), mode="r").R
+        root = torch.linalg.qr(torch.cat([root, as_float64(chunk) - mean]), mode="r").R
     return mean, root / math.sqrt(len(features) - 1)
 
 
@@ -121,10 +122,10 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     If y is x, both sums are over pairs i < j only, so that the two add up to the sum over all j != i.
     """
-    over_j, over_i = (z.new_zeros(len(z), dtype=torch.float64) for z in (x, y))
+    over_j, over_i = (as_float64(z.new_zeros(len(z))) for z in (x, y))
     for i in range(0, len(x), CHUNK):
         for j in range(i if y is x else 0, len(y), CHUNK):
-            a, b = x[i : i + CHUNK].double(), y[j : j + CHUNK].double()
+            a, b = as_float64(x[i : i + CHUNK]), as_float64(y[j : j + CHUNK])
             k = ((a @ b.T).div_(x.shape[1]).add_(1)).pow(3)
             if y is x and j == i:
                 k.triu_(diagonal=1)
@@ -151,7 +152,7 @@ def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[f
     for indices, distance in _distances(features, reference):
         num_precise += int((distance <= radii_y).any(dim=1).sum())
         recalled |= (distance <= radii_x[indices, None]).any(dim=0)
-    return num_precise / len(features), recalled.double().mean().item()
+    return num_precise / len(features), recalled.sum().item() / len(reference)
 
 
 def density_coverage(features: Tensor, reference: Tensor, k: int = 5) -> tuple[float, float]:
@@ -175,7 +176,7 @@ def density_coverage(features: Tensor, reference: Tensor, k: int = 5) -> tuple[f
         within = distance <= radii
         num_inside += int(within.sum())
         covered |= within.any(dim=0)
-    return num_inside / (k * len(features)), covered.double().mean().item()
+    return num_inside / (k * len(features)), covered.sum().item() / len(reference)
 
 
 def nearest(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def _fraction_below(values: Tensor, others: Tensor) -> Tensor:
     """For each value, the fraction of the others that are smaller; ties count half."""
     ordered = others.sort().values
     below, up_to = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    return (below + up_to).double() / (2 * len(others))
+    return as_float64(below + up_to) / (2 * len(others))
 
 
 def _radii(features: Tensor, k: int) -> Tensor:

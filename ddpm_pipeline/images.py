@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from .pixels import from_pixels, height_width
-from .scheduling_ddpm import DDPMScheduler, check_choice, compute_dtype
+from .precision import compute_dtype
+from .scheduling_ddpm import DDPMScheduler, check_choice
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels

@@ -42,7 +42,7 @@ def repaint(
     levels: Sequence[int],
     *,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    eta: float = 1.0,
+    ddim_eta: float = 1.0,
 ) -> Tensor:
     """Algorithm 1 of RePaint over the timesteps that the scheduler is set to.
 
@@ -51,7 +51,7 @@ def repaint(
         mask: bool, same shape, True where to paint.
         levels: noise levels from `repaint_levels`, for the scheduler's number of timesteps.
         generator: for all noise; a list has one for each image.
-        eta: of the reverse steps, from 0 (deterministic) to 1 (ancestral).
+        ddim_eta: of the reverse steps, from 0 (deterministic) to 1 (ancestral).
     Returns:
         (B, C, H, W); outside the mask these are the known pixels, bit for bit.
     """
@@ -65,7 +65,8 @@ def repaint(
     for level, next_level in pairwise(levels):
         if next_level < level:
             t = int(index[level])
-            x_t = scheduler.step(denoiser(x_t, t), t, x_t, generator=generator, eta=eta, return_dict=False)[0]
+            step = scheduler.step(denoiser(x_t, t), t, x_t, generator=generator, ddim_eta=ddim_eta)
+            x_t = step.prev_sample
             noised = known if next_level == 0 else scheduler.add_noise(known, noise(), index[next_level])
             x_t = torch.where(mask, x_t, noised)
         else:

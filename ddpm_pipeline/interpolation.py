@@ -22,6 +22,7 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .images import squared_pixel_distance
 from .inversion import ddim_sample
+from .precision import as_float64
 from .scheduling_ddpm import DDPMScheduler
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images in [-1, 1] to (B,), each at least 0
@@ -122,7 +123,8 @@ def noise_path(
     """
 
     def image_at(index: Tensor, weights: Tensor) -> Tensor:
-        mean = torch.einsum("mn,mnchw->mchw", weights.to(endpoints.dtype), endpoints[index])
+        weights = weights.to(endpoints.dtype).to(endpoints.device)
+        mean = torch.einsum("mn,mnchw->mchw", weights, endpoints[index])
         return image_to_image(mean, [seeds[i] for i in index.tolist()]).clamp(-1, 1)
 
     return image_at
@@ -140,7 +142,8 @@ def spherical_mean(latents: Tensor, weights: Tensor, max_iterations: int = 100) 
     Returns:
         (M, C, H, W), dtype of latents. A weight of exactly 1 returns that latent, bit for bit.
     """
-    points, w = latents.double().flatten(2), weights.to(latents.device).double()[..., None]  # (M, N, D), (M, N, 1)
+    points = as_float64(latents).flatten(2)  # (M, N, D)
+    w = as_float64(weights).to(points.device)[..., None]  # (M, N, 1)
     norms = points.norm(dim=2, keepdim=True)
     units = points / norms.clamp(min=1e-30)
     direction = _normalize((w * units).sum(1, keepdim=True))  # (M, 1, D)
@@ -156,7 +159,7 @@ def spherical_mean(latents: Tensor, weights: Tensor, max_iterations: int = 100) 
     mean = direction[:, 0] * (w * norms).sum(1)
     is_endpoint, endpoint = (weights == 1).any(1), weights.argmax(1)
     mean[is_endpoint] = points[is_endpoint, endpoint[is_endpoint]]
-    return mean.unflatten(1, latents.shape[2:]).to(latents.dtype)
+    return mean.unflatten(1, latents.shape[2:]).to(latents.dtype).to(latents.device)
 
 
 def _normalize(vectors: Tensor) -> Tensor:
@@ -186,11 +189,11 @@ def interpolate(
     Args:
         image_at: a path, `latent_path` or `noise_path`.
         endpoints: (P, N, C, H, W).
-        weights: (K, N), float64; with balance N is 2 and weights[:, 1] are the wanted ratios.
+        weights: (K, N), float64, on the CPU; with balance N is 2 and weights[:, 1] are the wanted ratios.
         tolerance: of the distance ratio, with balance.
     """
     num_sets, num_endpoints = endpoints.shape[:2]
-    set_index = torch.arange(num_sets, device=endpoints.device).repeat_interleave(len(weights))
+    set_index = torch.arange(num_sets).repeat_interleave(len(weights))
     weights = weights.repeat(num_sets, 1)
 
     def ratio_of(which: Tensor, images: Tensor) -> Tensor:
@@ -205,7 +208,7 @@ def interpolate(
         weights = torch.stack([1 - weight, weight], dim=1)
     else:
         images = image_at(set_index, weights)
-    all_indices = torch.arange(len(weights), device=endpoints.device)
+    all_indices = torch.arange(len(weights))
     return Interpolation(images, weights, ratio_of(all_indices, images) if num_endpoints == 2 else None)
 
 
@@ -226,7 +229,7 @@ def bisect_weights(
     Args:
         image_at: (indices of targets (M,), weights (M,)) to images (M, C, H, W).
         ratio_of: (indices of targets (M,), images) to distance ratios (M,).
-        target_ratios: (N,), float64, in [0, 1]; 0 and 1 are the endpoints themselves.
+        target_ratios: (N,), float64, in [0, 1], on the CPU; 0 and 1 are the endpoints themselves.
     Returns:
         weights (N,) in [0, 1] and images (N, C, H, W): of all evaluated, the nearest to the target.
     """
@@ -242,7 +245,7 @@ def bisect_weights(
             break
         middle = (low[which] + high[which]) / 2
         images = image_at(which, middle)
-        ratios = ratio_of(which, images).to(target_ratios)
+        ratios = ratio_of(which, images).cpu().double()
         if best_images is None:
             best_images = images.clone()
         new_error = (ratios - target_ratios[which]).abs()

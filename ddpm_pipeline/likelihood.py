@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import rng
 from .pixels import num_levels
+from .precision import as_float64
 from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance, check_timesteps
 
 Network = Callable[[Tensor, Tensor], Any]  # (x_t (B, C, H, W), t (B,)) to its output, called as a UNet2DModel is
@@ -95,7 +96,8 @@ def variational_bound(
         raise ValueError(f'last_variance is {last_variance!r}: give "next" or "own"')
     if not x_0.is_floating_point() or x_0.ndim != 4 or (levels is not None and x_0.abs().amax() > 1 + 1e-6):
         raise ValueError(f"x_0 is {x_0.dtype} of shape {tuple(x_0.shape)}: give floats (B, C, H, W) in [-1, 1]")
-    batch_size, device = len(x_0), x_0.device
+    batch_size, exact_x_0 = len(x_0), as_float64(x_0)
+    device = exact_x_0.device
     index = torch.arange(batch_size) if index is None else index
     ascending = torch.tensor(steps[::-1])
     edges = _strata(len(steps) - 1, strata)
@@ -109,7 +111,7 @@ def variational_bound(
     if last_variance == "next" and scheduler.variance_type.startswith("fixed"):
         log_variance = torch.full_like(log_variance, math.log(next_variance))
     decoder = decoder_nats(x_0, p.mean, log_variance, levels)
-    squared_error = [_mean_square(p.x_0_pred - x_0)]
+    squared_error = [_mean_square(p.x_0_pred - exact_x_0)]
 
     # L_{t-1}: one timestep from each stratum.
     chosen_t, kls = [], []
@@ -120,12 +122,12 @@ def variational_bound(
         t, prev_t = ascending[schedule_index], ascending[schedule_index - 1]
         x_t, output = _noise_and_predict(network, scheduler, x_0, t, _noise(seed, schedule_index, index, x_0))
         p = _reverse_moments(scheduler, output, t, x_t, prev_t)
-        q = scheduler.q_posterior_mean_variance(x_0.double(), x_t.double(), t.to(device), prev_t.to(device))
+        q = scheduler.q_posterior_mean_variance(exact_x_0, as_float64(x_t), t, prev_t)
         kls.append(gaussian_kl(q.mean, q.variance.log(), p.mean, p.log_variance))
-        squared_error.append(_mean_square(p.x_0_pred - x_0))
+        squared_error.append(_mean_square(p.x_0_pred - exact_x_0))
         chosen_t.append(t)
 
-    mean, variance = scheduler.q_mean_variance(x_0.double(), ascending[-1:].expand(batch_size).to(device))
+    mean, variance = scheduler.q_mean_variance(exact_x_0, ascending[-1:].expand(batch_size))
     empty = torch.zeros((batch_size, 0), dtype=torch.float64, device=device)
     return VariationalBound(
         prior=gaussian_kl(mean, variance.log(), torch.zeros_like(mean), torch.zeros_like(variance)),
@@ -154,7 +156,7 @@ def decoder_nats(x_0: Tensor, mean: Tensor, log_variance: Tensor, levels: int | 
     A value has the probability of its bin, half a brightness level to either side; the bins of -1 and 1 extend to
     infinity, so that the probabilities sum to 1. With levels None it is the density of N(mean, variance) at x_0.
     """
-    x_0, mean, log_variance = (value.double() for value in (x_0, mean, log_variance))
+    x_0, mean, log_variance = (as_float64(value) for value in (x_0, mean, log_variance))
     std = (log_variance / 2).exp()
     if levels is None:
         nats = (((x_0 - mean) / std).square() + log_variance + math.log(2 * math.pi)) / 2
@@ -192,7 +194,7 @@ class RateDistortion(NamedTuple):
 def rate_distortion(bound: VariationalBound, shape: Sequence[int]) -> RateDistortion:
     """Means over the images of a bound, from the largest of its timesteps down to the step that ends at x_0."""
     last = torch.zeros((len(bound.t), 1), dtype=torch.int64, device=bound.t.device)
-    t = torch.cat([last, bound.t], dim=1).double().mean(0)
+    t = as_float64(torch.cat([last, bound.t], dim=1)).mean(0)
     nats = (bound.kl * bound.stratum_size).mean(0)
     # x_t is known when L_T and all L above t have been sent: of its stratum of size s, (s - 1) / (2 s) on average
     above = nats.flip(0).cumsum(0).flip(0)
@@ -259,8 +261,9 @@ def probability_flow_nats(
     if probes is not None and probes < 1:
         raise ValueError(f"probes is {probes!r}: give at least 1, or None for the exact divergence")
     index = torch.arange(len(x_0)) if index is None else index
-    alpha_bar = scheduler.alphas_cumprod.to(x_0.device)
-    alpha_bar = alpha_bar[alpha_bar > 0]  # u is infinite at zero terminal SNR: end one timestep earlier
+    home = as_float64(x_0[:0]).device  # of the solver's state
+    alpha_bar, _ = scheduler.alpha_bars(torch.arange(scheduler.num_steps))
+    alpha_bar = alpha_bar[alpha_bar > 0].to(home)  # u is infinite at zero terminal SNR: end one timestep earlier
     if len(alpha_bar) < 2:
         raise ValueError(f"the scheduler has {scheduler.num_steps} timesteps: give one with at least 2")
     u_of_t = ((1 - alpha_bar).log() - alpha_bar.log()) / 2
@@ -270,19 +273,19 @@ def probability_flow_nats(
         """d/du of x, and of the log-density lost so far."""
         noise_variance = torch.sigmoid(2 * u)
         with torch.enable_grad():
-            x = state[0].to(x_0.dtype).detach().requires_grad_()  # the solver's state is float64
+            x = state[0].to(x_0.dtype).to(x_0.device).detach().requires_grad_()  # the solver's state is float64
             eps = _predict_eps(network, scheduler, x, _timestep_at(u, u_of_t), 1 - noise_variance)
-            trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            trace = torch.zeros(len(x), dtype=torch.float64, device=home)
             for i, direction in enumerate(directions):
                 (pulled,) = torch.autograd.grad(eps, x, direction, retain_graph=i + 1 < len(directions))
-                trace += (pulled * direction).double().flatten(1).sum(1)
+                trace += as_float64(pulled * direction).flatten(1).sum(1)
         divergence = noise_variance.sqrt() * trace / (probes or 1) - noise_variance * x[0].numel()
-        return noise_variance.sqrt() * eps.detach() - noise_variance * x.detach(), divergence
+        return (noise_variance.sqrt() * eps.detach() - noise_variance * x.detach()).to(home), divergence
 
-    start = (x_0 * alpha_bar[0].sqrt(), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device))
+    start = ((x_0 * alpha_bar[0].sqrt()).to(home), torch.zeros(len(x_0), dtype=torch.float64, device=home))
     with torch.no_grad():
         x, lost = odeint(velocity, start, u_of_t[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
-    log_prior = -(x[-1].double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+    log_prior = -(as_float64(x[-1]).square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
     log_scale = x_0[0].numel() * alpha_bar[0].log() / 2  # change of variables from x_t at t = 0 to x_0
     return -(log_prior + lost[-1] + log_scale)
 
@@ -305,12 +308,13 @@ def _probe_vectors(x_0: Tensor, index: Tensor, seed: int, probes: int | None) ->
     vector = index[:, None] * probes + torch.arange(probes)
     counter = vector[..., None] * dims + torch.arange(dims)
     negative = rng.bits(rng.key(seed, rng.Stream.DIVERGENCE_PROBE), counter) < 0
-    return negative.to(x_0.device, x_0.dtype).mul_(2).sub_(1).transpose(0, 1).reshape(-1, *x_0.shape)
+    return negative.to(x_0.dtype).to(x_0.device).mul_(2).sub_(1).transpose(0, 1).reshape(-1, *x_0.shape)
 
 
 def _predict_eps(network: Network, scheduler: DDPMScheduler, x: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
     """eps_pred at a fractional t, which the scheduler's tables lack: from its coefficients at this alpha_bar."""
-    output = _tensor_of(network(x, t.to(x.dtype).expand(len(x))))[:, : x.shape[1]]  # the rest is a predicted variance
+    fractional_t = t.to(x.dtype).to(x.device).expand(len(x))
+    output = _tensor_of(network(x, fractional_t))[:, : x.shape[1]]  # the rest is a predicted variance
     a, b = (value.to(x.dtype) for value in scheduler.eps_coefficients(alpha_bar, scheduler.prediction_type))
     return a * x + b * output
 
@@ -345,9 +349,8 @@ def _noise_and_predict(
     network: Network, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x_t and the network's output there."""
-    t = t.to(x_0.device)
     x_t = scheduler.add_noise(x_0, eps, t)
-    return x_t, _tensor_of(network(x_t, t))
+    return x_t, _tensor_of(network(x_t, t.to(x_0.device)))
 
 
 def _tensor_of(output: Any) -> Tensor:
@@ -360,8 +363,9 @@ def _reverse_moments(
     scheduler: DDPMScheduler, output: Tensor, t: Tensor, x_t: Tensor, prev_t: Tensor, fallback_variance: float = 1.0
 ) -> ReverseMeanVariance:
     """p(x_prev | x_t) in float64."""
-    t, prev_t = t.to(x_t.device), prev_t.to(x_t.device)
-    return scheduler.p_mean_variance(output.double(), t, x_t.double(), prev_t, fallback_variance=fallback_variance)
+    return scheduler.p_mean_variance(
+        as_float64(output), t, as_float64(x_t), prev_t, fallback_variance=fallback_variance
+    )
 
 
 def _next_variance(scheduler: DDPMScheduler, steps: list[int]) -> float:
@@ -375,4 +379,4 @@ def _next_variance(scheduler: DDPMScheduler, steps: list[int]) -> float:
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    return difference.double().square().flatten(1).mean(1)
+    return difference.square().flatten(1).mean(1)

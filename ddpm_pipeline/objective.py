@@ -69,8 +69,8 @@ def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
         ValueError: the variance is learned, so the scheduler does not know it.
     """
     _check_fixed_variance(scheduler)
-    beta = scheduler.betas.to(t.device)[t]
     alpha_bar_t, alpha_bar_prev = scheduler.alpha_bars(t)
+    beta = 1 - alpha_bar_t / alpha_bar_prev
     log_variance, _ = scheduler.log_variance(alpha_bar_t, alpha_bar_prev)
     return beta.square() / (2 * log_variance.exp() * (1 - beta) * (1 - alpha_bar_t))
 

@@ -312,7 +312,7 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             raise ValueError("image_b is None: give two images, or image_a as a list of at least two")
         if several and balance:
             raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
-        weights = check_weights(weight, endpoints.shape[1], several).to(endpoints.device)
+        weights = check_weights(weight, endpoints.shape[1], several)
         iterations = check_int("fixed_point_iterations", fixed_point_iterations, 0, 1000)
         steps = set_schedule(self.scheduler, num_inference_steps, None, DEFAULT_STEPS)
 

@@ -20,7 +20,7 @@ def from_pixels(pixels: Tensor | np.ndarray, device: torch.device | str | None =
 def to_pixels(images: Tensor, dtype: Any = np.uint8) -> np.ndarray:
     """Images in [-1, 1] of any shape to the nearest uint8 or uint16 pixels; values outside are clipped."""
     white = num_levels(dtype) - 1
-    return ((images.double().clamp(-1, 1) + 1) * (white / 2)).round().cpu().numpy().astype(dtype)
+    return ((images.cpu().double().clamp(-1, 1) + 1) * (white / 2)).round().numpy().astype(dtype)
 
 
 def num_levels(dtype: Any) -> int:

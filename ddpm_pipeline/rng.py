@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .precision import as_float64
+
 GAMMA = 0x9E3779B97F4A7C15  # increment of SplitMix64's counter: 2^64 over the golden ratio, made odd
 MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64's mixing function
 MASK = 2**64 - 1
@@ -59,12 +61,12 @@ def bits(key: int, index: Tensor) -> Tensor:
 
 def uniform(key: int, index: Tensor) -> Tensor:
     """Uniform in [0, 1): float64, multiples of 2^-53, shape of index."""
-    return _shift_right(bits(key, index), 11).double() * 2.0**-53
+    return as_float64(_shift_right(bits(key, index), 11)) * 2.0**-53
 
 
 def integers(key: int, index: Tensor, high: int) -> Tensor:
     """Uniform in {0, ..., high - 1}: int64, shape of index."""
-    return (uniform(key, index) * high).long()
+    return (uniform(key, index) * high).long().to(index.device)
 
 
 def normal(key: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from .scheduling_ddpm import DDPMScheduler
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
-    "scheduling_ddpm", "pixels", "loading", "images", "denoiser", "sampling", "inversion", "interpolation",
+    "precision", "scheduling_ddpm", "pixels", "loading", "images", "denoiser", "sampling", "inversion", "interpolation",
     "inpainting", "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
 

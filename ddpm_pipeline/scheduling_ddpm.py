@@ -28,6 +28,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .precision import as_float64, compute_dtype, take_float64
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -89,7 +91,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     - `beta_schedule="su"`: alpha_t = 1 - 0.02 t / T, t = 1..T (Su Jianlin 2022). The betas are saved as `trained_betas`
       as well, so that every diffusers scheduler can use them. `trained_betas` passed together with it are ignored.
-    - `step(eta=...)`: 1 is ancestral sampling (DDPM), 0 deterministic (DDIM), on any sub-sequence of timesteps.
+    - `step(ddim_eta=...)`: 1 is ancestral sampling (DDPM), 0 deterministic (DDIM), on any sub-sequence of timesteps.
+      It is not called `eta`, since many pipelines of diffusers pass an `eta` of 0 to any scheduler that takes one.
     - The last step of every schedule adds no noise.
     - `variance_type="learned"`: the network predicts the log-variance; `"learned_range"`: it predicts v in [-1, 1] that
       interpolates between log beta_tilde (-1) and log beta (1) (Nichol and Dhariwal 2021, Eq. 15).
@@ -148,35 +151,69 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         if beta_schedule == "su":
             self._set_options(trained_betas=betas.tolist())
 
-        self.betas = betas
-        self.alphas = 1.0 - betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        # float32, since code that was written for the built-in class computes x_t from them
+        self.betas, self.alphas = betas.float(), (1.0 - betas).float()
+        self._set_alpha_bar(torch.cumprod(1.0 - betas, dim=0))
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
         self.variance_type = variance_type
         self.prediction_type = prediction_type
         self._clip_bound = clip_sample_range if clip_sample and not thresholding else None  # the config is slow to read
         self._thresholding = thresholding
+        self._range_checked = False
+
+        self.num_inference_steps: int | None = None  # type: ignore[assignment]  # built in: None
+        self.custom_timesteps = False
+        self.timesteps = torch.arange(len(betas)).flip(0)
+
+    def _set_options(self, **options: Any) -> None:
+        """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
+        defaulted = [name for name in self.config.get("_use_default_values", []) if name not in options]
+        self.register_to_config(**options, _use_default_values=defaulted)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_bar_t for each t, (T,) float32. The scheduler itself computes with float64."""
+        return self._alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, alpha_bar: Tensor) -> None:
+        """Code for the built-in class assigns it: to move it to a device, or to change the noise schedule."""
+        if not torch.equal(alpha_bar.cpu().float(), self._alphas_cumprod.cpu()):
+            if alpha_bar.shape != self._alphas_cumprod.shape:
+                raise ValueError(f"alphas_cumprod has shape {tuple(alpha_bar.shape)}: give {self.num_steps} numbers")
+            self._set_alpha_bar(as_float64(alpha_bar).cpu())
+        self._alphas_cumprod = alpha_bar
+
+    def _set_alpha_bar(self, alpha_bar: Tensor) -> None:
+        self._alphas_cumprod = alpha_bar.float()
         # Index t + 1 holds alpha_bar_t, so that index 0, before the first step, holds 1.
-        self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
-        alpha_bar = self.alphas_cumprod
+        self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])
         self._tables = {
             "signal": alpha_bar.sqrt(),
             "noise_std": (1 - alpha_bar).sqrt(),
             "noise_variance": 1 - alpha_bar,
             "snr": alpha_bar / (1 - alpha_bar),
         }
+        self._plans: dict[float, Tensor] = {}
+        self._rows: dict[float, list[list[float]]] = {}
         self._cast: dict[tuple[str | float, torch.device, torch.dtype], Tensor] = {}
-        self._range_checked = False
 
-        self.num_inference_steps: int | None = None  # type: ignore[assignment]  # built in: None
-        self.custom_timesteps = False
-        self._set_schedule(list(range(len(betas)))[::-1], "cpu")
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the sampling steps, descending."""
+        return self._timesteps
 
-    def _set_options(self, **options: Any) -> None:
-        """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
-        defaulted = [name for name in self.config.get("_use_default_values", []) if name not in options]
-        self.register_to_config(**options, _use_default_values=defaulted)
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        """Code for the built-in class assigns a part of them, or their copy on a device."""
+        self._set_schedule(check_timesteps(timesteps.tolist(), self.num_steps), timesteps)
+
+    def _set_schedule(self, schedule: list[int], timesteps: Tensor) -> None:
+        self._schedule, self._timesteps = schedule, timesteps
+        self._index_of = {t: i for i, t in enumerate(schedule)}
+        self._plans, self._rows = {}, {}
+        self._cast = {key: table for key, table in self._cast.items() if key[0] in self._tables}
 
     # ---- Forward process: q ------------------------------------------------------------------------------------------
 
@@ -268,7 +305,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def snr(self, t: Tensor) -> Tensor:
         """alpha_bar_t / (1 - alpha_bar_t), the signal-to-noise ratio at t, integers in [0, T): float64, shape of t."""
-        return self._table("snr", t.device, torch.float64)[self._checked(t)]
+        return take_float64(self._tables["snr"], self._checked(t))
 
     def convert_prediction(self, prediction: Tensor, t: Tensor, x_t: Tensor, source: str, target: str) -> Tensor:
         """A prediction of type `source` as one of type `target`: "epsilon", "sample" (x_0) or "v_prediction".
@@ -377,7 +414,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             )
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
-        self._set_schedule(chosen, device)
+        self._set_schedule(chosen, torch.tensor(chosen).to(device))
 
     def step(
         self,
@@ -386,10 +423,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-        eta: float = 1.0,
+        ddim_eta: float = 1.0,
         variance_noise: Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One sampling step: DDPM (eta = 1; Algorithm 2), DDIM (eta = 0; arXiv 2010.02502, Eqs. 12 and 16), or between.
+        """One sampling step: DDPM (ddim_eta 1; Algorithm 2), DDIM (0; arXiv 2010.02502, Eqs. 12 and 16), or between.
 
         DDIM's "direction pointing to x_t" is computed from the clipped x_0_pred (`use_clipped_model_output` of
         diffusers' DDIM), so that eta = 1 gives DDPM's Eq. 7. eta^2 scales beta_tilde in the mean, eta the standard
@@ -404,10 +441,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         Returns:
             prev_sample and pred_original_sample, (B, C, H, W), dtype of sample.
         Raises:
-            ValueError: the timestep is not in the schedule, eta is not in [0, 1], or shapes or channels do not fit.
+            ValueError: the timestep is not in the schedule, ddim_eta is not in [0, 1], or shapes or channels differ.
         """
         output, predicted_variance = self.split_output(model_output, sample)
-        c = self._coefficients(timestep, eta, sample)
+        c = self._coefficients(timestep, ddim_eta, sample)
         x_t = _widened(sample)
         if self.prediction_type == "sample":
             x_0_pred = self._bounded(_widened(output))
@@ -437,7 +474,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     @property
     def num_steps(self) -> int:
         """T, the number of diffusion timesteps."""
-        return len(self.betas)
+        return len(self._alpha_bar) - 1
 
     def __len__(self) -> int:
         return self.num_steps
@@ -545,23 +582,20 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def _get_variance(
         self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
-        """diffusers' method, corrected: variance of p at a timestep of the schedule.
+        """diffusers' method, for its pipelines that call it: what it returns of p's variance depends on the type.
 
-        predicted_variance is the network's output for it, if the variance is learned.
+        The variance for "fixed_small" and "fixed_large", the standard deviation for "fixed_small_log", and the log of
+        the variance for the others. predicted_variance is the network's output for it, if the variance is learned.
         """
+        variance_type = variance_type or self.variance_type
         alpha_bar_t, alpha_bar_prev = self._alpha_bar[[int(t) + 1, int(self.previous_timestep(int(t))) + 1]]
         centre, slope = self.log_variance(alpha_bar_t, alpha_bar_prev, variance_type)
-        return (centre + slope * (0 if predicted_variance is None else predicted_variance)).exp()
+        log_variance = centre + slope * (0 if predicted_variance is None else predicted_variance)
+        if variance_type == "fixed_small_log":
+            return (log_variance / 2).exp()
+        return log_variance.exp() if variance_type in ("fixed_small", "fixed_large") else log_variance
 
     # ---- Tables ------------------------------------------------------------------------------------------------------
-
-    def _set_schedule(self, schedule: list[int], device: str | torch.device | None) -> None:
-        self._schedule = schedule
-        self._index_of = {t: i for i, t in enumerate(schedule)}
-        self.timesteps = torch.tensor(schedule, dtype=torch.int64).to(device)
-        self._plans: dict[float, Tensor] = {}
-        self._rows: dict[float, list[list[float]]] = {}
-        self._cast = {key: table for key, table in self._cast.items() if key[0] in self._tables}
 
     def _plan(self, eta: float) -> Tensor:
         """StepCoefficients of the whole schedule, a float64 table (T, 6) indexed by t, NaN between the timesteps."""
@@ -585,7 +619,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
 
     def _coefficients(self, timestep: int | Tensor, eta: float, sample: Tensor) -> StepCoefficients:
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta!r}: give a number from 0 (deterministic) to 1 (ancestral)")
+            raise ValueError(f"ddim_eta is {eta!r}: give a number from 0 (deterministic) to 1 (ancestral)")
         on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
         if on_host and not torch.compiler.is_compiling():
             if eta not in self._rows:
@@ -617,7 +651,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         key = (name, device, dtype)
         if key not in self._cast:
             table = self._tables[name] if isinstance(name, str) else self._plan(name)
-            self._cast[key] = table.to(device=device, dtype=dtype)
+            self._cast[key] = table.to(dtype).to(device)  # in this order for a device without float64
         return self._cast[key]
 
     def _at(self, t: Tensor, images: Tensor, *names: str) -> list[Tensor]:
@@ -627,7 +661,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return [self._broadcast(table.index_select(0, index), images) for table in tables]
 
     def alpha_bars(self, t: Tensor, prev_t: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """alpha_bar at t and at prev_t (t - 1 by default), both (B,), float64, on the device of t."""
+        """alpha_bar at t and at prev_t (t - 1 by default), both (B,), float64: see `take_float64` for their device."""
         index = self._checked(t)
         if prev_t is None:
             prev_t = t - 1
@@ -638,8 +672,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 raise ValueError(f"prev_t has {prev_t.numel()} entries and t has {t.numel()}: give one for each t")
             if t.device.type == "cpu" and not ((prev_t >= -1) & (prev_t < t)).all():
                 raise ValueError(f"prev_t is {_short(prev_t.tolist())}: each must be at least -1 and less than its t")
-        table = self._alpha_bar.to(t.device)
-        return table[index + 1], table[prev_t + 1]
+        return take_float64(self._alpha_bar, index + 1), take_float64(self._alpha_bar, prev_t + 1)
 
     @staticmethod
     def _broadcast(table: Tensor, images: Tensor) -> Tensor:
@@ -647,7 +680,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             raise ValueError(
                 f"t has {table.numel()} entries and images have shape {tuple(images.shape)}: give one for each image"
             )
-        return table.to(images.device, compute_dtype(images.dtype)).view(-1, *[1] * (images.ndim - 1))
+        return table.to(compute_dtype(images.dtype)).to(images.device).view(-1, *[1] * (images.ndim - 1))
 
     def _checked(self, t: Tensor) -> Tensor:
         """t, after a check of its dtype and, where this does not make the host wait, of its range."""
@@ -730,11 +763,6 @@ def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _widened(images: Tensor) -> Tensor:

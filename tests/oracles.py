@@ -10,6 +10,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from tests.models import BLOCKS
+from tests.schedules import alpha_bar_table
 
 
 class Gaussian:
@@ -75,7 +76,7 @@ class GaussianUNet(UNet2DModel):
             **BLOCKS, sample_size=size, in_channels=channels, out_channels=channels, num_class_embeds=num_class_embeds
         )
         self.to(dtype)
-        self.data = Gaussian(scheduler.alphas_cumprod, mean, std)
+        self.data = Gaussian(alpha_bar_table(scheduler), mean, std)
         self.predicts, self.class_shift, self.calls = prediction_type, class_shift, 0
 
     def forward(self, sample, timestep, class_labels=None, return_dict=True):

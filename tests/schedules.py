@@ -21,6 +21,17 @@ def close(actual, expected, rtol=1e-12, atol=1e-12):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
+def alpha_bar_table(scheduler):
+    """alpha_bar_t for each t, float64. The public `alphas_cumprod` is float32."""
+    return scheduler.alpha_bars(torch.arange(scheduler.num_steps))[0]
+
+
+def beta_table(scheduler):
+    """beta_t for each t, float64."""
+    alpha_bar = alpha_bar_table(scheduler)
+    return 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+
+
 def as_images(table):
     return torch.as_tensor(table, dtype=torch.float64).view(-1, 1, 1, 1)
 

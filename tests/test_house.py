@@ -80,7 +80,7 @@ def test_bundled_files_import_little():
 @pytest.mark.parametrize("name", ["objective", "likelihood"])
 def test_the_mathematics_imports_scheduler_random_numbers_and_pixels_only(name):
     ours = {i for i in imports(f"ddpm_pipeline/{name}.py") if inside(i, *CODE)}
-    allowed = [f"ddpm_pipeline.{module}" for module in ("scheduling_ddpm", "rng", "pixels")]
+    allowed = [f"ddpm_pipeline.{module}" for module in ("scheduling_ddpm", "rng", "pixels", "precision")]
     assert {i for i in ours if not inside(i, *allowed)} == set()
 
 

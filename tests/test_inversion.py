@@ -12,6 +12,7 @@ from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
 from tests.gaussian import MEAN, STD, gaussian_images, gaussian_pipe
 from tests.models import tiny_pipe
 from tests.oracles import Gaussian
+from tests.schedules import alpha_bar_table
 
 
 def sample(pipe, latents, steps, **options):
@@ -33,7 +34,7 @@ def test_inversion_and_sampling_are_the_identity(prediction_type, spacing, steps
 def test_the_functions_take_any_denoiser():
     """A closed-form network as a plain function of (x_t, t), without a pipeline."""
     scheduler = DDPMScheduler(timestep_spacing="trailing")
-    data, x_0 = Gaussian(scheduler.alphas_cumprod, MEAN, STD), gaussian_images()
+    data, x_0 = Gaussian(alpha_bar_table(scheduler), MEAN, STD), gaussian_images()
     timesteps = list(range(999, 0, -20))
     latents = ddim_invert(data.eps, scheduler, x_0, timesteps, fixed_point_iterations=200, tolerance=1e-12)
     assert (ddim_sample(data.eps, scheduler, latents, timesteps) - x_0).abs().max() < 1e-9
@@ -46,7 +47,7 @@ def test_latents_converge_to_the_closed_form():
     x_0, errors = gaussian_images(), []
     for steps in (125, 250, 500, 1000):
         pipe = gaussian_pipe()
-        a = pipe.scheduler.alphas_cumprod[-1].item()
+        a = alpha_bar_table(pipe.scheduler)[-1].item()
         exact = math.sqrt(a) * MEAN + math.sqrt(a * STD**2 + 1 - a) * (x_0 - MEAN) / STD
         latents = pipe.invert(x_0, steps, fixed_point_iterations=100, tolerance=1e-12)
         errors.append((latents - exact).abs().max().item())

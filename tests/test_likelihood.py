@@ -19,6 +19,7 @@ from ddpm_pipeline.likelihood import (
 )
 from tests.models import tiny_unet
 from tests.oracles import Mixture, alpha_bar_at
+from tests.schedules import alpha_bar_table, beta_table
 
 ENTROPY = 0.5 * math.log(2 * math.pi * math.e)  # of N(0, 1), 1.418938... nats
 
@@ -31,7 +32,7 @@ def standard_normal(scheduler):
     """The exact network of N(0, I) data, of which x_t is N(0, I) too: E[eps | x_t] = sqrt(1 - alpha_bar) x_t."""
 
     def network(x_t, t):
-        noise_std = (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        noise_std = (1 - alpha_bar_table(scheduler)[t]).sqrt().view(-1, 1, 1, 1)
         return noise_std.to(x_t) * x_t
 
     return network
@@ -124,7 +125,7 @@ def test_last_variance_next_is_beta_tilde_of_the_next_step(exact_means):
     """beta_tilde_2, with t as in the paper."""
     scheduler = make_scheduler()
     bound = variational_bound(standard_normal(scheduler), scheduler, exact_means, levels=None)
-    beta, alpha_bar = scheduler.betas, scheduler.alphas_cumprod
+    beta, alpha_bar = beta_table(scheduler), alpha_bar_table(scheduler)
     variance = beta[1] * (1 - alpha_bar[0]) / (1 - alpha_bar[1])  # Eq. (7), DDPM
     x_1 = scheduler.add_noise(exact_means, torch.tensor([1.0, -1, 1, -1]).double().view(1, 1, 2, 2), torch.tensor([0]))
     density = torch.distributions.Normal(alpha_bar[0].sqrt() * x_1, variance.sqrt())  # E[x_0 | x_1] of N(0, I) data
@@ -192,7 +193,7 @@ def test_every_timestep_of_an_image_has_its_own_noise():
     seen = []
 
     def network(x_t, t):
-        seen.append((x_t / (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)).flatten())
+        seen.append((x_t / (1 - alpha_bar_table(scheduler)[t]).sqrt().view(-1, 1, 1, 1)).flatten())
         return x_t
 
     variational_bound(network, scheduler, torch.zeros(1, 1, 8, 8).double(), strata=6)
@@ -218,7 +219,7 @@ def test_rate_and_distortion_of_gaussian_data(exact_means):
     bound = variational_bound(standard_normal(scheduler), scheduler, exact_means, levels=None, last_variance="own")
     curve = rate_distortion(bound, (1, 2, 2))
     assert curve.t.tolist() == list(range(1000))[::-1]
-    expected = (1 - scheduler.alphas_cumprod.flip(0)).sqrt() * 127.5
+    expected = (1 - alpha_bar_table(scheduler).flip(0)).sqrt() * 127.5
     torch.testing.assert_close(curve.distortion, expected)
     assert (curve.rate.diff() >= 0).all()
     prior = bound.prior.mean()
@@ -231,7 +232,7 @@ def test_distortion_is_the_root_of_the_mean_over_images():
     scheduler = make_scheduler(num_train_timesteps=3)
     x_0 = torch.tensor([0.1, 0.7], dtype=torch.float64).view(2, 1, 1, 1)
     bound = variational_bound(
-        lambda x, t: x / (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1), scheduler, x_0
+        lambda x, t: x / (1 - alpha_bar_table(scheduler)[t]).sqrt().view(-1, 1, 1, 1), scheduler, x_0
     )
     # this network takes all of x_t for noise, so x_0_pred is 0
     expected = math.sqrt((0.1**2 + 0.7**2) / 2) * 127.5
@@ -368,7 +369,7 @@ def test_the_ode_gives_the_density_of_a_mixture(prediction_type):
 
     x_0 = torch.linspace(-1.2, 1.2, 14, dtype=torch.float64).view(7, 1, 1, 2)
     nats = probability_flow_nats(network, scheduler, x_0, probes=None, rtol=1e-7, atol=1e-7)
-    alpha_bar = scheduler.alphas_cumprod[0]
+    alpha_bar = alpha_bar_table(scheduler)[0]
     scaled = x_0 * alpha_bar.sqrt()
     expected = -Mixture().log_density(scaled, alpha_bar) - 2 * alpha_bar.sqrt().log()  # as a density of x_0
     torch.testing.assert_close(nats, expected, rtol=0, atol=5e-5)
@@ -400,8 +401,8 @@ def test_the_ode_of_standard_normal_data_is_stationary():
 
     x_0 = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     nats = probability_flow_nats(network, scheduler, x_0, probes=1)
-    expected = ((x_0 * scheduler.alphas_cumprod[0].sqrt()).square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
-    expected = expected - 2 * scheduler.alphas_cumprod[0].log()
+    expected = ((x_0 * alpha_bar_table(scheduler)[0].sqrt()).square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+    expected = expected - 2 * alpha_bar_table(scheduler)[0].log()
     torch.testing.assert_close(nats, expected, rtol=1e-6, atol=1e-6)
 
 

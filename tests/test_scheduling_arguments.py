@@ -61,7 +61,7 @@ def test_arguments_are_not_modified(variance_type, prediction_type, options):
         before = [value.clone() for value in arguments]
         for eta in (0.0, 0.5, 1.0):
             for t_i in (0, 500, torch.tensor(999)):
-                scheduler.step(output, t_i, x_t, eta=eta, variance_noise=noise)
+                scheduler.step(output, t_i, x_t, ddim_eta=eta, variance_noise=noise)
         scheduler.p_mean_variance(output, t, x_t)
         scheduler.q_posterior_mean_variance(x_t, noise, t)
         scheduler.q_mean_variance(x_t, t)
@@ -88,7 +88,7 @@ def test_batches_and_generators():
     assert torch.equal(both, scheduler.step(output, 500, x_t, variance_noise=noise).prev_sample)
     unused = torch.Generator().manual_seed(0)
     state = unused.get_state()
-    scheduler.step(output, 500, x_t, generator=unused, eta=0.0)
+    scheduler.step(output, 500, x_t, generator=unused, ddim_eta=0.0)
     scheduler.step(output, 0, x_t, generator=unused)
     assert torch.equal(unused.get_state(), state)  # no noise is drawn where none is added
     assert isinstance(scheduler.step(output, 500, x_t, return_dict=False), tuple)
@@ -137,7 +137,7 @@ def test_set_timesteps_drops_the_cached_coefficients(compiling, monkeypatch):
             scheduler.set_timesteps(number)
         for eta in (0.0, 1.0):
             t = used.timesteps[1]
-            arguments = {"timestep": t, "sample": x_t, "eta": eta, "variance_noise": x_t.flip(0)}
+            arguments = {"timestep": t, "sample": x_t, "ddim_eta": eta, "variance_noise": x_t.flip(0)}
             assert torch.equal(used.step(x_t, **arguments).prev_sample, fresh.step(x_t, **arguments).prev_sample)
     if compiling:  # a timestep that is not in the schedule, where it cannot be checked
         assert used.step(x_t, torch.tensor(901), x_t).prev_sample.isnan().all()
@@ -152,8 +152,8 @@ def test_compiled_methods_give_the_same():
     output, t = network_output("learned_range", x_t), torch.tensor([5, 700])
     step = torch.compile(scheduler.step, fullgraph=True, backend="eager")
     for t_i in (torch.tensor(999), torch.tensor(49), 499):
-        expected = scheduler.step(output, t_i, x_t, eta=0.5, variance_noise=noise)
-        actual = step(output, t_i, x_t, eta=0.5, variance_noise=noise)
+        expected = scheduler.step(output, t_i, x_t, ddim_eta=0.5, variance_noise=noise)
+        actual = step(output, t_i, x_t, ddim_eta=0.5, variance_noise=noise)
         close(actual.prev_sample, expected.prev_sample)
         close(actual.pred_original_sample, expected.pred_original_sample)
     moments = torch.compile(scheduler.p_mean_variance, fullgraph=True, backend="eager")(output, t, x_t)
@@ -221,9 +221,9 @@ T = torch.tensor([5, 700])
         ("step", {"model_output": X, "timestep": -1, "sample": X}, "-1"),
         ("step", {"model_output": X, "timestep": 0.5, "sample": X}, "0.5"),
         ("step", {"model_output": X, "timestep": T, "sample": X}, "2 elements.*p_mean_variance"),
-        ("step", {"model_output": X, "timestep": 5, "sample": X, "eta": 1.5}, "eta is 1.5"),
-        ("step", {"model_output": X, "timestep": 5, "sample": X, "eta": -0.1}, "eta is -0.1"),
-        ("step", {"model_output": X, "timestep": 5, "sample": X, "eta": math.nan}, "eta is nan"),
+        ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": 1.5}, "ddim_eta is 1.5"),
+        ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": -0.1}, "ddim_eta is -0.1"),
+        ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": math.nan}, "ddim_eta is nan"),
         ("step", {"model_output": X[:, :1], "timestep": 5, "sample": X}, r"\(2, 1, 4, 4\).*3 channels"),
         ("step", {"model_output": torch.cat([X, X], 1), "timestep": 5, "sample": X}, r"\(2, 6, 4, 4\).*fixed_small"),
         ("step", {"model_output": X[:1], "timestep": 5, "sample": X}, r"\(1, 3, 4, 4\)"),

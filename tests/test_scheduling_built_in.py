@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, TIMESTEP_SPACINGS, DDPMScheduler
 from tests.arrays import normal
-from tests.schedules import FINITE_SNR, ZERO_SNR, close, network_output, values_of
+from tests.schedules import FINITE_SNR, ZERO_SNR, alpha_bar_table, beta_table, close, network_output, values_of
 
 # The other variance types: rows 4 and 5 of test_stock.py.
 BUILT_IN_IS_RIGHT = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
@@ -33,14 +33,13 @@ def test_beta_schedules_match_the_built_in_ones(schedule, num_steps):
     ours = DDPMScheduler(num_steps, **schedule, prediction_type="v_prediction")
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-5, atol=16 * eps)
-    torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=4000 * eps, atol=16 * eps)
+    torch.testing.assert_close(alpha_bar_table(ours).float(), theirs.alphas_cumprod, rtol=4000 * eps, atol=16 * eps)
 
 
 def test_the_rescaled_schedule_matches_the_built_in_one_in_float64():
     """Without the rounding of its float32 tables, the built-in formula gives ours to 1e-12."""
     theirs = rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-    ours = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").betas
-    close(ours, theirs)
+    close(beta_table(DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")), theirs)
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ def assert_steps_match(theirs, ours, variance_type, rtol, atol, table_error=0.0,
         expected, actual = (
             scheduler.step(output, t, x_t, generator=torch.Generator().manual_seed(t)) for scheduler in (theirs, ours)
         )
-        allowed = atol + table_error / (1 - ours.alphas_cumprod[max(t - 1, 0)].item())
+        allowed = atol + table_error / (1 - alpha_bar_table(ours)[max(t - 1, 0)].item())
         close(actual.pred_original_sample, expected.pred_original_sample, rtol, allowed)
         close(actual.prev_sample, expected.prev_sample, rtol, allowed)
 
@@ -68,7 +67,7 @@ def test_step_matches_the_built_in_formula(variance_type, prediction_type, optio
     """With our tables in the built-in scheduler, so that only the formulas differ."""
     options = {**options, "variance_type": variance_type, "prediction_type": prediction_type}
     theirs, ours = BuiltInDDPMScheduler(**options), DDPMScheduler(**options)
-    theirs.alphas_cumprod, theirs.one = ours.alphas_cumprod, ours.one.double()
+    theirs.alphas_cumprod, theirs.one = alpha_bar_table(ours), ours.one.double()
     assert_steps_match(theirs, ours, variance_type, rtol=1e-9, atol=1e-10)
 
 
@@ -89,14 +88,14 @@ def test_step_matches_the_built_in_step(schedule, prediction_type, variance_type
 def test_step_with_eta_matches_ddim(prediction_type, clip_sample, eta, number):
     options = {"prediction_type": prediction_type, "clip_sample": clip_sample}
     theirs, ours = DDIMScheduler(**options), DDPMScheduler(**options)
-    theirs.alphas_cumprod = ours.alphas_cumprod
+    theirs.alphas_cumprod = alpha_bar_table(ours)
     theirs.set_timesteps(number)
     ours.set_timesteps(number)
     assert torch.equal(theirs.timesteps, ours.timesteps)
     for t in (*ours.timesteps[:-1].tolist()[:: number // 10], ours.timesteps[-2].item(), ours.timesteps[-1].item()):
         x_t, output, noise = (normal(2, 3, 4, 4, seed=seed) for seed in (t, t + 1, t + 2))
         expected = theirs.step(output, t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=noise)
-        actual = ours.step(output, t, x_t, eta=eta, variance_noise=noise)
+        actual = ours.step(output, t, x_t, ddim_eta=eta, variance_noise=noise)
         close(actual.pred_original_sample, expected.pred_original_sample, rtol=1e-9, atol=1e-10)
         close(actual.prev_sample, expected.prev_sample, rtol=1e-9, atol=1e-9)
 
@@ -160,7 +159,7 @@ def diffusers_log(caplog):
 @pytest.mark.parametrize("other", [BuiltInDDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_every_diffusers_scheduler_loads_the_su_schedule(other, tmp_path, diffusers_log):
     ours = DDPMScheduler(200, beta_schedule="su", timestep_spacing="trailing")
-    close(ours.betas, 0.02 * torch.arange(1, 201, dtype=torch.float64) / 200)
+    close(beta_table(ours), 0.02 * torch.arange(1, 201, dtype=torch.float64) / 200)
     ours.save_pretrained(tmp_path)
     for loaded in (other.from_config(ours.config), other.from_pretrained(tmp_path)):
         assert type(loaded) is other

@@ -22,7 +22,7 @@ from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
 from tests.models import tiny_unet
 
 BUILT_IN = SimpleNamespace(Scheduler=BuiltInDDPMScheduler, Pipeline=BuiltInDDPMPipeline, Ddim=DDIMScheduler, ddim={})
-OURS = SimpleNamespace(Scheduler=DDPMScheduler, Pipeline=DDPMPipeline, Ddim=DDPMScheduler, ddim={"eta": 0.0})
+OURS = SimpleNamespace(Scheduler=DDPMScheduler, Pipeline=DDPMPipeline, Ddim=DDPMScheduler, ddim={"ddim_eta": 0.0})
 
 
 class Row(NamedTuple):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, rng
 from ddpm_pipeline.features import make_extractor
 from tests.arrays import random_images, save_images
+from tests.schedules import alpha_bar_table
 from tests.short_run import SHORT_RUN, flags, run_here
 from training.data.split import load_data_split
 from training.run import checkpoint, validation
@@ -71,7 +72,7 @@ def slow_losses(pixels, scheduler, t):
         for k in range(TIMESTEPS_PER_IMAGE):
             key = rng.key(validation.SEED, rng.Stream.VALIDATION_NOISE, k)
             eps = rng.normal(key, torch.tensor([i]), SHAPE)[0].double()
-            alpha_bar = scheduler.alphas_cumprod[t[i, k]]
+            alpha_bar = alpha_bar_table(scheduler)[t[i, k]]
             signal, noise_std = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
             x_t = signal * x_0 + noise_std * eps
             target = {"epsilon": eps, "sample": x_0, "v_prediction": signal * eps - noise_std * x_0}
@@ -91,7 +92,7 @@ def test_loss_equals_a_plain_loop(prediction_type, dtype):
     losses = slow_losses(pixels, scheduler, t)
     metrics = validate(pixels, scheduler)
     assert metrics["validation_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    log_snr = scheduler.alphas_cumprod[t].logit()
+    log_snr = alpha_bar_table(scheduler)[t].logit()
     for name, low, high in zip(band_names(), (-math.inf, *BAND_EDGES), (*BAND_EDGES, math.inf)):
         losses_in_band = losses[(low < log_snr) & (log_snr <= high)]
         assert len(losses_in_band) > 1
@@ -135,13 +136,13 @@ def test_errors_at_one_noise_level_are_in_its_band_only(band):
     x_0 = scale(pixels).float()
 
     def wrong_in_one_band(x_t, t):
-        log_snr = scheduler.alphas_cumprod[t].logit()
+        log_snr = alpha_bar_table(scheduler)[t].logit()
         return x_0 + ((low < log_snr) & (log_snr < high)).float().view(-1, 1, 1, 1)
 
     metrics = validate(pixels, scheduler, wrong_in_one_band)
     losses = [metrics[f"validation_loss/{name}"] for name in band_names()]
     assert losses == pytest.approx([float(i == band) for i in range(5)], abs=1e-6)
-    log_snr = scheduler.alphas_cumprod[timesteps_of_loss(pixels, scheduler)].logit()
+    log_snr = alpha_bar_table(scheduler)[timesteps_of_loss(pixels, scheduler)].logit()
     fraction = ((low < log_snr) & (log_snr < high)).double().mean().item()
     assert metrics["validation_loss"] == pytest.approx(fraction, abs=1e-6) and fraction > 0
 

@@ -279,7 +279,7 @@ class HeldOutBits:
         return {
             "weights": model.weights,
             "variance_type": variance_type,
-            "t": _rounded(bound.t.double().mean(0)),
+            "t": _rounded(bound.t.cpu().double().mean(0)),
             "stratum_size": bound.stratum_size.tolist(),
             **{name: _rounded(value) for name, value in terms.items()},
             "rate_distortion": {name: _rounded(value) for name, value in progressive._asdict().items()},

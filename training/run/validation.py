@@ -165,7 +165,7 @@ class Validation:
             eps = rng.normal(key, index.to(self._device), tuple(x_0.shape[1:]))
             batch = objective.noised_batch(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
             prediction = network(batch.x_t, batch.t).float()
-            losses.append((prediction - batch.target).square().flatten(1).mean(1).double().cpu())
+            losses.append((prediction - batch.target).square().flatten(1).mean(1).cpu().double())
         return torch.stack(losses, dim=1)
 
     def _in_order(self, parts: list[tuple[list[int], list[Any]]]) -> Tensor:
