@@ -18,6 +18,10 @@ CONFIGS = Path(__file__).parent / "configs"
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
+# Paths, and how a machine decodes the images; those that the images come from may differ if the images do not.
+PER_MACHINE = ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from", "resume_from_checkpoint",
+               "extractor", "cpu_threads", "dataloader_num_workers")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -88,7 +92,8 @@ class Config:
         ddpm_num_inference_steps: number of sampling steps, for all samples of the run.
         checkpointing_steps: steps between two checkpoints; one is also written at the end.
         checkpoints_total_limit: number of checkpoints to keep, the newest ones.
-        resume_from_checkpoint: "latest", or a checkpoint folder of this run; default: a new run.
+        resume_from_checkpoint: "latest", "auto" (the latest if there is a valid one, else a new run), or a checkpoint
+            folder of this run; default: a new run.
         init_from: model to initialise the weights from, a folder or a name on the Hub; nothing else is copied from it.
         push_to_hub: publish the model at the end, as training/publish.py does.
         push_to_hub_steps: steps between two publications during training; 0: only at the end.
@@ -186,7 +191,7 @@ class Config:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
         self.trackers  # noqa: B018  raises if report_to is wrong
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
-            raise ValueError('resume_from_checkpoint is "": give "latest" or a checkpoint folder')
+            raise ValueError('resume_from_checkpoint is "": give "latest", "auto" or a checkpoint folder')
         if self.validation_samples == 1:
             raise ValueError("validation_samples is 1: give at least 2, or 0 for none")
         if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
@@ -235,6 +240,10 @@ class Config:
         elif self.lr_scheduler == "cosine":
             factor *= (1 + math.cos(math.pi * progress)) / 2
         return self.learning_rate * factor
+
+    def shared_by_all_processes(self) -> dict[str, Any]:
+        """All settings but those that may differ between the machines of one run, see PER_MACHINE."""
+        return {name: value for name, value in self.as_dict().items() if name not in PER_MACHINE}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

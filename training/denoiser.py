@@ -7,6 +7,7 @@ height and width must be multiples of 4. `save_pretrained` writes a plain UNet2D
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,7 @@ def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, l
     from ddpm_pipeline import DDPMPipeline
 
     try:
-        pipe = DDPMPipeline.from_pretrained(name)
+        pipe = DDPMPipeline.from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name)
     except OSError as error:
         raise ValueError(f"init_from is {name!r}: {error}") from error
     weights, target = pipe.unet.state_dict(), unet.state_dict()

@@ -28,14 +28,14 @@ from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
 from training.progress import progress
-from training.run import checkpoint, failures, signals
+from training.run import checkpoint, failures, resume, signals
 from training.run.failures import ForwardPass
 from training.run.log import Log, check_trackers
 from training.run.record import RunRecord, precision_name
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, versions
 from training.run.sampling import EMASampler, recover_pipeline
 from training.run.signals import StopSignal
-from training.run.state import Clock, TrainingState
+from training.run.state import TrainingState
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
@@ -66,6 +66,7 @@ class Run:
     validator: Validator
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
+    replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
 
     def record_at(self, state: TrainingState) -> RunRecord:
         return replace(self.record, step=state.step, seconds=round(state.clock.total_seconds, 1))
@@ -74,7 +75,6 @@ class Run:
 def main(config: Config, stop: StopSignal) -> int:
     """Train. Returns the exit code: 0; 143 after a signal; 3 if the model is complete, but publishing it failed."""
     # ---- Runtime: process group, device, precision -------------------------------------------------------------------
-    check_trackers(config.trackers)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True)
@@ -82,13 +82,16 @@ def main(config: Config, stop: StopSignal) -> int:
     runtime = Runtime(config.mixed_precision, config.cpu_threads)
     device = runtime.device
     output_dir = Path(config.output_dir).expanduser()
-    lock = checkpoint.lock(output_dir) if runtime.is_main else None
-    if runtime.is_main:
-        checkpoint.clean_up(output_dir)
-        recover_pipeline(output_dir)
-        if config.push_to_hub:
-            during_training.check_access(config)
-    runtime.barrier()
+    runtime.agree(**config.shared_by_all_processes(), precision=runtime.mixed_precision)
+    lock = None
+    with runtime.together():
+        if runtime.is_main:
+            check_trackers(config.trackers)
+            lock = checkpoint.lock(output_dir)
+            checkpoint.clean_up(output_dir)
+            recover_pipeline(output_dir)
+            if config.push_to_hub:
+                during_training.check_access(config)
 
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
     from ddpm_pipeline import rng
@@ -101,11 +104,16 @@ def main(config: Config, stop: StopSignal) -> int:
     # Before the images are decoded, check what does not need them.
     if config.height_width is not None:
         check_size(config.denoiser, *config.height_width)
+    found = None
     if config.resume_from_checkpoint:
-        path, manifest = checkpoint.find(output_dir, config.resume_from_checkpoint, runtime.print)
-    with runtime.main_first():
-        split = load_data(config)
+        found = resume.find(runtime, output_dir, config.resume_from_checkpoint)
+    split = runtime.in_turn(lambda: load_data(config))
     data, num_images = split.data, len(split.train_indices)
+    runtime.agree(
+        number_of_images=num_images,
+        sha256_of_the_images=getattr(data, "digest", None),
+        number_of_held_out_images=len(split.held_out),
+    )
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * runtime.world_size
     batches = Batches(
         data.images,
@@ -126,9 +134,9 @@ def main(config: Config, stop: StopSignal) -> int:
     # Any: diffusers annotates .to() without its argument.
     unet: Any = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels)
     unet.to(device)
-    if config.init_from and not config.resume_from_checkpoint:
-        with runtime.main_first():  # the main process downloads it for all
-            load_initial_weights(config.init_from, unet, scheduler, runtime.print)
+    if config.init_from and found is None:
+        model_name = config.init_from
+        runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
     choose_attention(unet, device.type, runtime.dtype)
 
     # ---- EMA, optimizer ----------------------------------------------------------------------------------------------
@@ -141,21 +149,21 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
     state = TrainingState()
-    if config.resume_from_checkpoint:
-        failures.check_same_run(path, manifest, config, global_batch, num_images, data.source)
-        weights, ema_weights, optimizer_state = checkpoint.load(path)
-        ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
-        unet.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer_state)
-        if runtime.accelerator.scaler is not None:
-            runtime.accelerator.scaler.load_state_dict(manifest["scaler"])
-        state = TrainingState(manifest["step"], manifest["step"], clock=Clock(manifest.get("seconds", 0.0)))
-        runtime.print(f"resumed from {path}, after step {state.step}")
-    elif runtime.is_main and any(output_dir.glob("checkpoint-*")):
-        print(f"{output_dir} has checkpoints of an earlier run, which this run replaces one by one. To continue the "
-              "earlier run: --resume_from_checkpoint latest")  # fmt: skip
-    if runtime.is_main:  # fail now, not at the first checkpoint
-        checkpoint.check_free_space(output_dir, checkpoint.estimate_bytes(unet.state_dict(), ema.state_dict()))
+    if found is not None:
+        with runtime.together():
+            if runtime.is_main:
+                failures.check_same_run(
+                    *found, config, global_batch, num_images, data.source, getattr(data, "digest", None)
+                )
+        state = resume.restore(*found, config, runtime, unet=unet, ema=ema, optimizer=optimizer)
+    has_earlier = found is None and runtime.is_main and any(output_dir.glob("checkpoint-*"))
+    (replaces_earlier,) = runtime.any(has_earlier)
+    if replaces_earlier:
+        runtime.print(f"{output_dir} has checkpoints of an earlier run: the first one of this run replaces them. To "
+                      "continue the earlier run: --resume_from_checkpoint latest")  # fmt: skip
+    with runtime.together():
+        if runtime.is_main:  # fail now, not at the first checkpoint
+            checkpoint.check_free_space(output_dir, checkpoint.estimate_bytes(unet.state_dict(), ema.state_dict()))
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
@@ -165,19 +173,24 @@ def main(config: Config, stop: StopSignal) -> int:
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
     record = make_record(config, runtime, split, global_batch)
     run = Run(config, runtime, output_dir, data, batches, scheduler, unet, model, ema, optimizer, record, log, sampler,
-              validator, publisher, stop)  # fmt: skip
+              validator, publisher, stop, replaces_earlier)  # fmt: skip
     runtime.print(describe(run))
     first_step = state.step
     interrupted = train(run, state)
     if interrupted:
-        runtime.print(f"stopped by a signal: checkpoint after step {state.step} written. To continue: "
-                      "--resume_from_checkpoint latest")  # fmt: skip
+        if state.saved_step == state.step:
+            runtime.print(f"stopped by a signal: checkpoint after step {state.step} written. To continue: "
+                          "--resume_from_checkpoint latest")  # fmt: skip
+        else:
+            runtime.print(f"stopped by a signal after step {state.step}, before the first checkpoint of this run: the "
+                          "earlier ones are untouched")  # fmt: skip
         if publisher is not None:
             publisher.cancel()
         log.close()
         return signals.EXIT_CODE
-    skipped = f", {state.skipped} skipped" if state.skipped else ""
-    runtime.print(f"trained {state.step - first_step} steps in {state.clock.seconds / 60:.1f} minutes{skipped}")
+    if state.step > first_step:
+        skipped = f", {state.skipped} skipped" if state.skipped else ""
+        runtime.print(f"trained {state.step - first_step} steps in {state.clock.seconds / 60:.1f} minutes{skipped}")
 
     # ---- Save --------------------------------------------------------------------------------------------------------
     samples = sampler.save_pipeline(run.record_at(state))
@@ -239,6 +252,7 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
         mixed_precision=runtime.mixed_precision,
         num_images=len(split.train_indices),
         source=split.data.source,
+        data_digest=getattr(split.data, "digest", None),
         held_out=split.held_out_source,
         versions=versions(),
         commit=commit(),
@@ -332,7 +346,9 @@ def train(run: Run, state: TrainingState) -> bool:
                 if publish and run.publisher is not None and not run.stop.requested():
                     run.publisher.start()
             (stopping,) = runtime.any(run.stop.requested())  # sampling ends early on a signal
-    if state.saved_step != state.step:
+    # Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one.
+    spares_earlier = stopping and run.replaces_earlier and not state.saved_step
+    if state.saved_step != state.step and not spares_earlier:
         save_checkpoint(run, state)
     run.stop.in_loop = False
     bar.close()
@@ -385,18 +401,19 @@ def report_nonfinite(
 
 def save_checkpoint(run: Run, state: TrainingState) -> None:
     """Write a checkpoint after this step, on the main process; the others wait."""
-    if run.runtime.is_main:
-        scaler = run.runtime.accelerator.scaler
-        checkpoint.save(
-            run.output_dir,
-            state.step,
-            model=run.unet.state_dict(),
-            ema=run.ema.state_dict(),
-            optimizer=run.optimizer.state_dict(),
-            record=run.record_at(state).as_dict() | {"scaler": None if scaler is None else scaler.state_dict()},
-            total_limit=run.config.checkpoints_total_limit,
-        )
-    run.runtime.barrier()
+    with run.runtime.together():
+        if run.runtime.is_main:
+            run.log.replace_earlier_files()
+            scaler = run.runtime.accelerator.scaler
+            checkpoint.save(
+                run.output_dir,
+                state.step,
+                model=run.unet.state_dict(),
+                ema=run.ema.state_dict(),
+                optimizer=run.optimizer.state_dict(),
+                record=run.record_at(state).as_dict() | {"scaler": None if scaler is None else scaler.state_dict()},
+                total_limit=run.config.checkpoints_total_limit,
+            )
     state.saved_step = state.step
 
 
@@ -411,7 +428,7 @@ def describe(run: Run) -> str:
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
     limit = f" or {config.max_train_minutes:g} minutes" if config.max_train_minutes else ""
     return (
-        f"{config.denoiser}, {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on "
+        f"training: {config.denoiser}, {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on "
         f"{runtime.world_size} x {runtime.device.type}; global batch {run.record.global_batch}, "
         f"{config.max_train_steps} steps{limit}"
     )

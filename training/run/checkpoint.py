@@ -33,12 +33,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from training.messages import some
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
 WEIGHTS, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
 LOCK = ".lock"
+# What opening or flushing a folder answers where it cannot be done.
+NO_FOLDER_FLUSH = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOSYS)
 OVERHEAD = 2**20  # upper bound on the bytes of a checkpoint that are not tensors
 
 
@@ -47,7 +51,10 @@ class CheckpointError(ValueError):
 
 
 class DiskFullError(OSError):
-    """A checkpoint cannot be written; earlier ones are untouched."""
+    """A checkpoint or pipeline/ cannot be written; earlier checkpoints are untouched."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()  # without "[Errno 28]" and a second path
 
 
 def lock(output_dir: Path) -> BaseFileLock:
@@ -100,8 +107,21 @@ def check_free_space(output_dir: Path, needed: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise DiskFullError(
-            errno.ENOSPC, f"a checkpoint needs {needed:,} bytes, but {free:,} are free: make room", str(output_dir)
+            errno.ENOSPC,
+            f"{output_dir}: a checkpoint needs {needed:,} bytes, but {free:,} are free: make room",
+            str(output_dir),
         )
+
+
+def disk_full(path: Path, error: Exception, needed: int, untouched: str) -> DiskFullError:
+    """The error for a path that cannot be written, with the bytes it needs and those that are free."""
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    reason = getattr(error, "strerror", None) or error
+    return DiskFullError(
+        getattr(error, "errno", None) or errno.EIO,
+        f"{path} cannot be written: {reason}. It needs {needed:,} bytes, {free:,} are free; {untouched}",
+        str(path),
+    )
 
 
 def save(
@@ -150,13 +170,7 @@ def save(
         _flush_folder(output_dir)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
-        raise DiskFullError(
-            error.errno or errno.EIO,
-            f"{final} cannot be written: {error.strerror or error}. It needs {needed:,} bytes, {free:,} are free; "
-            "earlier checkpoints are untouched",
-            str(final),
-        ) from error
+        raise disk_full(final, error, needed, "earlier checkpoints are untouched") from error
     verify(final)  # reads it back; only then may older ones be deleted
     if replaced.exists():
         _delete(replaced)
@@ -188,11 +202,11 @@ def find(output_dir: Path, which: str, log: Callable[[str], object] = lambda lin
         CheckpointError: there is none, or the folder is missing, damaged, or not a checkpoint of this run.
     """
     if which != "latest":
-        path = Path(which)
+        path = Path(which).expanduser()
         if not path.exists() and path.name == which:  # its name in the folder of the run
             path = output_dir / which
         if not path.is_dir():
-            names = ", ".join(path.name for _, path in sorted(_checkpoints(output_dir))) or "no checkpoints"
+            names = some([path.name for _, path in sorted(_checkpoints(output_dir), reverse=True)]) or "no checkpoints"
             raise CheckpointError(
                 f"resume_from_checkpoint is {which!r}: there is no such folder, {output_dir} has {names}"
             )
@@ -317,9 +331,13 @@ def _sha256(path: Path) -> str:
 
 
 def _flush_folder(path: Path) -> None:
-    """Flush the names in a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush the names in a folder to disk, where the system can: Windows and some network drives refuse to."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_FLUSH:
+            raise

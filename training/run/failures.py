@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from training.messages import some
 from training.run.checkpoint import CheckpointError
 from training.run.record import data_set
 
@@ -33,14 +34,31 @@ class ForwardPass(NamedTuple):
 
 
 def check_same_run(
-    path: Path, manifest: dict[str, Any], config: Config, global_batch: int, num_images: int, source: str
+    path: Path,
+    manifest: dict[str, Any],
+    config: Config,
+    global_batch: int,
+    num_images: int,
+    source: str,
+    data_digest: str | None = None,
 ) -> None:
-    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or data set."""
-    names = ("denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type")
-    compared = [(name, manifest["config"][name], getattr(config, name)) for name in names]
+    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or other images.
+
+    Images with the same digest are the same, whatever the name of their folder is now.
+    """
+    names = (
+        "denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type", "background",
+        "center_crop",
+    )  # fmt: skip
+    compared = [(name, manifest["config"].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
-    compared.append(("data set", data_set(manifest["source"]), data_set(source)))
+    digest_before = manifest.get("data_digest")  # older checkpoints have none
+    if digest_before is None or data_digest is None:
+        compared.append(("data set", data_set(manifest["source"]), data_set(source)))
+    elif digest_before != data_digest:
+        compared.append(("data set", data_set(manifest["source"]), data_set(source)))
+        compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
     for name, before, now in compared:
         if before != now:
             raise CheckpointError(
@@ -95,8 +113,8 @@ def suspect_images(passes: list[ForwardPass], batches: Batches, step: int) -> li
 
 
 def describe_images(indices: Iterable[int], data: ImageSet) -> str:
-    """Index and name of each image, sorted and without repeats: "12 (cat/3.png), 40 (dog/7.png)"."""
-    return ", ".join(f"{i} ({data.name(i)})" for i in sorted(set(indices)))
+    """Index and name of the images, sorted and without repeats: "12 (cat/3.png), 40 (dog/7.png)"."""
+    return some([f"{i} ({data.name(i)})" for i in sorted(set(indices))])
 
 
 def describe_nonfinite(step: int, loss: float, grad_norm: float, learning_rate: float, images: str) -> str:

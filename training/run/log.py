@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from ddpm_pipeline.files import replacing
 from training.config import Config
 
 if TYPE_CHECKING:
     from PIL import Image
 
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+METRICS_OF_NEW_RUN = ".metrics.jsonl.new"  # while the folder still has those of an earlier run
 PROJECT = "ddpm-pipeline"  # the project or experiment of wandb and other trackers
 
 
 class Log:
     """config.yaml, metrics.jsonl and samples/ in the folder of a run, and the trackers of `report_to`.
+
+    A new run in the folder of an earlier one leaves that run's config.yaml and metrics.jsonl in place until it writes a
+    checkpoint, and then keeps them beside its own: config.1.yaml, metrics.1.jsonl.
 
     Args:
         after_step: the step after which the run resumes: entries of later steps are removed from metrics.jsonl.
@@ -33,23 +40,54 @@ class Log:
         self._trackers: dict[str, Any] = {}
         self._after_step = after_step
         self._warned: set[str] = set()
+        self._file: IO[str] | None = None
+        self.has_earlier_files = False
         if not enabled:
             return
+        new = folder / METRICS_OF_NEW_RUN
+        self.has_earlier_files = not after_step and any((folder / name).exists() for name in (CONFIG, METRICS))
+        with self._never_fatal("sample images", OSError):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+        with self._never_fatal("metrics", OSError):
+            new.unlink(missing_ok=True)
+            if not self.has_earlier_files:
+                _remove_later_steps(folder / METRICS, after_step)
+            self._file = (new if self.has_earlier_files else folder / METRICS).open("a", encoding="utf-8")
+        if not self.has_earlier_files:
+            self._write_config()
+
+    def replace_earlier_files(self) -> None:
+        """Before the first checkpoint of this run: move the files of an earlier one aside, this run's into place."""
+        if not (self.enabled and self.has_earlier_files):
+            return
+        self.has_earlier_files = False
+        with self._never_fatal("metrics", OSError):
+            for i in itertools.count(1):
+                kept = [self.folder / name.replace(".", f".{i}.") for name in (CONFIG, METRICS)]
+                if not any(path.exists() for path in kept):
+                    break
+            for name, path in zip((CONFIG, METRICS), kept):
+                if (self.folder / name).exists():
+                    (self.folder / name).rename(path)
+            if self._file is not None:
+                self._file.close()  # Windows does not rename an open file
+                (self.folder / METRICS_OF_NEW_RUN).rename(self.folder / METRICS)
+                self._file = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._write_config()
+
+    def _write_config(self) -> None:
         import yaml
 
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(self._config, sort_keys=False), encoding="utf-8")
-        path = folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
-        path.write_text("".join(line for line in lines if _step_of(line) <= after_step), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        with self._never_fatal(CONFIG, OSError), replacing(self.folder / CONFIG) as temporary:
+            temporary.write_text(yaml.safe_dump(self._config, sort_keys=False), encoding="utf-8")
 
     def metrics(self, step: int, **values: float) -> None:
         if not self.enabled:
             return
         with self._never_fatal("metrics", OSError):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            if self._file is not None:
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()
         if step > 1:  # importing tensorboard takes a second, so the first step is reported before it
             for name, tracker in self._started_trackers():
                 with self._never_fatal(f"the {name} log", Exception):
@@ -80,7 +118,8 @@ class Log:
         if not self.enabled:
             return
         with self._never_fatal("metrics", OSError):
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         for name, tracker in self._trackers.items():
             with self._never_fatal(f"the {name} log", Exception):
                 tracker.finish()
@@ -130,6 +169,15 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"report_to is {','.join(names)!r}, and {name} is not installed: pip install {name}, or choose from "
                 f"{', '.join([*available, 'none'])}"
             )
+
+
+def _remove_later_steps(path: Path, step: int) -> None:
+    """Remove the lines after this step from a file of metrics, if it exists."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

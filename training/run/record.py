@@ -23,6 +23,7 @@ class RunRecord:
         mixed_precision: what the network computed in: no, fp16 or bf16.
         num_images: images trained on.
         source: where they come from, see `data_set`.
+        data_digest: sha256 of the decoded pixels, held-out images included; None in older records.
         held_out: where the held-out images come from, or "nothing".
         versions: of Python and of the libraries.
         commit: of this project's code; None outside a git checkout.
@@ -38,6 +39,7 @@ class RunRecord:
     mixed_precision: str
     num_images: int
     source: str
+    data_digest: str | None = None
     held_out: str
     sample_seed: int = SAMPLE_SEED  # older records lack it
     versions: dict[str, str]

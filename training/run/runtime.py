@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+
+from training.run.environment import check_environment, launched_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,15 +34,18 @@ class Runtime:
         cpu_threads: threads per process on a CPU; None: the processes of this machine share its cores.
     Attributes:
         rank, world_size: index of this process and number of processes. `is_main` is true on rank 0.
+        num_nodes: number of machines; `name` says which rank this is, and on which of them, for messages.
         mixed_precision: no, fp16 or bf16.
         dtype: what the network computes in, inside `autocast()`.
     Raises:
-        ValueError: fp16 without a CUDA device, or fewer processes than the launcher should have started.
+        ValueError: fp16 without a CUDA device, fewer processes than the launcher should have started, or a variable of
+            the environment that asks for what does not exist here.
     """
 
     def __init__(self, mixed_precision: str, cpu_threads: int | None = None) -> None:
         from accelerate import Accelerator
 
+        notes = check_environment()
         # Without cpu=True, accelerate makes several processes without an accelerator runs of one process each.
         cpu_only = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator: Accelerator = Accelerator(
@@ -48,12 +55,17 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
+        processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.num_nodes = max(1, self.world_size // processes_per_node)
+        node = os.environ.get("GROUP_RANK", self.rank // processes_per_node)  # set by torchrun
+        self.name = f"rank {self.rank} on node {node} ({socket.gethostname()})"
         self.mixed_precision: str = self.accelerator.mixed_precision
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
         if self.device.type == "cpu":
-            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(cpu_threads or max(1, cpu_cores() // local_world_size))
+            torch.set_num_threads(cpu_threads or max(1, cpu_cores() // processes_per_node))
         check_world_size(self.world_size)
+        for note in notes:
+            self.print(note)
 
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which the network computes in `dtype`. Models from `accelerator.prepare` do so by themselves."""
@@ -84,6 +96,59 @@ class Runtime:
         result: list[T] = gather_object(items)
         return result
 
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0, on all ranks."""
+        if self.world_size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        (result,) = broadcast_object_list([value])
+        return result
+
+    def agree(self, **values: object) -> None:
+        """Compare values between all ranks.
+
+        Raises:
+            ValueError: some rank has another value than rank 0. All ranks raise it, and it names the node.
+        """
+        (first, expected), *others = self.gather_objects([(self.name, values)])
+        for name, other in others:
+            for what, value in expected.items():
+                if other[what] != value:
+                    raise ValueError(
+                        f"{what.replace('_', ' ')}: {other[what]!r} on {name}, but {value!r} on {first}; start all "
+                        "processes with the same settings and the same images"
+                    )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A context that all ranks leave together: if it raises on some rank, it raises on all, and no rank waits for
+        one that has ended."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            if self.world_size == 1:
+                raise
+            error = raised
+        failures = self.gather_objects([] if error is None else [(self.name, type(error), str(error))])
+        if failures:
+            name, kind, message = failures[0]
+            raise _make_error(kind, message if self.num_nodes == 1 else f"{name}: {message}") from error
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which rank 0 does first, then one rank of each other node, then the others.
+
+        The later ones find what the first has written to the disk that they share. If it fails on some rank, all ranks
+        raise its error.
+        """
+        own_turn = 0 if self.is_main else 1 if self.accelerator.is_local_main_process else 2
+        for turn in range(1 if self.world_size == 1 else 3):
+            with self.together():
+                if turn == own_turn:
+                    result = work()
+        return result
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -96,6 +161,13 @@ class Runtime:
         self.accelerator.print(line)
 
 
+def _make_error(kind: type[Exception], message: str) -> Exception:
+    try:
+        return kind(message)
+    except TypeError:  # a class with more arguments
+        return RuntimeError(f"{kind.__name__}: {message}")
+
+
 def resolve_mixed_precision(requested: str) -> str:
     """no, fp16 or bf16. auto: what `accelerate launch` was configured with, else bf16 if the hardware supports it.
 
@@ -104,8 +176,7 @@ def resolve_mixed_precision(requested: str) -> str:
     """
     resolved = requested
     if requested == "auto":
-        launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched_with != "no":
+        if (launched_with := launched_precision()) != "no":
             resolved = launched_with
         elif torch.cuda.is_available():
             resolved = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"

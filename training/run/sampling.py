@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_pipeline.files import remove, replacing
 from training.progress import is_terminal
+from training.run import checkpoint
 from training.run.failures import is_out_of_memory
 from training.run.record import SAMPLE_SEED, RunRecord
 
@@ -115,8 +116,14 @@ class EMASampler:
     def save_pipeline(self, record: RunRecord) -> Tensor | None:
         """Write pipeline/: the EMA weights, the run record, samples, a trajectory. Returns what `draw` returns."""
         samples = self.save_grid(record.step)
-        if not self._runtime.is_main:
-            return samples
+        with self._runtime.together():
+            if self._runtime.is_main:
+                self._write_pipeline(record, samples)
+        return samples
+
+    def _write_pipeline(self, record: RunRecord, samples: Tensor | None) -> None:
+        from safetensors import SafetensorError
+
         from ddpm_pipeline import visualize
 
         images = {} if samples is None else {"samples.png": visualize.grid(samples)}
@@ -132,8 +139,13 @@ class EMASampler:
                 if not is_out_of_memory(error):
                     raise
                 print("WARNING: out of memory drawing trajectory.png: skipped. The model is saved.", file=sys.stderr)
-            save_pipeline(pipe, self._log.folder / PIPELINE, record, images)
-        return samples
+            folder = self._log.folder / PIPELINE
+            try:
+                save_pipeline(pipe, folder, record, images)
+            except (OSError, SafetensorError) as error:
+                needed = checkpoint.estimate_bytes(self.unet.state_dict(), {}, {})
+                advice = "checkpoints are untouched: make room, then --resume_from_checkpoint latest"
+                raise checkpoint.disk_full(folder, error, needed, advice) from error
 
     def _interrupt(self, pipe: DDPMPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's callback after each sampling step: a signal ends sampling."""

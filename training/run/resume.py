@@ -1,0 +1,110 @@
+"""RESUME: the checkpoint that a run continues from. Rank 0 reads it for all, so other machines need no copy of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.messages import some
+from training.run import checkpoint
+from training.run.checkpoint import CheckpointError
+from training.run.state import Clock, TrainingState
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.config import Config
+    from training.ema import FlatEMA
+    from training.run.runtime import Runtime
+
+# What may change when a run is resumed, but changes how it is trained; `describe_changes` says so.
+LEARNING_RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps")
+MAY_CHANGE = (
+    *LEARNING_RATE, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_max_decay",
+    "ema_inv_gamma", "ema_power", "variance_type", "deterministic",
+)  # fmt: skip
+
+
+def find(runtime: Runtime, output_dir: Path, which: str) -> tuple[Path, dict[str, Any]] | None:
+    """What `checkpoint.find` finds on rank 0, on all ranks; "auto": as "latest", or None if there is none.
+
+    Raises:
+        CheckpointError: as `checkpoint.find`, on all ranks.
+    """
+    found = None
+    with runtime.together():
+        if runtime.is_main:
+            try:
+                found = checkpoint.find(output_dir, "latest" if which == "auto" else which, runtime.print)
+            except CheckpointError:
+                if which != "auto":
+                    raise
+                runtime.print(f"{output_dir} has no valid checkpoint: a new run begins")
+    return runtime.broadcast(found)
+
+
+def restore(
+    path: Path,
+    manifest: dict[str, Any],
+    config: Config,
+    runtime: Runtime,
+    *,
+    unet: torch.nn.Module,
+    ema: FlatEMA,
+    optimizer: torch.optim.Optimizer,
+) -> TrainingState:
+    """Load a checkpoint on all ranks, and print what has changed since it was written.
+
+    Raises:
+        ValueError: the network has other parameters; the message names one. Nothing has changed.
+        CheckpointError: the optimizer state holds anything but tensors and plain containers.
+    """
+    loaded = None
+    with runtime.together():
+        if runtime.is_main:
+            loaded = checkpoint.load(path)
+    loaded = runtime.broadcast(loaded)
+    assert loaded is not None
+    weights, ema_weights, optimizer_state = loaded
+    ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
+    unet.load_state_dict(weights)
+    optimizer.load_state_dict(optimizer_state)
+    scaler = runtime.accelerator.scaler
+    if scaler is not None and manifest.get(
+        "scaler"
+    ):  # a checkpoint of a run without fp16 has none: begin with a new one
+        scaler.load_state_dict(manifest["scaler"])
+    step = int(manifest["step"])
+    runtime.print(f"resumed from {path}, after step {step}")
+    if changes := describe_changes(manifest, config, runtime.mixed_precision):
+        runtime.print(changes)
+    if step >= config.max_train_steps:
+        runtime.print(
+            f"Nothing is left to train: max_train_steps is {config.max_train_steps}. To train on, give a larger "
+            "--max_train_steps"
+        )
+    return TrainingState(step, step, clock=Clock(manifest.get("seconds", 0.0)))
+
+
+def describe_changes(manifest: dict[str, Any], config: Config, mixed_precision: str) -> str:
+    """A line about settings that change how a resumed run is trained; empty if there are none.
+
+    The length of the run counts only if the learning rate depends on it.
+    """
+    before = {name: manifest["config"].get(name, getattr(config, name)) for name in MAY_CHANGE}
+    now = {name: getattr(config, name) for name in MAY_CHANGE}
+    if before["lr_scheduler"] == now["lr_scheduler"] == "constant":
+        before["max_train_steps"] = now["max_train_steps"]
+    step = int(manifest["step"]) + 1
+    was, is_now = (
+        replace(config, **{name: values[name] for name in LEARNING_RATE}).learning_rate_at(step)
+        for values in (before, now)
+    )
+    before["mixed_precision"] = manifest.get("mixed_precision", mixed_precision)
+    now["mixed_precision"] = mixed_precision
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if not changed:
+        return ""
+    effect = f": the learning rate of step {step} is {is_now:g} instead of {was:g}" if was != is_now else ""
+    return f"WARNING: changed since the checkpoint: {some(changed)}{effect}"
