@@ -358,3 +358,88 @@ def test_a_mistake_in_options_exits_with_2(arguments, message, capsys):
     assert exit_.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
+
+
+# ---- Files of settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        ("mixed_precision: no", "mixed_precision", "no"),
+        ("mixed_precision: 'no'", "mixed_precision", "no"),
+        ("mixed_precision: NO", "mixed_precision", "no"),
+        ("mixed_precision: false", "mixed_precision", "no"),
+        ("output_dir: 2024", "output_dir", "2024"),
+        ("output_dir: 007", "output_dir", "007"),
+        ("output_dir: 2024-01-01", "output_dir", "2024-01-01"),
+        ("output_dir: on", "output_dir", "on"),
+        ("license: no", "license", "no"),
+        ("hub_model_id: null", "hub_model_id", None),
+        ("resolution: 32", "resolution", 32),
+        ("seed: '3'", "seed", 3),
+        ("learning_rate: 1e-3", "learning_rate", 1e-3),
+        ("random_flip: yes", "random_flip", True),
+    ],
+)
+def test_a_value_in_a_file_has_the_type_of_its_setting(tmp_path, line, field, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset_name: moons\n{line}\n", encoding="utf-8-sig")
+    parsed = getattr(parse(["--config", str(file)]), field)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"output_dir: caf\xe9\n", "not UTF-8"),
+        ("seed: 1\n".encode("utf-16"), "not UTF-8"),
+        (b"", "is empty"),
+        (b"# seed: 1\n", "is empty"),
+        (b"- seed\n", "does not hold settings"),
+        (b"text", "does not hold settings"),
+        (b"seed: 1\nseed: 2\n", "seed is given twice"),
+        (b"seeds: 1\n", "Option 'seeds'"),
+        (b"mixed_precision: true\n", "mixed_precision is 'true': give one of auto, no, fp16, bf16"),
+        (b'output_dir: ""\n', 'output_dir is ""'),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_holds_no_settings_exits_with_2_and_one_line(tmp_path, capsys, content, message):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_:
+        parse([*MOONS, f"--config={file}"])
+    printed = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in printed and printed.count("\n") == 1
+    assert str(file) in printed or " is " in message  # a wrong value is named without its file
+
+
+# ---- The settings of a run that is resumed ---------------------------------------------------------------------------
+
+
+def test_resuming_with_the_folder_alone_takes_the_settings_of_its_run(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    (run / "checkpoint-000003").mkdir(parents=True)
+    settings = make_config(output_dir="elsewhere", prediction_type="sample", seed=5, max_train_steps=7)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()))
+    checkpoint = str(run / "checkpoint-000003")
+    for arguments in (["--output_dir", str(run), "--resume_from_checkpoint", "latest"],
+                      [f"--output_dir={run}", "--resume_from_checkpoint=auto"],
+                      ["--resume_from_checkpoint", checkpoint]):  # fmt: skip
+        parsed = parse([*arguments, "--seed=6"])
+        assert (parsed.output_dir, parsed.prediction_type) == (str(run), "sample")
+        assert (parsed.seed, parsed.max_train_steps) == (6, 7)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["--output_dir=~/run", "--resume_from_checkpoint=latest"]).prediction_type == "sample"
+
+    assert parse(["--output_dir", str(run), "--seed=1"]).prediction_type == "v_prediction"  # a new run: the moons
+    other = parse(["--output_dir", str(run), "--resume_from_checkpoint", "latest", *MOONS])
+    assert other.prediction_type == "epsilon"  # the data set is named, so the command line is whole
+    new = parse([f"--output_dir={tmp_path / 'new'}", "--resume_from_checkpoint", "auto"])
+    assert new.prediction_type == "v_prediction"
+    with pytest.raises(SystemExit) as exit_:
+        parse([f"--output_dir={tmp_path / 'new'}", "--resume_from_checkpoint", "latest"])
+    printed = capsys.readouterr().err
+    assert exit_.value.code == 2 and "new'" in printed and "no config.yaml" in printed and printed.count("\n") == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"  # what YAML takes an unquoted value for
 
 
 def parse_dataclass(
@@ -52,22 +53,74 @@ def parse_dataclass(
         parser.add_argument(name, type=str, help=field_help[name])
     parser.add_class_arguments(cls, skip=set(positional))
     try:
-        values = parser.parse_args(arguments)
+        values = parser.parse_args(_read_configs(arguments, hints) if config_help else arguments)
         for name, hint in hints.items():  # an empty field of a YAML file is null, which jsonargparse lets pass
             if values[name] is None and types.NoneType not in (hint, *get_args(hint)):
                 raise ValueError(f"{name} is null: give {_describe(hint)}")
         return cls(**{name: values[name] for name in hints})
     except (ArgumentError, ValueError) as error:
-        message = _one_line(str(error), hints)
-        if re.match("Problems parsing config|Unexpected config|Option", message):  # jsonargparse does not name the file
-            paths = [
-                argument.removeprefix("--config=") if argument.startswith("--config=") else following
-                for argument, following in zip(arguments, [*arguments[1:], ""])
-                if argument == "--config" or argument.startswith("--config=")
-            ]
-            message = f"{', '.join(paths)}: {message}"
-        print(f"{parser.prog}: {message}", file=sys.stderr)
+        print(f"{parser.prog}: {_one_line(str(error), hints)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _read_configs(arguments: list[str], hints: dict[str, Any]) -> list[str]:
+    """`--config FILE` becomes `--config=<its settings as YAML>`, which jsonargparse takes as well."""
+    read: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == "--":
+            return [*read, argument, *remaining]
+        if argument == "--config" and remaining:
+            argument = f"--config={remaining.pop(0)}"
+        if argument.startswith("--config="):
+            argument = f"--config={_read_config(Path(argument.removeprefix('--config=')).expanduser(), hints)}"
+        read.append(argument)
+    return read
+
+
+def _read_config(path: Path, hints: dict[str, Any]) -> str:
+    """The settings in a YAML file, each with its type: text stays as it is written, also if it is `2024` or `no`.
+
+    Raises:
+        ValueError: it cannot be read, or holds anything but settings, each once; the message names the file.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(f"config is '{path}': {error.strerror or error}; give a YAML file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"config is '{path}': its text is not UTF-8; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: Problems parsing config: {error}") from None
+    if not isinstance(root, yaml.MappingNode) or not root.value:
+        what = "is empty" if root is None or not root.value else "does not hold settings"
+        raise ValueError(f"config is '{path}': the file {what}; give it lines such as `learning_rate: 1.0e-4`")
+    names = [key.value for key, _ in root.value]
+    for i, name in enumerate(names):
+        if name not in hints:
+            raise ValueError(f"{path}: Option '{name}' is not a setting; --help lists them")
+        if name in names[:i]:
+            raise ValueError(f"{path}: {name} is given twice: give it once")
+    for key, value in root.value:
+        hint = hints[key.value]
+        for node in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(node, yaml.ScalarNode) and _keeps_text(hint) and node.tag != NULL:
+                if node.tag == BOOL and "no" in get_args(hint) and not yaml.safe_load(node.value):
+                    node.value = "no"
+                node.tag, node.style = "tag:yaml.org,2002:str", '"'
+    return str(yaml.serialize(root, Dumper=yaml.SafeDumper))
+
+
+def _keeps_text(hint: Any) -> bool:
+    """Whether a field, or each item of a list, is text and never a number, true or false."""
+    hint = _item_type(hint) or hint
+    if get_origin(hint) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(hint))
+    types_of = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return all(kind in (str, types.NoneType) or get_origin(kind) is Literal for kind in types_of)
 
 
 def _complete_switches(arguments: list[str], hints: dict[str, Any], has_positional: bool) -> list[str]:

@@ -192,6 +192,9 @@ class Config:
         self.trackers  # noqa: B018  raises if report_to is wrong
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
             raise ValueError('resume_from_checkpoint is "": give "latest", "auto" or a checkpoint folder')
+        for name in ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from"):
+            if getattr(self, name) == "":
+                raise ValueError(f'{name} is "": give a name')
         if self.validation_samples == 1:
             raise ValueError("validation_samples is 1: give at least 2, or 0 for none")
         if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
@@ -250,14 +253,15 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The settings on the command line: `--config FILE` and `--name value`, later ones win; no data set: the moons.
+    """The settings on the command line: `--config FILE` and `--name value`, later ones win.
 
-    A mistake prints one line and exits with code 2.
+    Without a config or data set: those of the run that is resumed, else the moons. A mistake prints one line and exits
+    with code 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     names_data = re.compile(r"--(config|dataset_name|train_data_dir|help|h)(=|$)|-h$")
     if not any(names_data.match(argument) for argument in arguments):
-        arguments = ["--config", str(CONFIGS / "moons.yaml"), *arguments]
+        arguments = [*(_settings_of_resumed_run(arguments) or ["--config", str(CONFIGS / "moons.yaml")]), *arguments]
     # The data of a preset is replaced by that of the command line, even if the two are in different options.
     opposite = {"--dataset_name": "--train_data_dir", "--train_data_dir": "--dataset_name"}
     named = {argument.split("=")[0] for argument in arguments} & opposite.keys()
@@ -269,3 +273,30 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         description="Train a DDPM.",
         config_help="YAML file of settings, such as training/configs/mnist.yaml",
     )
+
+
+def _settings_of_resumed_run(arguments: list[str]) -> list[str]:
+    """`--config runs/mine/config.yaml` if the run in this folder is to be resumed; else nothing.
+
+    A folder without config.yaml prints one line and exits with code 2, except with "auto", which may begin a new run.
+    """
+    given: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        given[name] = value if equals else following
+    which, output_dir = given.get("--resume_from_checkpoint", "null"), given.get("--output_dir")
+    if which not in ("null", "latest", "auto") and output_dir is None and Path(which).name != which:
+        output_dir = str(Path(which).parent)
+    if which == "null" or output_dir is None:
+        return []
+    file = Path(output_dir).expanduser() / "config.yaml"  # the run may have been moved since it was written
+    if file.is_file():
+        return ["--config", str(file), "--output_dir", output_dir]
+    if which == "auto":
+        return []
+    print(
+        f"{Path(sys.argv[0]).name}: output_dir is {output_dir!r}, which has no config.yaml: give --config, or the data "
+        "set of the run to resume",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
