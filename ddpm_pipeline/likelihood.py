@@ -280,9 +280,9 @@ def probability_flow_nats(
                 (pulled,) = torch.autograd.grad(eps, x, direction, retain_graph=i + 1 < len(directions))
                 trace += as_float64(pulled * direction).flatten(1).sum(1)
         divergence = noise_variance.sqrt() * trace / (probes or 1) - noise_variance * x[0].numel()
-        return (noise_variance.sqrt() * eps.detach() - noise_variance * x.detach()).to(home), divergence
+        return as_float64(noise_variance.sqrt() * eps.detach() - noise_variance * x.detach()), divergence
 
-    start = ((x_0 * alpha_bar[0].sqrt()).to(home), torch.zeros(len(x_0), dtype=torch.float64, device=home))
+    start = (as_float64(x_0 * alpha_bar[0].sqrt()), torch.zeros(len(x_0), dtype=torch.float64, device=home))
     with torch.no_grad():
         x, lost = odeint(velocity, start, u_of_t[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
     log_prior = -(as_float64(x[-1]).square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
