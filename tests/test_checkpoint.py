@@ -248,6 +248,23 @@ def test_a_failed_save_keeps_the_old_checkpoint_and_leaves_nothing(tmp_path, mon
     assert names(tmp_path) == ["checkpoint-000002"]
 
 
+@pytest.mark.parametrize("code", ["EACCES", "EINVAL", "ENOTSUP", "EBADF", "EPERM"])
+@pytest.mark.parametrize("refuses", ["open", "fsync"])
+def test_a_system_that_cannot_flush_folders_still_has_checkpoints(tmp_path, monkeypatch, refuses, code):
+    """Windows does not open them; some network drives do not flush them."""
+    real = getattr(os, refuses)
+
+    def refuse(path, *args):
+        if os.path.isdir(path if refuses == "open" else f"/proc/self/fd/{path}"):
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        return real(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, refuses, refuse)
+        path = save(tmp_path, 3)
+    assert checkpoint.find(tmp_path, "latest")[0] == path
+
+
 def test_everything_is_flushed_before_the_rename_and_verified_before_the_old_one_is_deleted(tmp_path, monkeypatch):
     save(tmp_path, 1, total_limit=1)
     events = []

@@ -46,9 +46,10 @@ class Run:
         fault: name of a function below that each process calls first, with its rank.
         crash_at: where rank 0 kills itself, see `install_crash_point`.
         detect_device: do not tell accelerate to use the CPU.
+        nodes: for each rank more arguments; then each rank is the only one of a machine of its own.
     """
 
-    def __init__(self, arguments, log, *, world_size=1, fault=None, crash_at=None, detect_device=False):
+    def __init__(self, arguments, log, *, world_size=1, fault=None, crash_at=None, detect_device=False, nodes=None):
         self.log = log
         log.write_text("")
         common = {} if detect_device else {"ACCELERATE_USE_CPU": "true"}
@@ -56,14 +57,18 @@ class Run:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+            common |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(1 if nodes else world_size)}
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.processes = []
         for rank in range(world_size):
             environment = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
+            if nodes:
+                environment |= {"LOCAL_RANK": "0", "GROUP_RANK": str(rank)}
             options = {"fault": fault, "crash_at": crash_at if rank == 0 else None}
             child = context.Process(
-                target=_train, args=(list(map(str, arguments)), environment, str(log), rank), kwargs=options
+                target=_train,
+                args=([*map(str, arguments), *(nodes[rank] if nodes else [])], environment, str(log), rank),
+                kwargs=options,
             )
             child.start()
             self.processes.append(child)

@@ -34,12 +34,25 @@ class Workspace:
             options.setdefault("train_data_dir", self.data / "images")
         return flags(options)
 
-    def start(self, name, *, world_size=1, fault=None, crash_at=None, detect_device=False, **options):
-        """A `Run` with the global batch 4, whatever the world size."""
+    def start(self, name, *, world_size=1, fault=None, crash_at=None, detect_device=False, nodes=None, **options):
+        """A `Run` with the global batch 4, whatever the world size.
+
+        Args:
+            nodes: for each rank the options of its own machine.
+        """
+        world_size = len(nodes) if nodes else world_size
         if world_size > 1:
             options = {"train_batch_size": 4 // world_size, **options}
         log, arguments = self.folder / f"{name}.log", self.arguments(name, **options)
-        return Run(arguments, log, world_size=world_size, fault=fault, crash_at=crash_at, detect_device=detect_device)
+        return Run(
+            arguments,
+            log,
+            world_size=world_size,
+            fault=fault,
+            crash_at=crash_at,
+            detect_device=detect_device,
+            nodes=nodes and [flags(own) for own in nodes],
+        )
 
     def finish(self, name, **options):
         """Run to the end; the exit code must be 0. Returns `sha256(name)`."""

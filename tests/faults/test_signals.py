@@ -38,6 +38,17 @@ def test_after_a_signal_the_step_is_finished_and_the_run_resumes_bit_for_bit(wor
     assert workspace.finish("run", resume_from_checkpoint="latest") == undisturbed()
 
 
+def test_a_new_run_stopped_before_its_first_checkpoint_leaves_those_of_the_earlier_run(workspace):
+    before = workspace.finish("run")
+    with killed_at_end(workspace.start("run", fault="slow_steps", seed=1)) as run:
+        run.wait_for("[step 1 on rank 0]")
+        send(run, signal.SIGTERM, "all")
+        assert run.wait(GRACE) == [143], run.text()
+    assert "before the first checkpoint of this run: the earlier ones are untouched" in run.text()
+    assert workspace.sha256("run") == before
+    assert "seed: 0" in (workspace.folder / "run" / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize("to", ["all", "one"])
 def test_two_processes_stop_after_the_same_step(workspace, undisturbed, to):
     with killed_at_end(workspace.start("run", world_size=2, fault="slow_steps", checkpointing_steps=100)) as run:

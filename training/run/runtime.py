@@ -157,8 +157,9 @@ class Runtime:
         return self.accelerator.main_process_first()
 
     def print(self, line: str) -> None:
-        """Print on the main process only."""
-        self.accelerator.print(line)
+        """Print on the main process only; accelerate would print on that of each machine."""
+        if self.is_main:
+            print(line)
 
 
 def _make_error(kind: type[Exception], message: str) -> Exception:
