@@ -62,7 +62,7 @@ def test_the_settings_of_a_run_win_over_the_environment(tmp_path, monkeypatch, c
     assert run(tmp_path, "with variables") == plain
     printed = capsys.readouterr().out
     for name, value in IGNORED.items():
-        assert f"{name} is {value!r} in the environment: ignored, --" in printed
+        assert f"{name} is {value!r} in the environment: ignored, the setting " in printed
 
 
 def test_what_launchers_set_by_themselves_is_no_news(monkeypatch):

@@ -334,6 +334,17 @@ def disk_full_for_logs(rank):
     json.dumps = dumps_or_disk_full
 
 
+def checkpoints_on_rank_0_only(rank):
+    """Any other rank finds and reads no checkpoint, as on a machine without a shared disk."""
+    from training.run import checkpoint
+
+    def missing(*args, **options):
+        raise FileNotFoundError("no checkpoint on this machine")
+
+    if rank:
+        checkpoint.find = checkpoint.verify = checkpoint.load = missing
+
+
 def _disk_full_at(name):
     """Another program fills the disk just before this file of the second checkpoint is written."""
     from training.run import checkpoint

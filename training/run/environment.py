@@ -62,7 +62,7 @@ def check_environment() -> list[str]:
         for variable in [variable for variable in os.environ if variable.startswith(name)]:
             value = os.environ.pop(variable)
             if value.lower() not in HARMLESS:
-                notes.append(f"{variable} is {value!r} in the environment: ignored, --{setting} decides")
+                notes.append(f"{variable} is {value!r} in the environment: ignored, the setting {setting} decides")
     return notes
 
 

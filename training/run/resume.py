@@ -71,10 +71,9 @@ def restore(
     unet.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
     scaler = runtime.accelerator.scaler
-    if scaler is not None and manifest.get(
-        "scaler"
-    ):  # a checkpoint of a run without fp16 has none: begin with a new one
-        scaler.load_state_dict(manifest["scaler"])
+    scaler_state = manifest.get("scaler")  # None if the checkpoint is of a run without fp16
+    if scaler is not None and scaler_state:
+        scaler.load_state_dict(scaler_state)
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
     if changes := describe_changes(manifest, config, runtime.mixed_precision):

@@ -1,0 +1,285 @@
+"""Resuming: what must be the same, what may change and is said, "auto"; a new run in the folder of an earlier one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from ddpm_pipeline import DDPMPipeline
+from tests.arrays import random_images
+from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
+from training.config import Config
+from training.data.cache import ImageSet
+from training.ema import FlatEMA
+from training.run import checkpoint, resume
+from training.run.log import Log
+from training.run.runtime import Runtime
+
+needs_digest = pytest.mark.skipif("digest" not in ImageSet.__dataclass_fields__, reason="images without a digest")
+
+OPTIONS = SHORT_RUN | {
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "num_sample_images": 1,
+    "ddpm_num_inference_steps": 1,
+    "save_images_steps": 0,
+    "validation_steps": 0,
+}
+
+
+def save_transparent_images(folder):
+    """Six images of 20 x 16 pixels, so that crop and stretch differ, with transparent areas, so that backgrounds do."""
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(random_images(20, 16, 4, seed=i)).save(folder / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two steps, `run`, beside its images."""
+    work = tmp_path_factory.mktemp("resume")
+    save_transparent_images(work / "images")
+    assert train(work) == 0
+    return work
+
+
+@pytest.fixture
+def work(finished, tmp_path):
+    """A copy of it."""
+    shutil.copytree(finished, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def train(work, **options):
+    options = {
+        "output_dir": work / "run", "cache_dir": work / "cache", "train_data_dir": work / "images", "resolution": 16,
+        **OPTIONS, **options,
+    }  # fmt: skip
+    return run_here("train.py", flags(options))
+
+
+def contents(folder, *names):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+# ---- What must be the same -------------------------------------------------------------------------------------------
+
+
+def change_a_pixel(work):
+    pixels = np.array(Image.open(work / "images" / "3.png"))
+    pixels[10, 8] = [200, 10, 10, 255]
+    Image.fromarray(pixels).save(work / "images" / "3.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"background": "black"}, None, "background 'white', but now it is 'black'"),
+        ({"center_crop": "false"}, None, "center_crop True, but now it is False"),
+        pytest.param({"resolution": 8}, None, "images with sha256", marks=needs_digest),
+        pytest.param({}, change_a_pixel, "images with sha256", marks=needs_digest),
+    ],
+)
+def test_other_pixels_are_refused(work, capsys, options, change, message):
+    if change:
+        change(work)
+    before = contents(work / "run", "config.yaml", "metrics.jsonl", "checkpoint-000002/manifest.json")
+    assert train(work, resume_from_checkpoint="latest", max_train_steps=3, **options) == 2
+    assert message in capsys.readouterr().err
+    assert contents(work / "run", *before) == before
+
+
+def test_the_same_pixels_in_a_folder_of_another_name_are_the_same(work):
+    (work / "images").rename(work / "renamed")
+    assert train(work, resume_from_checkpoint="latest", max_train_steps=3, train_data_dir=work / "renamed") == 0
+
+
+@needs_digest
+def test_the_digest_of_the_images_is_in_the_records(work):
+    manifest = checkpoint.verify(work / "run" / "checkpoint-000002")
+    record = json.loads((work / "run" / "pipeline" / "training.json").read_text())
+    assert len(manifest["data_digest"]) == 64 and record["data_digest"] == manifest["data_digest"]
+
+
+# ---- What may change -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {}, ""),
+        ({}, {"max_train_steps": 20}, ""),
+        ({}, {"logging_steps": 7, "checkpointing_steps": 9}, ""),
+        (
+            {"lr_scheduler": "linear"},
+            {"lr_scheduler": "linear", "max_train_steps": 20},
+            "max_train_steps 10 -> 20: the learning rate of step 6 is 0.75 instead of 0.5",
+        ),
+        (
+            {"lr_scheduler": "cosine"},
+            {"lr_scheduler": "constant"},
+            "lr_scheduler cosine -> constant: the learning rate of step 6 is 1 instead of 0.5",
+        ),
+        ({}, {"learning_rate": 0.5}, "learning_rate 1.0 -> 0.5: the learning rate of step 6 is 0.5 instead of 1"),
+        (
+            {},
+            {"ema_power": 1.0, "variance_type": "fixed_large"},
+            "ema_power 0.75 -> 1.0, variance_type fixed_small -> ",
+        ),
+        (
+            {},
+            {
+                "adam_beta1": 0.1,
+                "adam_beta2": 0.1,
+                "adam_epsilon": 1,
+                "max_grad_norm": 2,
+                "ema_power": 1,
+                "ema_inv_gamma": 2,
+            },
+            ", and 1 more",
+        ),
+    ],
+)
+def test_a_change_that_matters_is_said(before, now, message):
+    common = {"dataset_name": "moons", "learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 10}
+    manifest = {"step": 5, "config": Config(**common | before).as_dict(), "mixed_precision": "no"}
+    line = resume.describe_changes(manifest, Config(**common | now), "no")
+    assert message in line and bool(line) == bool(message)
+
+
+def test_another_precision_is_said():
+    config = Config(dataset_name="moons")
+    manifest = {"step": 5, "config": config.as_dict(), "mixed_precision": "fp16"}
+    assert "mixed_precision fp16 -> bf16" in resume.describe_changes(manifest, config, "bf16")
+
+
+@pytest.mark.parametrize("saved", ["none", "missing", "state"])
+@pytest.mark.parametrize("has_scaler", [True, False])
+def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler):
+    """The loss scaler of fp16 begins anew where the checkpoint has none."""
+    with fresh_accelerate():
+        runtime = Runtime("no", 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        runtime.accelerator.scaler = scaler if has_scaler else None
+        unet = torch.nn.Conv2d(1, 1, 1)
+        ema, optimizer = FlatEMA(unet), torch.optim.AdamW(unet.parameters())
+        states = {"model": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        config = Config(dataset_name="moons")
+        record = {"config": config.as_dict(), "mixed_precision": "no"}
+        if saved != "missing":
+            state = torch.amp.GradScaler("cpu", init_scale=2.0).state_dict()
+            record["scaler"] = state if saved == "state" else None
+        path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
+        manifest = checkpoint.verify(path)
+        state = resume.restore(path, manifest, config, runtime, unet=unet, ema=ema, optimizer=optimizer)
+        assert state.step == state.saved_step == 4
+        assert scaler.get_scale() == (2.0 if saved == "state" and has_scaler else 8.0)
+
+
+# ---- auto, and paths -------------------------------------------------------------------------------------------------
+
+
+def test_auto_resumes_where_there_is_a_valid_checkpoint_and_begins_where_there_is_none(work, capsys):
+    assert train(work, resume_from_checkpoint="auto", max_train_steps=3) == 0
+    assert "after step 2" in capsys.readouterr().out
+    for weights in (work / "run").glob(f"checkpoint-*/{checkpoint.WEIGHTS}"):
+        weights.write_bytes(b"")
+    assert train(work, resume_from_checkpoint="latest") == 2
+    capsys.readouterr()
+    assert train(work, resume_from_checkpoint="auto") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "is skipped" in printed and "no valid checkpoint: a new run begins" in printed and "trained 2 steps" in printed
+    )
+    new = work / "new"
+    assert train(work, output_dir=new, resume_from_checkpoint="auto") == 0
+    assert (new / "checkpoint-000002").is_dir()
+    assert train(work, resume_from_checkpoint="auto", seed=1) == 2  # another run is no reason to begin a new one
+
+
+def test_a_finished_run_says_that_nothing_is_left(work, capsys):
+    (work / "run" / "pipeline" / "training.json").unlink()
+    assert train(work, resume_from_checkpoint="latest") == 0
+    printed = capsys.readouterr().out
+    assert "Nothing is left to train: max_train_steps is 2" in printed and "trained 0 steps" not in printed
+    assert (work / "run" / "pipeline" / "training.json").exists()  # written again, in case it was not complete
+
+
+def test_a_home_folder_is_expanded(work, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(work))
+    assert train(work, resume_from_checkpoint="~/run/checkpoint-000002", max_train_steps=3) == 0
+    assert train(work, output_dir="~/new", init_from="~/run/pipeline") == 0
+    assert f"resumed from {work}" in capsys.readouterr().out and (work / "new" / "pipeline").is_dir()
+
+
+# ---- A new run in the folder of an earlier one -----------------------------------------------------------------------
+
+
+class Mistake(Exception):
+    pass
+
+
+def test_a_run_begun_again_keeps_the_files_of_the_earlier_one(work, monkeypatch, capsys):
+    run, names = work / "run", ("config.yaml", "metrics.jsonl")
+    before = contents(run, *names)
+
+    def stop(*args, **options):
+        raise Mistake
+
+    with monkeypatch.context() as patch:  # it ends before its first checkpoint
+        patch.setattr("training.run.log.Log.replace_earlier_files", stop)
+        with pytest.raises(Mistake):
+            train(work, seed=1)
+    assert contents(run, *names) == before
+    assert "the first one of this run replaces them" in capsys.readouterr().out
+
+    assert train(work, seed=1) == 0
+    kept = ("config.1.yaml", "metrics.1.jsonl")
+    assert list(contents(run, *kept).values()) == list(before.values())
+    after = contents(run, *names)
+    assert b"seed: 1" in after["config.yaml"] and after["metrics.jsonl"].count(b"\n") == 2
+    assert train(work, seed=2) == 0
+    assert list(contents(run, *kept).values()) == list(before.values())
+    assert list(contents(run, "config.2.yaml", "metrics.2.jsonl").values()) == list(after.values())
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".metrics")]
+
+
+def test_config_yaml_and_metrics_are_replaced_not_rewritten(work, monkeypatch, capsys):
+    """A disk that is full while they are written leaves those that were there."""
+    config, run = Config(dataset_name="moons", report_to="none"), work / "run"
+    before = contents(run, "config.yaml", "metrics.jsonl")
+
+    def full(path, text, **options):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        log = Log(run, config, after_step=1)
+        log.metrics(2, loss=1.0)
+        log.close()
+    assert contents(run, *before) == before
+    assert capsys.readouterr().err.count("WARNING: cannot write") == 2  # config.yaml, metrics
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(28, "No space left on device")],
+)
+def test_a_full_disk_for_the_pipeline_is_one_line(work, monkeypatch, capsys, error):
+    def full(self, folder):
+        Path(folder).mkdir()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPMPipeline, "save_pretrained", full)
+        assert train(work, resume_from_checkpoint="latest") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{work / 'run' / 'pipeline'} cannot be written" in line and "No space left" in line
+    assert "bytes" in line and "latest" in line
+    DDPMPipeline.from_pretrained(str(work / "run" / "pipeline"))  # the earlier one is untouched
