@@ -770,7 +770,9 @@ def _widened(images: Tensor) -> Tensor:
 
 
 def _add_scaled(total: Tensor, images: Tensor, scale: Any) -> Tensor:
-    """total + scale * images, into total."""
+    """total + scale * images, into total if it has room for the result."""
+    if torch.broadcast_shapes(total.shape, images.shape) != total.shape:
+        return total + scale * images
     return total.addcmul_(images, scale) if isinstance(scale, Tensor) else total.add_(images, alpha=scale)
 
 
