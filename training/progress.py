@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -33,6 +34,18 @@ def progress(
 def is_terminal() -> bool:
     """Whether standard error is a terminal, where a bar can be redrawn."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def quiet_libraries() -> None:
+    """Without a terminal, turn off the bars of libraries too, for downloads and for the parts of a model."""
+    if is_terminal():
+        return
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets, imported late, reads it then
+    from diffusers.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bar()
+    disable_progress_bars()
 
 
 class Lines(tqdm):

@@ -27,7 +27,7 @@ from torch import Tensor
 from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
-from training.progress import progress
+from training.progress import progress, quiet_libraries
 from training.run import checkpoint, failures, resume, signals
 from training.run.failures import ForwardPass
 from training.run.log import Log, check_trackers
@@ -99,6 +99,8 @@ def main(config: Config, stop: StopSignal) -> int:
     from training.denoiser import check_size, choose_attention, load_initial_weights, make_denoiser
     from training.ema import FlatEMA
     from training.run.validation import Validator
+
+    quiet_libraries()
 
     # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
     # Before the images are decoded, check what does not need them.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
 from ddpm_pipeline.moons import lit_fraction, phase_of, render
+from training.progress import is_terminal
 from training.run.log import Log
 
 HALF, FULL = math.pi / 2, math.pi  # phases
@@ -40,7 +41,7 @@ def fuse_moons(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, num_in
     Rows of the image: distance-balanced interpolation; latent interpolation without balance; mean of the pixels.
     """
     pipe: Any = DDPMPipeline(unet, scheduler)
-    pipe.set_progress_bar_config(desc="interpolating moons", leave=False)
+    pipe.set_progress_bar_config(desc="interpolating moons", leave=False, disable=not is_terminal())
     size = unet.config["sample_size"]
     half, full = (render(phase, size if isinstance(size, int) else tuple(size))[None] for phase in (HALF, FULL))
     weights = [i / (NUM_WEIGHTS - 1) for i in range(NUM_WEIGHTS)]
