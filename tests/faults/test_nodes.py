@@ -81,6 +81,17 @@ def test_a_checkpoint_that_rank_0_does_not_have_ends_all(workspace, machines, wh
     assert run.text().count("train.py: rank 0 on node 0 (") == 2 and "checkpoint" in run.text()
 
 
+def test_auto_begins_no_new_run_where_another_machine_has_the_checkpoint(workspace, machines):
+    """A launcher may give rank 0 to another machine than before."""
+    run = workspace.start("run", nodes=machines, resume_from_checkpoint="auto", max_train_steps=2)
+    assert run.wait() == [0, 0] and "no valid checkpoint: a new run begins" in run.text(), run.text()
+    assert_all_end(
+        workspace.start("run", nodes=machines[::-1], resume_from_checkpoint="auto"), "checkpoint-000002 is valid"
+    )
+    again = workspace.start("run", nodes=machines, resume_from_checkpoint="auto")
+    assert again.wait() == [0, 0] and "after step 2" in again.text(), again.text()
+
+
 def change_an_image(folder):
     Image.fromarray(random_images(16, 16, seed=99)).save(folder / "3.png")
 

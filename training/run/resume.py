@@ -30,7 +30,7 @@ def find(runtime: Runtime, output_dir: Path, which: str) -> tuple[Path, dict[str
     """What `checkpoint.find` finds on rank 0, on all ranks; "auto": as "latest", or None if there is none.
 
     Raises:
-        CheckpointError: as `checkpoint.find`, on all ranks.
+        CheckpointError: on all ranks: as `checkpoint.find`; or with "auto", if another machine has a valid checkpoint.
     """
     found = None
     with runtime.together():
@@ -40,8 +40,23 @@ def find(runtime: Runtime, output_dir: Path, which: str) -> tuple[Path, dict[str
             except CheckpointError:
                 if which != "auto":
                     raise
-                runtime.print(f"{output_dir} has no valid checkpoint: a new run begins")
-    return runtime.broadcast(found)
+    found = runtime.broadcast(found)
+    if found is None:
+        with runtime.together():  # a launcher may have given rank 0 to another machine than before
+            if not runtime.is_main and runtime.accelerator.is_local_main_process and (path := _newest(output_dir)):
+                raise CheckpointError(
+                    f"{path} is valid, but rank 0 has no checkpoint: start the run with this machine as node 0 "
+                    "(torchrun --node-rank 0), or copy the checkpoint to that of rank 0"
+                )
+        runtime.print(f"{output_dir} has no valid checkpoint: a new run begins")
+    return found
+
+
+def _newest(output_dir: Path) -> Path | None:
+    try:
+        return checkpoint.find(output_dir, "latest")[0]
+    except CheckpointError:
+        return None
 
 
 def restore(
