@@ -16,6 +16,7 @@ The chapters, one file each:
     inpainting.py        RePaint
     arguments.py         checks of the pipeline's arguments
     images.py            images in and out, of any kind
+    decode.py            one image file or PIL image to pixels, for training and the pipeline
     pixels.py            scaling between pixel values and [-1, 1], image sizes
     visualize.py         image grid, trajectory strip, animation
     saving.py            the saved folder and its one file of remote code

@@ -16,8 +16,8 @@ from .scheduling_ddpm import DDPMScheduler
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
-    "precision", "scheduling_ddpm", "pixels", "loading", "images", "denoiser", "sampling", "inversion", "interpolation",
-    "inpainting", "arguments", "saving", "pipeline_ddpm",
+    "precision", "scheduling_ddpm", "pixels", "decode", "loading", "images", "denoiser", "sampling", "inversion",
+    "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")

@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from ddpm_pipeline.decode import Payload, Target, background_values, decode, failure_reason, parse_colour, read_header
 from ddpm_pipeline.files import remove
-from training.data.decode import Payload, Target, decode, luminance, parse_colour, read_header
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset, image_folder
 
-FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, give other pixels
+FORMAT = 4  # part of every cache key: raise it when the same files, or moons.py, give other pixels
 
 T = TypeVar("T")
 
@@ -326,7 +326,7 @@ def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
     channels = max(numbers, default=1)
     most_common = headers.sizes.most_common(1)[0][0] if headers.sizes else (1, 1)
     height, width = settings.size or most_common
-    background = settings.background if channels != 1 else (luminance(settings.background),)
+    background = background_values(settings.background, channels)
     return Target(channels, f"uint{headers.bits}", height, width, settings.center_crop, background)
 
 
@@ -367,10 +367,8 @@ def _attempt(work: Callable[[Payload], T], item: tuple[int, str, Payload]) -> At
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Attempt(i, name, work(payload), "")
-    except UnidentifiedImageError:  # its message has the full path, or an address in memory
-        return Attempt(i, name, None, "not an image in a known format")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more on broken files
-        return Attempt(i, name, None, getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    except Exception as error:  # whatever Pillow raises for a broken file
+        return Attempt(i, name, None, failure_reason(error))
 
 
 def _readable(

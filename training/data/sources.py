@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.decode import Payload
+from ddpm_pipeline.decode import Payload
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".npy")
