@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # how long a rank waits for another that is alive
 
 
 class Runtime:
@@ -55,6 +57,8 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
+        # For objects, and for waiting: NCCL gives up after ten minutes, in which one rank may still decode images.
+        self._cpu_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
         processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_nodes = max(1, self.world_size // processes_per_node)
         node = os.environ.get("GROUP_RANK", self.rank // processes_per_node)  # set by torchrun
@@ -91,19 +95,17 @@ class Runtime:
         """The lists of all ranks as one list, in the order of the ranks."""
         if self.world_size == 1:
             return items
-        from accelerate.utils import gather_object
-
-        result: list[T] = gather_object(items)
-        return result
+        gathered: list[list[T]] = [[] for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(gathered, items, group=self._cpu_group)
+        return [item for items in gathered for item in items]
 
     def broadcast(self, value: T) -> T:
         """The value of rank 0, on all ranks."""
         if self.world_size == 1:
             return value
-        from accelerate.utils import broadcast_object_list
-
-        (result,) = broadcast_object_list([value])
-        return result
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self._cpu_group)
+        return values[0]
 
     def agree(self, **values: object) -> None:
         """Compare values between all ranks.
@@ -150,11 +152,19 @@ class Runtime:
         return result
 
     def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            torch.distributed.barrier(group=self._cpu_group)
 
-    def main_first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
         """A context that the main process runs first, the others after it."""
-        return self.accelerator.main_process_first()
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
 
     def print(self, line: str) -> None:
         """Print on the main process only; accelerate would print on that of each machine."""
