@@ -57,10 +57,13 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        # For objects, and for waiting: NCCL gives up after ten minutes, in which one rank may still decode images.
-        self._cpu_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
         processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_nodes = max(1, self.world_size // processes_per_node)
+        # For objects, and for waiting: NCCL gives up after ten minutes, in which one rank may still decode images. Not
+        # between machines, where gloo may find no way if NCCL does.
+        self._group = None
+        if self.world_size > self.num_nodes == 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         node = os.environ.get("GROUP_RANK", self.rank // processes_per_node)  # set by torchrun
         self.name = f"rank {self.rank} on node {node} ({socket.gethostname()})"
         self.mixed_precision: str = self.accelerator.mixed_precision
@@ -96,7 +99,7 @@ class Runtime:
         if self.world_size == 1:
             return items
         gathered: list[list[T]] = [[] for _ in range(self.world_size)]
-        torch.distributed.all_gather_object(gathered, items, group=self._cpu_group)
+        torch.distributed.all_gather_object(gathered, items, group=self._group)
         return [item for items in gathered for item in items]
 
     def broadcast(self, value: T) -> T:
@@ -104,7 +107,7 @@ class Runtime:
         if self.world_size == 1:
             return value
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, group=self._cpu_group)
+        torch.distributed.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def agree(self, **values: object) -> None:
@@ -153,7 +156,7 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            torch.distributed.barrier(group=self._cpu_group)
+            torch.distributed.barrier(group=self._group)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
