@@ -14,13 +14,10 @@ from ddpm_pipeline import DDPMPipeline
 from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.config import Config
-from training.data.cache import ImageSet
 from training.ema import FlatEMA
 from training.run import checkpoint, resume
 from training.run.log import Log
 from training.run.runtime import Runtime
-
-needs_digest = pytest.mark.skipif("digest" not in ImageSet.__dataclass_fields__, reason="images without a digest")
 
 OPTIONS = SHORT_RUN | {
     "max_train_steps": 2,
@@ -81,8 +78,8 @@ def change_a_pixel(work):
     [
         ({"background": "black"}, None, "background 'white', but now it is 'black'"),
         ({"center_crop": "false"}, None, "center_crop True, but now it is False"),
-        pytest.param({"resolution": 8}, None, "images with sha256", marks=needs_digest),
-        pytest.param({}, change_a_pixel, "images with sha256", marks=needs_digest),
+        ({"resolution": 8}, None, "images with sha256"),
+        ({}, change_a_pixel, "images with sha256"),
     ],
 )
 def test_other_pixels_are_refused(work, capsys, options, change, message):
@@ -99,7 +96,6 @@ def test_the_same_pixels_in_a_folder_of_another_name_are_the_same(work):
     assert train(work, resume_from_checkpoint="latest", max_train_steps=3, train_data_dir=work / "renamed") == 0
 
 
-@needs_digest
 def test_the_digest_of_the_images_is_in_the_records(work):
     manifest = checkpoint.verify(work / "run" / "checkpoint-000002")
     record = json.loads((work / "run" / "pipeline" / "training.json").read_text())

@@ -113,7 +113,7 @@ def main(config: Config, stop: StopSignal) -> int:
     data, num_images = split.data, len(split.train_indices)
     runtime.agree(
         number_of_images=num_images,
-        sha256_of_the_images=getattr(data, "digest", None),
+        sha256_of_the_images=data.digest,
         number_of_held_out_images=len(split.held_out),
     )
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * runtime.world_size
@@ -154,11 +154,10 @@ def main(config: Config, stop: StopSignal) -> int:
     if found is not None:
         with runtime.together():
             if runtime.is_main:
-                failures.check_same_run(
-                    *found, config, global_batch, num_images, data.source, getattr(data, "digest", None)
-                )
+                failures.check_same_run(*found, config, global_batch, num_images, data.source, data.digest)
         state = resume.restore(*found, config, runtime, unet=unet, ema=ema, optimizer=optimizer)
-    has_earlier = found is None and runtime.is_main and any(output_dir.glob("checkpoint-*"))
+    is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
+    has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
     (replaces_earlier,) = runtime.any(has_earlier)
     if replaces_earlier:
         runtime.print(f"{output_dir} has checkpoints of an earlier run: the first one of this run replaces them. To "
@@ -254,7 +253,7 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
         mixed_precision=runtime.mixed_precision,
         num_images=len(split.train_indices),
         source=split.data.source,
-        data_digest=getattr(split.data, "digest", None),
+        data_digest=split.data.digest,
         held_out=split.held_out_source,
         versions=versions(),
         commit=commit(),

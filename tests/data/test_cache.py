@@ -1,5 +1,6 @@
 """The cache of decoded images: what its key depends on, and that it is complete or absent."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.arrays import random_images
+from tests.arrays import random_images, save_images
 from training.data import cache
 from training.data.cache import load_images
 
@@ -133,3 +134,23 @@ def test_worker_processes_decode_the_same_pixels(folder, tmp_path):
     one, two = (load_images(train_data_dir=folder, cache_dir=tmp_path / str(n), num_workers=n) for n in (0, 2))
     np.testing.assert_array_equal(one.images, two.images)
     assert one.source == two.source
+
+
+# ---- The digest ------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_is_that_of_the_pixels_alone(tmp_path):
+    """Not of names or folders. A cache of an earlier version, which has none, gets the same."""
+    first = load_images(train_data_dir=save_images(tmp_path / "a", 3, 8, 8), cache_dir=tmp_path / "cache")
+    second = load_images(
+        train_data_dir=save_images(tmp_path / "b", 3, 8, 8, name="other {}.png"), cache_dir=tmp_path / "cache"
+    )
+    assert first.digest == second.digest and len(first.digest) == 64
+    save_images(tmp_path / "c", 3, 8, 8)
+    Image.fromarray(random_images(8, 8, seed=9)).save(tmp_path / "c" / "1.png")
+    assert load_images(train_data_dir=tmp_path / "c", cache_dir=tmp_path / "cache").digest != first.digest
+    for meta in (tmp_path / "cache").glob("*/meta.json"):
+        content = json.loads(meta.read_text())
+        content.pop("digest")
+        meta.write_text(json.dumps(content))
+    assert load_images(train_data_dir=tmp_path / "a", cache_dir=tmp_path / "cache").digest == first.digest

@@ -53,6 +53,7 @@ class ImageSet:
     skipped: tuple[str, ...]  # "name: reason" of each unreadable image that was left out
     names_file: Path  # names.txt
     splits: tuple[str, ...] = ()  # all splits of the data set; empty for a folder of images
+    digest: str = ""  # sha256 of the pixels, their shape and their dtype
 
     def name(self, i: int) -> str:
         """The name of image i: its path in the folder, or its row in the table."""
@@ -168,7 +169,16 @@ def load_images(
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
         images = np.load(folder / "images.npy", mmap_mode="r")
-        return ImageSet(images, meta["source"], tuple(meta["skipped"]), folder / "names.txt", tuple(meta["splits"]))
+        if "digest" not in meta:  # a cache of an earlier version
+            meta["digest"] = _digest(images.shape, images.dtype, hashlib.sha256(np.ascontiguousarray(images).data))
+        return ImageSet(
+            images,
+            meta["source"],
+            tuple(meta["skipped"]),
+            folder / "names.txt",
+            tuple(meta["splits"]),
+            digest=meta["digest"],
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it") from error
 
@@ -234,10 +244,10 @@ def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None
 
 def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
     images = tqdm(moons.images(), "drawing moons", moons.count)
-    _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
+    _, digest = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
     names = "".join(f'["moon {i}"]\n' for i in range(moons.count))
     (folder / "names.txt").write_text(names, encoding="ascii")
-    return {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS)}
+    return {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS), "digest": digest}
 
 
 def write_decoded(
@@ -259,7 +269,7 @@ def write_decoded(
         with open(folder / "names.txt", "w", encoding="ascii") as names_file:
             images = _readable(attempts, unreadable, names_file, records.labels)
             shape = (target.channels, target.height, target.width)
-            count = _write_array(folder / "images.npy", images, shape, target.dtype)
+            count, digest = _write_array(folder / "images.npy", images, shape, target.dtype)
 
     skipped = [line for _, line in sorted(unreadable.items())]
     if skipped and (settings.on_bad_image == "stop" or not count):
@@ -277,7 +287,12 @@ def write_decoded(
         (len(skipped), "unreadable and left out"),
     ]
     description = [f"{count} images of {source.description}", *(f"{number} {note}" for number, note in notes if number)]
-    return {"source": "; ".join(description), "skipped": skipped, "splits": list(records.splits)}
+    return {
+        "source": "; ".join(description),
+        "skipped": skipped,
+        "splits": list(records.splits),
+        "digest": digest,
+    }
 
 
 # ---- The two passes --------------------------------------------------------------------------------------------------
@@ -386,22 +401,31 @@ def _readable(
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str) -> int:
-    """Write images to a .npy file and return their number, which is unknown until the end: then the header gets it."""
+def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str) -> tuple[int, str]:
+    """Write images to a .npy file. Returns their number and digest.
+
+    The number is unknown until the end: then the header gets it.
+    """
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (0, *shape)}
-    count = 0
+    count, sha256 = 0, hashlib.sha256()
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)  # padded, with room for any number
         start = file.tell()
         for image in images:
             assert (image.shape, image.dtype) == (shape, dtype)
-            file.write(image.tobytes())
+            pixels = image.tobytes()
+            file.write(pixels)
+            sha256.update(pixels)
             count += 1
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *shape)})
         assert file.tell() == start
         flush_to_disk(file)
-    return count
+    return count, _digest((count, *shape), np.dtype(dtype), sha256)
+
+
+def _digest(shape: tuple[int, ...], dtype: np.dtype, pixels: hashlib._Hash) -> str:
+    return hashlib.sha256(f"{shape} {dtype} {pixels.hexdigest()}".encode()).hexdigest()
 
 
 def flush_to_disk(file: IO[Any]) -> None:
