@@ -7,6 +7,7 @@ as the three-quarter moon between a half moon and a full moon.
 
 The chapters, one file each:
     precision.py         the dtype to compute in, float64 on the host where a device has none
+    betas.py             the noise schedules
     scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
     pipeline_ddpm.py     the pipeline for users, thin methods over the next five
     denoiser.py          the network as a function of x_t and t

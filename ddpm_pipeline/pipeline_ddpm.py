@@ -449,9 +449,10 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         super().save_pretrained(str(save_directory), *args, **kwargs)
         folder = Path(save_directory)
-        complete_folder(folder)
+        options = dict(zip(("safe_serialization", "variant"), args)) | kwargs
+        kept = {name: options[name] for name in ("safe_serialization", "variant") if name in options}
+        complete_folder(folder, **kept)
         if push_to_hub:
-            kept = {name: kwargs[name] for name in ("safe_serialization", "variant") if name in kwargs}
             self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kept)
 
     @classmethod
@@ -459,20 +460,17 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         """diffusers' `from_pretrained`, for complete models only.
 
         diffusers loads weights with a missing tensor or non-finite values, and samples from them. Here the folder is
-        checked before anything is loaded: see loading.py. Weights are read from safetensors alone, unless
-        `use_safetensors=False` is given.
+        checked before anything is loaded: see loading.py. Of weights in .bin files only tensors are read, and no code.
 
         Raises:
             ValueError: the folder is not a complete DDPM; the message names the file and the field or tensor.
             OSError: a file is missing or cannot be read.
         """
         name = str(pretrained_model_name_or_path)
-        pickled = kwargs.get("use_safetensors", True) is False
-        if not pickled:
-            kwargs["use_safetensors"] = True
         folder = local_folder(name, kwargs, cls.download)
         passed = {component for component in ("unet", "scheduler") if kwargs.get(component) is not None}
-        check_folder(folder, variant=kwargs.get("variant"), skip=passed | ({"unet"} if pickled else set()))
+        options = {name: kwargs.get(name) for name in ("variant", "use_safetensors")}
+        kwargs["use_safetensors"] = check_folder(folder, skip=passed, **options)
         pipe = super().from_pretrained(str(folder), **kwargs)
         if "unet" not in passed:
             check_finite(pipe.unet, f"the weights of {name}")

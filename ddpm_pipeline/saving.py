@@ -8,16 +8,20 @@ import hashlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .scheduling_ddpm import DDPMScheduler
+import diffusers
+
+from .loading import WEIGHTS, fields_without_effect, read_json, variant_tag, weight_files, weight_index
+from .scheduling_ddpm import DDPMScheduler, known_fields
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
-    "precision", "scheduling_ddpm", "pixels", "decode", "loading", "images", "denoiser", "sampling", "inversion",
-    "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
+    "precision", "betas", "scheduling_ddpm", "pixels", "decode", "loading", "images", "denoiser", "sampling",
+    "inversion", "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
@@ -39,13 +43,43 @@ def pipeline_source() -> str:
     return "\n".join(line for line in lines if not line.startswith("from .")).rstrip("\n") + "\n"
 
 
-def complete_folder(folder: Path) -> None:
-    """Add `pipeline.py` to a saved folder, and remove from its files the path that the model was loaded from."""
+def complete_folder(folder: Path, safe_serialization: bool = True, variant: str | None = None) -> None:
+    """Add `pipeline.py` to a saved folder, and remove what is not of this model.
+
+    That is the path that it was loaded from and fields of other versions that change nothing, in its files, and what
+    diffusers leaves of earlier weights in the folder.
+
+    Args:
+        safe_serialization, variant: those of `save_pretrained`.
+    """
+    remove_stale_weights(folder / "unet", safe_serialization, variant)
     (folder / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
-    for config_file in (folder / "model_index.json", folder / "unet" / "config.json"):
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for config_file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        file = folder / config_file
+        config = json.loads(file.read_text(encoding="utf-8"))
+        removed = {"_name_or_path"}
+        kind = getattr(diffusers, config["_class_name"], None)
+        if config_file != "model_index.json" and kind is not None:
+            removed |= fields_without_effect(config, known_fields(kind))
+        config = {name: value for name, value in config.items() if name not in removed}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def remove_stale_weights(folder: Path, safe_serialization: bool, variant: str | None) -> None:
+    """Of a file and an index of shards remove the older one: diffusers leaves it, and its loader takes the index."""
+    suffix = "safetensors" if safe_serialization else "bin"
+    index = weight_index(folder, variant, suffix)
+    if index.is_file():
+        shards = set(read_json(index)["weight_map"].values())
+        complete = all((folder / shard).is_file() for shard in shards)  # diffusers removes those of an earlier save
+        stale = folder / f"{WEIGHTS}{variant_tag(variant)}.{suffix}" if complete else index
+        stale.unlink(missing_ok=True)
+    if not safe_serialization and (others := weight_files(folder, variant, "safetensors")):
+        warnings.warn(
+            f"{others[0]} is from an earlier save and is loaded instead of the .bin file that is saved now: "
+            "remove it, or load with use_safetensors=False",
+            stacklevel=4,
+        )
 
 
 def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., Any]) -> Path:
@@ -75,11 +109,17 @@ def isolate_remote_code() -> None:
     """Give this version of the remote code a module of its own. Does nothing in the package.
 
     diffusers runs the `pipeline.py` of every model in a module of the same name. The next model replaces its contents,
-    and the classes of the one before would call the helpers of the other version.
+    and the classes of the one before would call the helpers of the other version. Of two models with the same version
+    the second gets the classes of the first, so that both can be pickled.
     """
     if _OWN_SOURCE is None or __name__ not in sys.modules:
         return
     name = f"{__name__}_{hashlib.sha256(_OWN_SOURCE.encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        del sys.modules[__name__]
+        first = vars(sys.modules[name])
+        globals().update({key: value for key, value in first.items() if not key.startswith("__")})
+        return
     for value in list(globals().values()):
         if inspect.isclass(value) and value.__module__ == __name__:
             value.__module__ = name

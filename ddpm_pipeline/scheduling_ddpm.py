@@ -24,19 +24,19 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in this module
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # diffusers looks for it in this module
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .betas import BETA_SCHEDULES, MAX_TRAIN_TIMESTEPS, check_betas, make_betas, rescale_zero_terminal_snr
 from .precision import as_float64, compute_dtype, take_float64
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
+OLD_FIELDS = {"tensor_format", "timestep_values", "predict_epsilon"}  # of configurations from 2022
 INDEX_DTYPES = (torch.int64, torch.int32)  # a bool or uint8 index would be a mask
-MAX_TRAIN_TIMESTEPS = 100_000  # above this a typo is likelier than a real schedule, and tables grow large
 TINY_VARIANCE = 1e-20  # replaces beta_tilde = 0 at the first index, where its logarithm is needed
 
 
@@ -140,12 +140,12 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 raise ValueError(f"{name} is {bound!r}: give a positive number")
 
         if beta_schedule == "su" or trained_betas is None:
-            betas = _make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         else:
             betas = torch.as_tensor(np.array(trained_betas, dtype=np.float64))
         if rescale_betas_zero_snr:
-            betas = _rescale_zero_terminal_snr(betas)
-        _check_betas(betas, prediction_type)
+            betas = rescale_zero_terminal_snr(betas)
+        check_betas(betas, prediction_type)
         if trained_betas is not None:
             self._set_options(num_train_timesteps=len(betas))
         if beta_schedule == "su":
@@ -213,7 +213,17 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self._schedule, self._timesteps = schedule, timesteps
         self._index_of = {t: i for i, t in enumerate(schedule)}
         self._plans, self._rows = {}, {}
-        self._cast = {key: table for key, table in self._cast.items() if key[0] in self._tables}
+        self._cast = {key: table for key, table in list(self._cast.items()) if key[0] in self._tables}
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """diffusers' method, which also reads the fields of 2022: `predict_epsilon`, and some that mean nothing now."""
+        old = {name: kwargs.pop(name) for name in OLD_FIELDS if name in kwargs}
+        config = _without_old_fields({**config_dict, **old}, known_fields(cls))
+        extracted: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = super().extract_init_dict(config, **kwargs)
+        return extracted
 
     # ---- Forward process: q ------------------------------------------------------------------------------------------
 
@@ -720,48 +730,6 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return model_output[:, :channels], model_output[:, channels:]
 
 
-# ---- The beta schedules ----------------------------------------------------------------------------------------------
-
-
-def _make_betas(schedule: str, num_steps: int, beta_start: float, beta_end: float) -> Tensor:
-    """beta_1 .. beta_T, float64."""
-    if schedule == "linear":
-        return torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
-    if schedule == "scaled_linear":  # of latent diffusion (Rombach et al. 2022)
-        return torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64).square()
-    if schedule == "sigmoid":  # of GeoDiff (Xu et al. 2022)
-        sigmoid = torch.linspace(-6, 6, num_steps, dtype=torch.float64).sigmoid()
-        return sigmoid * (beta_end - beta_start) + beta_start
-    if schedule == "su":
-        return 0.02 * torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
-    alpha_bar = _cosine if schedule == "squaredcos_cap_v2" else _laplace
-    curve = [alpha_bar(i / num_steps) for i in range(num_steps + 1)]
-    betas = [min(1 - after / before, 0.999) for before, after in zip(curve, curve[1:])]
-    return torch.tensor(betas, dtype=torch.float64)
-
-
-def _cosine(time: float) -> float:
-    """alpha_bar of the cosine schedule, Nichol and Dhariwal 2021, Eq. 17, up to a factor. time is in [0, 1]."""
-    return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # 0.008: s, their offset
-
-
-def _laplace(time: float) -> float:
-    """alpha_bar of diffusers' "laplace": the root of sigmoid(log_snr), with Laplace-distributed log_snr.
-
-    Hang and Gu 2024, without the root.
-    """
-    log_snr = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * abs(0.5 - time) + 1e-6)
-    return math.sqrt(1 / (1 + math.exp(-log_snr)))
-
-
-def _rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that it ends at 0 and starts where it did: Lin et al. 2023, Algorithm 1."""
-    signal = torch.cumprod(1 - betas, dim=0).sqrt()
-    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-    alpha_bar = torch.cat([torch.ones_like(signal[:1]), signal.square()])
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
-
-
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 
@@ -790,7 +758,7 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def check_int(name: str, value: Any, least: int, most: int) -> int:
     try:
-        number = operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
     if not least <= number <= most:
@@ -806,29 +774,40 @@ def check_timesteps(timesteps: Sequence[int] | np.ndarray | Tensor, num_steps: i
     return checked
 
 
+def known_fields(kind: Any) -> set[str]:
+    """Names of the options of a class, and of a scheduler's compatible ones, whose fields it keeps."""
+    compatible = kind._get_compatibles() if issubclass(kind, SchedulerMixin) else []
+    return {name for each in (kind, *compatible) for name in inspect.signature(each.__init__).parameters}
+
+
+def _without_old_fields(config: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """A configuration with the current fields instead of those of 2022, and without unknown ones that have no value."""
+    if config.get("timestep_values") is not None:
+        raise ValueError(f"timestep_values is {config['timestep_values']!r}: give null, and use set_timesteps")
+    kept = {
+        name: value
+        for name, value in config.items()
+        if name not in OLD_FIELDS and (value is not None or name in known or name.startswith("_"))
+    }
+    predict_epsilon = config.get("predict_epsilon")
+    if predict_epsilon is not None:
+        if not isinstance(predict_epsilon, bool):
+            raise ValueError(f"predict_epsilon is {predict_epsilon!r}: give true or false")
+        meant, defaulted = "epsilon" if predict_epsilon else "sample", config.get("_use_default_values", [])
+        current = config.get("prediction_type", meant)
+        if current != meant and "prediction_type" not in defaulted:
+            raise ValueError(
+                f"predict_epsilon is {predict_epsilon}, but prediction_type is {current!r}: give one of them"
+            )
+        kept |= {
+            "prediction_type": meant,
+            "_use_default_values": [name for name in defaulted if name != "prediction_type"],
+        }
+    return kept
+
+
 def _check_shapes(**tensors: Tensor) -> None:
     """Raise ValueError unless two tensors have equal shapes; the keywords are their names in the message."""
     (name_a, a), (name_b, b) = tensors.items()
     if a.shape != b.shape:
         raise ValueError(f"{name_a} has shape {tuple(a.shape)} and {name_b} {tuple(b.shape)}: they must be equal")
-
-
-def _check_betas(betas: Tensor, prediction_type: str) -> None:
-    if betas.ndim != 1 or not 1 <= len(betas) <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"trained_betas have shape {tuple(betas.shape)}: give a list of 1 to {MAX_TRAIN_TIMESTEPS} numbers"
-        )
-    wrong = ~((betas > 0) & (betas <= 1))
-    if wrong.any():
-        t = int(wrong.nonzero()[0])
-        raise ValueError(f"beta is {betas[t].item():g} at t = {t}: all must be in (0, 1), and only the last may be 1")
-    alpha_bar = torch.cumprod(1 - betas, dim=0)
-    vanished = alpha_bar < torch.finfo(torch.float64).tiny
-    if vanished[:-1].any():
-        t = int(vanished.nonzero()[0])
-        raise ValueError(f"alpha_bar is 0 from t = {t} on, before the last step: give smaller betas, or fewer")
-    if prediction_type == "epsilon" and alpha_bar[-1].sqrt() < torch.finfo(torch.float32).tiny:
-        raise ValueError(
-            'the schedule has zero terminal SNR, and prediction_type is "epsilon", from which x_0 cannot be computed '
-            'there: give prediction_type "v_prediction" or "sample"'
-        )

@@ -1,11 +1,14 @@
 """Damaged, incomplete or malicious folders are rejected by an error that names the fault; no code runs."""
 
+import contextlib
 import json
+import math
 import os
 import pickle
 import shutil
 import struct
 import tracemalloc
+from collections import Counter
 
 import pytest
 import torch
@@ -111,22 +114,74 @@ class Canary:
         return os.mkdir, (self.path,)
 
 
-def test_pickled_weights_are_rejected_and_do_not_run(folder, tmp_path):
-    (folder / "unet" / WEIGHTS).unlink()
-    bin_file = folder / "unet" / "diffusion_pytorch_model.bin"
-    bin_file.write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
-    assert_rejected(folder, WEIGHTS, "diffusion_pytorch_model.bin", "not read")
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(bin_file.read_bytes())
-    assert (tmp_path / "ran").exists(), "the canary does not work"
-
-
-def test_pickled_weights_load_with_use_safetensors_false(folder):
+@pytest.mark.parametrize("options", [{}, {"use_safetensors": False}, {"use_safetensors": True}])
+@pytest.mark.parametrize("write", ["pickle", "zip", "legacy", "among tensors", "in a subclass of dict"])
+def test_code_in_pickled_weights_does_not_run(folder, tmp_path, write, options):
     tensors = load_file(folder / "unet" / WEIGHTS)
     (folder / "unet" / WEIGHTS).unlink()
-    torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
-    unet = DDPMPipeline.from_pretrained(folder, use_safetensors=False).unet
-    assert all(torch.equal(unet.state_dict()[name], tensor) for name, tensor in tensors.items())
+    file, canary = folder / "unet" / "diffusion_pytorch_model.bin", Canary(tmp_path / "ran")
+    if write == "pickle":
+        file.write_bytes(pickle.dumps(canary))
+    elif write == "among tensors":
+        torch.save(tensors | {"conv_in.bias": canary}, file)
+    elif write == "in a subclass of dict":
+        torch.save(Counter(canary=canary), file)
+    else:
+        torch.save(canary, file, _use_new_zipfile_serialization=write == "zip")
+    if options.get("use_safetensors"):
+        assert_rejected(folder, WEIGHTS, "only diffusion_pytorch_model.bin", **options)
+    else:
+        assert_rejected(folder, str(file), "is refused", "no code in it ran", **options)
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(pickle.UnpicklingError, RuntimeError):
+        torch.load(file, weights_only=False)
+    if write != "pickle":
+        assert (tmp_path / "ran").exists(), "the canary does not work"
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ([1, 2], ["list"]),
+        (torch.zeros(3), ["Tensor", "names to tensors"]),
+        ({"state_dict": {"conv_in.weight": torch.zeros(1)}}, ["dict", "state_dict"]),
+        ({"conv_in.weight": [0.0, 1.0]}, ["list", "conv_in.weight"]),
+        ({"conv_in.weight": "text"}, ["str", "conv_in.weight"]),
+        ({3: torch.zeros(1)}, ["3"]),
+        ({"conv_in.weight": torch.zeros(2)}, ["lacks"]),
+    ],
+)
+def test_pickled_weights_map_names_to_tensors(folder, content, fragments):
+    (folder / "unet" / WEIGHTS).unlink()
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    torch.save(content, file)
+    assert_rejected(folder, str(file), *fragments)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-500], lambda data: data[:100], lambda data: b"", lambda data: b"x" * 9]
+)
+@pytest.mark.parametrize("new_format", [True, False])
+def test_damaged_pickled_weights_are_named(folder, damage, new_format):
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    torch.save(load_file(folder / "unet" / WEIGHTS), file, _use_new_zipfile_serialization=new_format)
+    (folder / "unet" / WEIGHTS).unlink()
+    file.write_bytes(damage(file.read_bytes()))
+    assert_rejected(folder, str(file), "is refused")
+
+
+def test_pickled_weights_are_checked_like_others(folder):
+    """Names, shapes, dtypes and finite values; also where use_safetensors=False asks for them."""
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    tensors, name = load_file(folder / "unet" / WEIGHTS), "conv_in.weight"
+    for changed, fragment in (
+        ({"another": torch.zeros(2)}, "another"),
+        ({name: tensors[name][:1]}, name),
+        ({name: tensors[name].long()}, "torch.int64"),
+        ({name: tensors[name] * math.nan}, "non-finite"),
+    ):
+        torch.save(tensors | changed, file)
+        assert_rejected(folder, fragment, use_safetensors=False)
 
 
 # ---- model_index.json ------------------------------------------------------------------------------------------------

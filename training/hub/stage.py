@@ -105,7 +105,7 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
         raise FileNotFoundError(f"{pipeline} is missing: give the folder of a finished run")
     from ddpm_pipeline.loading import check_folder  # imports torch: not before it is needed
 
-    check_folder(pipeline)
+    check_folder(pipeline, use_safetensors=True)
     record = RunRecord.load(pipeline)
     if record is None:
         raise FileNotFoundError(f"{pipeline / 'training.json'} is missing: the card needs the run's record")
