@@ -29,11 +29,11 @@ from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ddpm_pipeline.decode import Payload, Target, background_values, decode, failure_reason, parse_colour, read_header
 from ddpm_pipeline.files import remove
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset, image_folder
+from training.progress import progress
 
 FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, give other pixels
 
@@ -243,7 +243,7 @@ def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None
 
 
 def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
-    images = tqdm(moons.images(), "drawing moons", moons.count)
+    images = progress(moons.images(), "drawing moons", moons.count, unit=" images")
     _, digest = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
     names = "".join(f'["moon {i}"]\n' for i in range(moons.count))
     (folder / "names.txt").write_text(names, encoding="ascii")
@@ -373,7 +373,7 @@ def _attempts(
             yield from pool.map(partial(_attempt, work), batch, chunksize=4)
 
     results = in_parallel() if pool else map(partial(_attempt, work), items)
-    return iter(tqdm(results, title, count, unit=" images"))
+    return iter(progress(results, title, count, unit=" images"))
 
 
 def _attempt(work: Callable[[Payload], T], item: tuple[int, str, Payload]) -> Attempt[T]:
