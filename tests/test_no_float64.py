@@ -1,15 +1,19 @@
 """On a device without float64, as Apple's GPUs are, everything works and gives what the CPU gives."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng
 from ddpm_pipeline.pixels import from_pixels, to_pixels
 from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, VARIANCE_TYPES
-from tests.arrays import normal, random_images
+from tests.arrays import normal, random_images, save_images
 from tests.models import quiet, tiny_unet
 from tests.no_float64 import DEVICE, PretendDevice
+from tests.short_run import SHORT_RUN, flags, run_here
 
 T = torch.tensor([0, 3, 19])
 PREV_T = torch.tensor([-1, 1, 18])
@@ -93,7 +97,9 @@ CALLS = {
         X,
     ),
     "flow": (lambda d, x: likelihood.probability_flow_nats(network, scheduler(), x, rtol=1e-6, atol=1e-6), X),
-    "flow, exact": (lambda d, x: likelihood.probability_flow_nats(network, scheduler(), x, probes=None), X[..., :2, :2]),
+    "flow, exact": (
+        lambda d, x: likelihood.probability_flow_nats(network, scheduler(), x, probes=None), X[..., :2, :2],
+    ),
     "frechet_distance": (lambda d, a, b: fidelity.frechet_distance(a, b), FEATURES, REFERENCE),
     "kernel_distance": (lambda d, a, b: fidelity.kernel_distance(a, b), FEATURES, REFERENCE),
     "precision_recall": (lambda d, a, b: fidelity.precision_recall(a, b), FEATURES, REFERENCE),
@@ -155,3 +161,34 @@ def test_pipeline(name):
         return output.values() if isinstance(output, dict) else output
 
     same_on_the_device(run, rtol=1e-3, atol=1e-4)
+
+
+RUN = {
+    **SHORT_RUN, "max_train_steps": 3, "train_batch_size": 4, "ddpm_num_inference_steps": 4, "validation_steps": 2,
+    "num_validation_images": 2, "validation_samples": 4, "extractor": "classifier",
+}  # fmt: skip
+EVALUATION = {
+    "num_samples": 16, "num_inference_steps": 3, "weights": "ema", "extractor": "pixels", "num_reference": 16,
+    "metrics": "bound,kernel,frechet,precision,density,memorisation", "num_bound_images": 2, "strata": 8,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_and_evaluation(tmp_path, monkeypatch):
+    """A run and its evaluation give the numbers that they give on the CPU."""
+    paths = {"train_data_dir": save_images(tmp_path / "data", 60, 8, 8), "cache_dir": tmp_path / "cache"}
+
+    def numbers(name):
+        run = tmp_path / name
+        assert run_here("train.py", flags(RUN | paths | {"output_dir": run})) == 0
+        assert run_here("evaluate.py", [str(run), *flags(EVALUATION | {"cache_dir": paths["cache_dir"]})]) == 0
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        logged = [value for line in lines for key, value in line.items() if "second" not in key]
+        return logged + [m["value"] for m in json.loads((run / "report.json").read_text())["measurements"]]
+
+    expected = numbers("cpu")
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: DEVICE))
+    with PretendDevice():
+        actual = numbers("device")
+    assert len(expected) > 40
+    np.testing.assert_allclose(actual, expected, rtol=1e-2)
