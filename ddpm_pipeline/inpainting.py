@@ -65,8 +65,7 @@ def repaint(
     for level, next_level in pairwise(levels):
         if next_level < level:
             t = int(index[level])
-            step = scheduler.step(denoiser(x_t, t), t, x_t, generator=generator, ddim_eta=ddim_eta)
-            x_t = step.prev_sample
+            x_t = scheduler.step(denoiser(x_t, t), t, x_t, generator=generator, return_dict=False, ddim_eta=ddim_eta)[0]
             noised = known if next_level == 0 else scheduler.add_noise(known, noise(), index[next_level])
             x_t = torch.where(mask, x_t, noised)
         else:

@@ -104,6 +104,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             terminal SNR (`rescale_betas_zero_snr`) and the network predicts epsilon: x_0 cannot be computed from it.
     """
 
+    _alphas_cumprod: Tensor
+
     @_named_arguments
     @register_to_config
     def __init__(
