@@ -6,18 +6,18 @@ Exit codes: 0 success; 2 an error in the arguments, the model or the images.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 if TYPE_CHECKING:
     import torch
 
 
-ANIMATED = (".gif", ".webp")
 NUM_INFERENCE_STEPS = 50  # by default, also where the pipeline's own default is all timesteps
 
 
@@ -40,7 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
             default=Path(f"{name}.png"),
             help="file to write (%(default)s): a single image at its own size, several as an enlarged grid",
         )
-        command.add_argument("--num_inference_steps", type=int, help=f"sampling steps ({NUM_INFERENCE_STEPS})")
+        command.add_argument(
+            "--num_inference_steps",
+            type=int,
+            help=f"sampling steps ({NUM_INFERENCE_STEPS}, or all diffusion timesteps if there are fewer; in Python, a "
+            "call takes all of them)",
+        )
         command.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
         command.add_argument("--class_label", type=int, help="class, for a class-conditional model")
         command.add_argument("--device", help="cpu, cuda, ...; by default an accelerator if there is one")
@@ -82,7 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     inpaint = add_command("inpaint", "RePaint: generate what a mask covers", images=1)
-    inpaint.add_argument("mask", type=Path, metavar="MASK", help="image of the same size, white where to paint")
+    inpaint.add_argument(
+        "mask",
+        type=Path,
+        metavar="MASK",
+        help="image of the same size, white where to paint; what is transparent counts as black",
+    )
     inpaint.add_argument("--jump_length", type=int, default=5, help="timesteps of a jump to more noise (%(default)s)")
     inpaint.add_argument(
         "--resamples",
@@ -104,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         check(args)
-        images = [read_image(path) for path in getattr(args, "images", [])]
-        run(load_pipeline(args), args, images)
+        run(load_pipeline(args), args)
     except (ValueError, OSError) as error:
         print(f"ddpm_pipeline {args.command}: {error}", file=sys.stderr)
         return 2
@@ -119,18 +128,36 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name, None)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} is {path}: the folder {path.parent} does not exist")
-    if args.output.suffix.lower() not in Image.registered_extensions():
+    if args.output.is_dir() or not _can_be_written(args.output.suffix.lower()):
         raise ValueError(f"--output is {args.output}: give a name with the suffix of an image format, such as out.png")
+    latents = getattr(args, "latents", None)
+    if latents is not None and latents.suffix.lower() != ".npy":
+        raise ValueError(f"--latents is {latents}: give a name that ends in .npy")
     if getattr(args, "columns", 2) < 2:
         raise ValueError(f"--columns is {args.columns}: give at least 2")
     if getattr(args, "strip", None) is not None and args.strip < 2:
         raise ValueError(f"--strip is {args.strip}: give at least 2")
+    from .images import check_readable
+
+    for path in (*getattr(args, "images", []), getattr(args, "mask", None), getattr(args, "image", None)):
+        if path is not None:
+            check_readable(path, "image")
 
 
-def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
+def _can_be_written(suffix: str) -> bool:
+    """Whether Pillow writes images in this format: some it only reads, and some have no colours."""
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[suffix])
+    except (KeyError, OSError, ValueError):
+        return False
+    return True
+
+
+def run(pipe: Any, args: argparse.Namespace) -> None:
     """Run the command and write its output."""
     from . import visualize
 
+    images = getattr(args, "images", [])
     steps = args.num_inference_steps
     if steps is None:
         steps = min(NUM_INFERENCE_STEPS, pipe.scheduler.config.num_train_timesteps)
@@ -149,7 +176,8 @@ def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
         if args.latents is not None:
             import numpy as np
 
-            np.save(args.latents, latents.cpu().numpy())
+            with open(args.latents, "wb") as file:  # np.save appends .npy to the name l.NPY
+                np.save(file, latents.cpu().numpy())
         x_0 = pipe(latents=latents, eta=0.0, output_type="latent", **common).images
     elif args.command == "fuse":
         strip = args.strip
@@ -166,16 +194,16 @@ def run(pipe: Any, args: argparse.Namespace, images: list[Image.Image]) -> None:
         x_0 = fused.images
     elif args.command == "inpaint":
         x_0 = pipe.inpaint(
-            images * len(seeds), read_image(args.mask), jump_length=args.jump_length, resamples=args.resamples,
+            images * len(seeds), args.mask, jump_length=args.jump_length, resamples=args.resamples,
             **common, **sampling,
         ).images  # fmt: skip
     elif args.command == "vary":
         x_0 = pipe.vary(images * len(seeds), args.strength, **common, **sampling).images
     else:
         del sampling["output_type"]
-        image = None if args.image is None else [read_image(args.image)] * len(seeds)
+        image = None if args.image is None else [args.image] * len(seeds)
         trajectory = list(pipe.trajectory(image=image, **common, **sampling))
-        if args.output.suffix in ANIMATED:
+        if args.output.suffix.lower() in visualize.ANIMATED:
             visualize.animate(trajectory, args.output)
         else:
             visualize.strip(trajectory, columns=args.columns).save(args.output)
@@ -198,15 +226,6 @@ def load_pipeline(args: argparse.Namespace) -> Any:
         return pipe.to(args.device or accelerator)
     except (RuntimeError, AssertionError) as error:  # torch's message for an unknown or missing device
         raise ValueError(f"--device is {args.device}: {str(error).splitlines()[0]}") from None
-
-
-def read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that Pillow can read") from None
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 GRAY = frozenset(("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N"))
 COLOUR = frozenset(("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"))
+IMAGE_CHANNELS = (1, 3, 4)  # numbers of channels of a PIL image: L, RGB, RGBA
 ORIENTATION = 0x0112  # the EXIF tag; values 5 to 8 swap height and width
 WITH_ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # the keys of `image.info`
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
@@ -85,8 +86,9 @@ def _header_of_image(payload: Payload) -> Header:
             raise ValueError(f"pixels are {kind} (mode {image.mode}): save it with 8 bits, or as 16-bit gray")
         if SIGNED in tags.get(SAMPLE_FORMAT, ()):  # which Pillow reads as unsigned if it has 8 bits
             raise ValueError("pixels are signed integers: save it with 8 bits, or as 16-bit gray")
-        coding = str(image.tile)
-        levels = image.tile[0].args[-1] if image.format == "PPM" and isinstance(image.tile[0].args, tuple) else 0
+        tiles = getattr(image, "tile", [])  # how a file that is not loaded yet is coded
+        coding = str(tiles)
+        max_value = tiles[0].args[-1] if tiles and image.format == "PPM" and isinstance(tiles[0].args, tuple) else 0
         height, width = _upright_size(image)
         gray = wide or image.mode in GRAY or "LA;16" in coding  # 16-bit gray with alpha, which Pillow reads as RGBA
         return Header(
@@ -94,8 +96,8 @@ def _header_of_image(payload: Payload) -> Header:
             width,
             channels=1 if gray else 3,
             bits=16 if wide else 8,
-            narrowed=not wide and (";16" in coding or levels > 255),
-            animated=getattr(image, "is_animated", False),
+            narrowed=not wide and (";16" in coding or max_value > 255),
+            animated=not isinstance(payload, Image.Image) and getattr(image, "is_animated", False),
         )
 
 
@@ -155,8 +157,32 @@ def decode(payload: Payload, target: Target) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def decode_for(payload: Payload, channels: int, background: tuple[int, int, int]) -> np.ndarray:
+    """One image with this many channels, (C, H, W) uint8 or uint16, at its own size and depth.
+
+    Raises:
+        ValueError: only a .npy file can have this many channels, or this one has others.
+        Exception: as read_header and decode.
+    """
+    header = read_header(payload)
+    if is_npy(payload):
+        if header.channels != channels and (header.channels, channels) != (1, 3):
+            raise ValueError(f"it has {header.channels} channels: give {channels}")
+    elif channels not in IMAGE_CHANNELS:
+        raise ValueError(f"the model has {channels} channels, and PIL images have 1, 3 or 4: give arrays or tensors")
+    behind = background_values(background, channels)
+    target = Target(channels, f"uint{header.bits}", header.height, header.width, center_crop=False, background=behind)
+    return decode(payload, target)
+
+
 def decode_mask(payload: Payload) -> np.ndarray:
-    """Luminance times alpha, (H, W) in [0, 1], at the full depth of the image."""
+    """Luminance times alpha, (H, W) in [0, 1], at the full depth of the image.
+
+    Raises:
+        ValueError: a .npy file with several channels.
+        Exception: as read_header and decode.
+    """
+    read_header(payload)
     if is_npy(payload):
         array = _open_npy(payload)
         if array.shape[2] != 1:
@@ -176,8 +202,8 @@ def _pixels(payload: Payload, target: Target) -> np.ndarray:
         return np.concatenate([colour, np.full_like(pixels[:, :, :1], white) if alpha is None else alpha], axis=2)
     if alpha is None:
         return pixels
-    dtype = np.uint16 if white == 255 else np.uint32  # in which the products fit
-    behind = np.array(target.background, dtype) * dtype(white // 255)
+    dtype: Any = np.uint16 if white == 255 else np.uint32  # in which the products fit
+    behind = np.array([value * (white // 255) for value in target.background], dtype)
     blend = pixels.astype(dtype) * alpha + behind * (dtype(white) - alpha)
     return ((blend + white // 2) // white).astype(pixels.dtype)  # rounds to nearest; no ties, since white is odd
 

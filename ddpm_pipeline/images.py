@@ -1,7 +1,10 @@
-"""IMAGES: PIL images, arrays and tensors in and out. Inside they are (B, C, H, W), floats in [-1, 1]."""
+"""IMAGES: files, PIL images, arrays and tensors in and out. Inside they are (B, C, H, W), floats in [-1, 1]."""
 
+import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,18 +13,21 @@ from diffusers.utils.pil_utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from .pixels import from_pixels, height_width
+from .decode import IMAGE_CHANNELS, decode_for, decode_mask, failure_reason, parse_colour, read_header
+from .pixels import from_array, from_pixels, height_width
 from .precision import compute_dtype
 from .scheduling_ddpm import DDPMScheduler, check_choice
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
+BACKGROUND = "_background"  # the field of the network's configuration; diffusers keeps a "_" field and ignores it
+
+T = TypeVar("T")
 
 
 def check_output_type(output_type: str | None, channels: int) -> None:
     """Raise ValueError if images with this many channels cannot be returned in this output_type."""
     check_choice("output_type", output_type, OUTPUT_TYPES)
-    if output_type == "pil" and channels not in PIL_MODES:
+    if output_type == "pil" and channels not in IMAGE_CHANNELS:
         raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
 
 
@@ -40,42 +46,61 @@ def to_output(x_0: Tensor, output_type: str | None) -> Any:
     return numpy_to_pil(np.nan_to_num(array))  # diffusers' own, so that the bytes are those of the built-in pipeline
 
 
-def to_tensor(images: Any, name: str, channels: int) -> Tensor:
+def background_of(unet: UNet2DModel) -> str:
+    """The colour behind transparent pixels in the images that the network was trained on: white if it is not saved."""
+    return unet.config.get(BACKGROUND, "white")
+
+
+def record_background(unet: UNet2DModel, colour: str) -> None:
+    """Save the colour behind transparent pixels with the network, in its configuration, unless it is white as always.
+
+    Raises:
+        ValueError: not a colour.
+    """
+    if parse_colour(colour) != parse_colour(background_of(unet)):
+        unet.register_to_config(**{BACKGROUND: colour})
+
+
+def to_tensor(images: Any, name: str, channels: int, background: str = "white") -> Tensor:
     """Images of any kind as (B, C, H, W), float32 or float64, in [-1, 1], on the CPU.
 
     Args:
-        images: a PIL image; an array, uint8 or float in [-1, 1], (H, W), (H, W, C) or (B, H, W, C); a tensor, uint8 or
-            float in [-1, 1], (C, H, W) or (B, C, H, W); or a list of single ones.
+        images: a file or a PIL image, read as in training (see decode.py); an array, uint8, uint16 or float in [-1, 1],
+            (H, W), (H, W, C) or (B, H, W, C); a tensor of the same dtypes, (C, H, W) or (B, C, H, W); or a list of
+            single ones.
         name: of the argument, for messages.
+        background: colour behind transparent pixels of files and PIL images.
     Raises:
-        ValueError: another type, shape, dtype or number of channels, or values that are out of range or non-finite.
+        ValueError: another type, shape, dtype or number of channels, values that are out of range or non-finite, or a
+            file that cannot be read.
     """
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list: give at least one image")
-        single = [to_tensor(image, name, channels) for image in images]
+        single = [to_tensor(image, name, channels, background) for image in images]
         shapes = sorted({tuple(image.shape[1:]) for image in single})
         if len(shapes) > 1:
             raise ValueError(f"{name} has images of shapes {shapes}: they must be equal")
         return torch.cat(single)
-    if isinstance(images, Image.Image):
-        images = np.array(_convert_mode(images, channels))
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        colour = parse_colour(background)
+        return from_pixels(_read(lambda payload: decode_for(payload, channels, colour), images, name))[None]
     if isinstance(images, np.ndarray):
-        values = torch.from_numpy(images.copy())
+        values = _own_tensor(images, name)
         values = values[..., None] if values.ndim == 2 else values
         values = (values[None] if values.ndim == 3 else values).movedim(-1, 1)
     elif isinstance(images, Tensor):
         values = images.detach().cpu()
         values = values[None] if values.ndim == 3 else values
     else:
-        raise ValueError(f"{name} is a {type(images).__name__}: give PIL images, arrays or tensors")
+        raise ValueError(f"{name} is a {type(images).__name__}: give files, PIL images, arrays or tensors")
     if values.ndim != 4 or values.shape[1] != channels or not values.numel():
         layouts = "(B, C, H, W) or (C, H, W)" if isinstance(images, Tensor) else "(B, H, W, C), (H, W, C) or (H, W)"
         raise ValueError(f"{name} has shape {tuple(images.shape)}: give {layouts} with {channels} channels")
-    if values.dtype == torch.uint8:
+    if values.dtype in (torch.uint8, torch.uint16):
         return from_pixels(values)
     if not values.is_floating_point():
-        raise ValueError(f"{name} is {values.dtype}: give uint8, or floats in [-1, 1]")
+        raise ValueError(f"{name} is {values.dtype}: give uint8, uint16, or floats in [-1, 1]")
     values = values.to(compute_dtype(values.dtype))
     if not (values.abs() <= 1 + 1e-4).all():  # a sampled image may be out of range by a rounding error
         raise ValueError(
@@ -91,6 +116,30 @@ def to_tensor(images: Any, name: str, channels: int) -> Tensor:
     return values
 
 
+def check_readable(file: Any, name: str) -> None:
+    """Raise ValueError if a file is not an image; its pixels are not looked at."""
+    _read(read_header, file, name)
+
+
+def _read(read: Callable[[Any], T], image: Any, name: str) -> T:
+    """`read` of a file or PIL image, with every error as a ValueError that names it."""
+    payload = image if isinstance(image, Image.Image) else Path(image).expanduser()
+    which = f"a PIL image of mode {image.mode}" if isinstance(image, Image.Image) else str(image)
+    try:
+        return read(payload)
+    except Exception as error:  # whatever Pillow raises for a broken file
+        reason = failure_reason(error)
+        raise ValueError(f"{name}: {which}{' is ' if reason.startswith('not an') else ': '}{reason}") from error
+
+
+def _own_tensor(array: np.ndarray, name: str) -> Tensor:
+    """A copy of an array as a tensor."""
+    try:
+        return from_array(array.copy())
+    except TypeError:
+        raise ValueError(f"{name} is an array of {array.dtype}: PyTorch has no such dtype") from None
+
+
 def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) -> Tensor:
     """Checked images for a method that needs our scheduler, of the network's size.
 
@@ -102,11 +151,12 @@ def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) ->
         ValueError: as for `to_tensor`; or another scheduler, or another size.
     """
     if not isinstance(scheduler, DDPMScheduler):
+        kind = type(scheduler)  # the built-in class has the name of ours
         raise ValueError(
-            f"the scheduler is a {type(scheduler).__name__}, but this method needs a DDPMScheduler: set "
-            "pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
+            f"the scheduler is a {kind.__module__}.{kind.__name__}, but this method needs a {DDPMScheduler.__module__}."
+            "DDPMScheduler: set pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
         )
-    x_0 = to_tensor(images, name, unet.config["in_channels"])
+    x_0 = to_tensor(images, name, unet.config["in_channels"], background_of(unet))
     height, width = x_0.shape[2:]
     size = unet.config["sample_size"]
     if size is not None and (height, width) != height_width(size):
@@ -133,9 +183,9 @@ def check_image_size(unet: UNet2DModel, height: int | None, width: int | None, l
         width = trained_width if width is None else width
     multiple = 2 ** (len(unet.config["block_out_channels"]) - 1)
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or side < 1 or side % multiple:
+        if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1 or side % multiple:
             raise ValueError(f"{name} is {side!r}: this network takes positive multiples of {multiple}")
-    return height, width
+    return int(height), int(width)
 
 
 def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -147,26 +197,26 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     """Where to paint, bool, (B, C, H, W): where the mask is white, above the middle of its range.
 
     Args:
-        mask: a PIL image; or a bool, uint8 or float array or tensor that broadcasts to (B, C, H, W); an array may also
-            be (B, H, W, C).
+        mask: a file or a PIL image, of which luminance times alpha counts; or an array or tensor that broadcasts to
+            (B, C, H, W), bool, uint8, uint16, or numbers in [0, 1]; an array may also be (B, H, W, C) or (H, W, C).
         shape: (B, C, H, W) of the images.
     Raises:
-        ValueError: another type or shape, or a mask without white.
+        ValueError: another type or shape, values that are out of range, or a mask without white.
     """
-    if isinstance(mask, Image.Image):
-        mask = np.array(mask.convert("L"))
+    if isinstance(mask, (str, os.PathLike, Image.Image)):
+        mask = _read(decode_mask, mask, "mask")
     if isinstance(mask, np.ndarray):
-        mask = torch.from_numpy(mask.copy())
-        if mask.ndim == 4 and mask.shape[-1] in (1, shape[1]) and mask.shape[1:3] == shape[2:]:
-            mask = mask.movedim(-1, 1)
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask is a {type(mask).__name__}: give a PIL image, an array or a tensor")
-    mask_shape = tuple(mask.shape)
+        mask_shape = mask.shape
+        if mask.ndim in (3, 4) and mask_shape[-1] in (1, shape[1]) and mask_shape[-3:-1] == shape[2:]:
+            mask = np.moveaxis(mask, -1, -3)
+        mask = _own_tensor(mask, "mask")
+    elif isinstance(mask, Tensor):
+        mask_shape = tuple(mask.shape)
+    else:
+        raise ValueError(f"mask is a {type(mask).__name__}: give a file, a PIL image, an array or a tensor")
     if mask.ndim == 3 and mask.shape[0] == shape[0] and shape[0] > 1:
         mask = mask[:, None]
-    white = mask.detach().cpu()
-    if white.dtype != torch.bool:
-        white = white > (127 if white.dtype == torch.uint8 else 0.5)
+    white = _is_white(mask.detach().cpu())
     try:
         white = white.broadcast_to(shape)
     except RuntimeError:
@@ -176,12 +226,14 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     return white
 
 
-def _convert_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image with this many channels; transparency is composited on white, as in training."""
-    mode = PIL_MODES.get(channels)
-    if mode is None:
-        raise ValueError(f"the model has {channels} channels, and PIL images have 1, 3 or 4: give arrays or tensors")
-    if channels < 4 and ("A" in image.getbands() or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == mode else image.convert(mode)
+def _is_white(mask: Tensor) -> Tensor:
+    """bool: above the middle of the range of its dtype; numbers of another dtype must be in [0, 1]."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype in (torch.uint8, torch.uint16):
+        return mask.int() > (127 if mask.dtype == torch.uint8 else 32767)
+    values = mask.real.double()
+    if mask.is_complex() or not ((values - 0.5).abs() <= 0.5 + 1e-4).all():
+        low, high = values.min(), values.max()
+        raise ValueError(f"mask is {mask.dtype}, {low:g} to {high:g}: give bool, uint8, uint16, or numbers in [0, 1]")
+    return values > 0.5

@@ -13,14 +13,23 @@ from torch import Tensor
 
 def from_pixels(pixels: Tensor | np.ndarray, device: torch.device | str | None = None) -> Tensor:
     """uint8 or uint16 pixels of any shape to float32 in [-1, 1], on `device` (default: the device of the pixels)."""
-    pixels = torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels
+    pixels = from_array(pixels) if isinstance(pixels, np.ndarray) else pixels
     return pixels.to(device).float().mul_(2 / (num_levels(pixels.dtype) - 1)).sub_(1)
+
+
+def from_array(array: np.ndarray) -> Tensor:
+    """The tensor of an array, copied where PyTorch needs it: read-only, negative strides, another byte order.
+
+    Raises:
+        TypeError: PyTorch has no such dtype.
+    """
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def to_pixels(images: Tensor, dtype: Any = np.uint8) -> np.ndarray:
     """Images in [-1, 1] of any shape to the nearest uint8 or uint16 pixels; values outside are clipped."""
     white = num_levels(dtype) - 1
-    return ((images.cpu().double().clamp(-1, 1) + 1) * (white / 2)).round().numpy().astype(dtype)
+    return ((images.cpu().double().clamp(-1, 1) + 1) * (white / 2)).round().numpy().astype(_name(dtype))
 
 
 def num_levels(dtype: Any) -> int:
@@ -29,10 +38,14 @@ def num_levels(dtype: Any) -> int:
     Raises:
         ValueError: any other dtype.
     """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
+    name = _name(dtype)
     if name not in ("uint8", "uint16"):
         raise ValueError(f"pixels are {name}: give uint8 or uint16")
     return 256 if name == "uint8" else 65536
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
 
 
 def height_width(size: Any, name: str = "size") -> tuple[int, int]:

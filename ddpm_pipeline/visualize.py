@@ -1,7 +1,7 @@
 """VISUALIZATION: images in a grid, a trajectory as a strip or as an animation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from .pixels import to_pixels
 if TYPE_CHECKING:
     from .pipeline_ddpm import DDPMPipeline
     from .sampling import TrajectoryStep
+
+ANIMATED = (".gif", ".webp")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -49,6 +51,8 @@ def grid(images: Tensor, columns: int | None = None, margin: int = 2, side: int 
 def strip(steps: Iterable["TrajectoryStep"], columns: int = 10) -> Image.Image:
     """A trajectory strip: for each image of the batch a row of x_t, and below it a row of x_0_pred.
 
+    If the scheduler does not predict x_0, there is one row, and the generated image is last in it.
+
     Args:
         steps: from `pipe.trajectory`.
         columns: number of steps shown, evenly spaced, with the first and the last.
@@ -58,15 +62,29 @@ def strip(steps: Iterable["TrajectoryStep"], columns: int = 10) -> Image.Image:
         raise ValueError(f"steps has {len(trajectory)} entries and columns is {columns}: give at least 1 and 2")
     indices = np.linspace(0, len(trajectory) - 1, min(columns, len(trajectory))).round().astype(int)
     shown = [trajectory[i] for i in indices]
-    images = []
+    images: list[Tensor] = []
     for i in range(len(shown[0].x_t)):
-        images += [step.x_t[i] for step in shown]
-        images += [step.x_0_pred[i] for step in shown if step.x_0_pred is not None]
+        if _predicts_x_0(shown):
+            images += [step.x_t[i] for step in shown]
+            images += [step.x_0_pred[i] for step in shown if step.x_0_pred is not None]
+        else:
+            images += [*(step.x_t[i] for step in shown[:-1]), _generated(trajectory)[i]]
     return grid(torch.stack(images), columns=len(shown))
 
 
+def _predicts_x_0(trajectory: Sequence["TrajectoryStep"]) -> bool:
+    return all(step.x_0_pred is not None for step in trajectory)
+
+
+def _generated(trajectory: Sequence["TrajectoryStep"]) -> Tensor:
+    """The generated images, (B, C, H, W); where they are unknown, the last x_0_pred or x_t."""
+    last = trajectory[-1]
+    predicted = last.x_t if last.x_0_pred is None else last.x_0_pred
+    return getattr(last, "images", predicted).to(last.x_t)
+
+
 def animate(steps: Iterable["TrajectoryStep"], path: str | Path, *, seconds: float = 4.0, hold: float = 1.5) -> None:
-    """A trajectory as an animation: x_t on the left, x_0_pred on the right.
+    """A trajectory as an animation: x_t on the left, x_0_pred on the right if there is one; at last the image.
 
     Args:
         steps: from `pipe.trajectory`.
@@ -75,25 +93,23 @@ def animate(steps: Iterable["TrajectoryStep"], path: str | Path, *, seconds: flo
         hold: seconds for which the final image stays.
     """
     path = Path(path)
-    if path.suffix not in (".gif", ".webp"):
+    if path.suffix.lower() not in ANIMATED:
         raise ValueError(f"path is {path}: give a name that ends in .gif or .webp")
     trajectory = list(steps)
     if not trajectory:
         raise ValueError("steps is empty: give the steps of pipe.trajectory")
-    last = trajectory[-1]
-    columns = 1 if last.x_0_pred is None else 2
-    frames = [grid(_side_by_side(step), columns=columns, side=512) for step in trajectory]
-    final = last.x_0_pred if last.x_0_pred is not None else last.x_t
-    frames.append(grid(_side_by_side(last._replace(x_t=final)), columns=columns, side=512))
+    pairs = _predicts_x_0(trajectory)
+    images = [(step.x_t, step.x_0_pred if pairs else None) for step in trajectory]
+    final = _generated(trajectory)
+    images.append((final, final if pairs else None))
+    frames = [grid(_side_by_side(x_t, x_0_pred), columns=1 + pairs, side=512) for x_t, x_0_pred in images]
     durations = [max(20, round(1000 * seconds / len(trajectory)))] * len(trajectory) + [round(1000 * hold)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def _side_by_side(step: "TrajectoryStep") -> Tensor:
+def _side_by_side(x_t: Tensor, x_0_pred: Tensor | None) -> Tensor:
     """x_t and x_0_pred of each image, alternating."""
-    if step.x_0_pred is None:
-        return step.x_t
-    return torch.stack([step.x_t, step.x_0_pred.to(step.x_t)], dim=1).flatten(0, 1)
+    return x_t if x_0_pred is None else torch.stack([x_t, x_0_pred.to(x_t)], dim=1).flatten(0, 1)
 
 
 def trajectory_grid(
@@ -112,6 +128,6 @@ def trajectory_grid(
     trajectory = list(pipe.trajectory(seeds=[seed], num_inference_steps=num_inference_steps))
     indices = ((1 - (1 - position) ** 2) * (len(trajectory) - 1)).round().astype(int)
     shown = [trajectory[i] for i in indices]
-    predicted = [step.x_0_pred for step in shown if step.x_0_pred is not None]
-    x_t = torch.cat([*(step.x_t for step in shown[:-1]), predicted[-1]])  # the last x_0_pred is the generated image
+    predicted = [step.x_0_pred for step in shown if step.x_0_pred is not None] if _predicts_x_0(shown) else []
+    x_t = torch.cat([*(step.x_t for step in shown[:-1]), _generated(trajectory)])
     return grid(torch.cat([noised, x_t, *predicted]).to(x_0), columns=columns)
