@@ -21,6 +21,12 @@ class TrajectoryStep(NamedTuple):
     x_0_pred: Tensor | None
 
 
+class LastStep(TrajectoryStep):
+    """The last step, with the generated images, which no x_0_pred shows if the scheduler returns none."""
+
+    images: Tensor
+
+
 SamplingStep = tuple[TrajectoryStep, Tensor]  # a step, and its x_prev
 
 
@@ -58,6 +64,9 @@ def sampling_steps(
         x_t = output.prev_sample
         if callback is not None:
             x_t = callback(i, step.t, x_t)
+        if i == len(timesteps) - 1:
+            step = LastStep(*step)
+            step.images = x_t
         yield step, x_t
 
 

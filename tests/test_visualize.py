@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL import Image
 
 from ddpm_pipeline import DDPMScheduler
@@ -70,14 +70,37 @@ def test_a_strip_has_two_rows_per_image():
             assert (rows[2 * i + 1, column] == to_uint8(step.x_0_pred)[i, ..., 0]).all()
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
-def test_an_animation_without_x_0_predictions_has_frames_of_one_size(tmp_path, kind):
-    """DPM-Solver++ returns none. WebP refuses frames of different sizes."""
+@pytest.mark.parametrize("kind", ["gif", "webp", "GIF", "WebP"])
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_an_animation_ends_with_the_generated_image(tmp_path, kind, scheduler):
+    """DPM-Solver++ and UniPC do not predict x_0: frames have x_t alone. WebP refuses frames of different sizes."""
+    pipe = tiny_pipe(scheduler=scheduler(20, beta_end=0.1, timestep_spacing="trailing"))
+    options = {"seeds": [1, 2], "num_inference_steps": 3}
+    steps = list(pipe.trajectory(**options))
+    path = tmp_path / f"trajectory.{kind}"
+    animate(steps, path)
+    columns = 1 if steps[0].x_0_pred is None else 2
+    images = pipe(output_type="latent", **options).images
+    grids = (grid(x.repeat_interleave(columns, 0), columns, side=512) for x in (images, steps[-1].x_t))
+    expected, before = (np.asarray(image, float) for image in grids)
+    with Image.open(path) as animation:
+        assert animation.format == kind.upper()
+        assert animation.n_frames == 4
+        animation.seek(3)
+        last = np.asarray(animation.convert("L"), float)
+    error, far = np.abs(last - expected).mean(), np.abs(before - expected).mean()
+    assert error < far / 2  # WebP is lossy
+
+
+def test_a_strip_without_x_0_predictions_ends_with_the_generated_image():
     pipe = tiny_pipe(scheduler=DPMSolverMultistepScheduler(20, timestep_spacing="trailing"))
-    animate(pipe.trajectory(seeds=1, num_inference_steps=3), tmp_path / f"trajectory.{kind}")
-    with Image.open(tmp_path / f"trajectory.{kind}") as animation:
-        assert animation.n_frames == 3  # the last one, x_t of the last step, is shown longer
-        assert animation.width == animation.height
+    steps = list(pipe.trajectory(seeds=[1, 2], num_inference_steps=5))
+    rows = tiles(strip(steps, columns=3), 2, 3, 8)
+    generated = to_uint8(pipe(seeds=[1, 2], num_inference_steps=5, output_type="latent").images)
+    for i in range(2):
+        for column, x in enumerate((steps[0].x_t, steps[2].x_t)):
+            assert (rows[i, column] == to_uint8(x)[i, ..., 0]).all()
+        assert (rows[i, 2] == generated[i, ..., 0]).all()
 
 
 def test_invalid_trajectories_and_files(tmp_path):
