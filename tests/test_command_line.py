@@ -85,12 +85,31 @@ def test_zero_steps_are_refused(work, capsys):
     assert "num_inference_steps is 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp"])
+@pytest.mark.parametrize("kind", ["gif", "webp", "GIF", "WebP"])
 def test_a_trajectory_as_an_animation(work, kind):
     run(work, "trajectory", "--seeds", 1, 2, output=f"trajectory.{kind}")
     with Image.open(work / f"trajectory.{kind}") as animation:
         assert animation.n_frames == 5  # 4 steps and the generated image
         assert animation.width == animation.height
+
+
+def test_latents_are_written_to_the_file_that_is_named(work, pipe):
+    run(work, "invert", work / "a.png", "--latents", work / "LATENTS.NPY")
+    expected = pipe.invert(work / "a.png", 4)
+    np.testing.assert_allclose(np.load(work / "LATENTS.NPY"), expected.numpy(), atol=1e-6)
+    assert not list(work.glob("LATENTS.NPY.*"))
+
+
+@pytest.mark.parametrize("command", [["vary", "{file}"], ["inpaint", "{work}/a.png", "{file}"], ["fuse", "{work}/a.png",
+    "{file}"], ["invert", "{work}/a.png", "{file}"], ["trajectory", "--image", "{file}"]])  # fmt: skip
+@pytest.mark.parametrize(("file", "reason"), [("text.png", "is not an image"), ("none.png", "No such file"),
+    ("float.tif", "floating point")])  # fmt: skip
+def test_unreadable_images_are_named_before_the_model_is_loaded(work, capsys, command, file, reason):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(work / "float.tif")
+    command = [arg.format(work=work, file=work / file) for arg in command]
+    assert main([command[0], "no/such/model", *command[1:], "-o", str(work / "never.png")]) == 2
+    error = capsys.readouterr().err
+    assert file in error and reason in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -106,6 +125,10 @@ def test_a_trajectory_as_an_animation(work, kind):
         (["fuse", "{work}/model", "{work}/a.png", "{work}/b.png", "--weight", "2"], "weight is [2.0]"),
         (["trajectory", "{work}/model", "--columns", "1"], "--columns is 1"),
         (["generate", "{work}/model", "-o", "{work}/out.xyz"], "--output is"),
+        (["generate", "{work}/model", "-o", "{work}/out.psd"], "--output is"),  # which Pillow only reads
+        (["generate", "{work}/model", "-o", "{work}/out.xbm"], "--output is"),  # which has no gray
+        (["generate", "{work}/model", "-o", "{work}"], "--output is"),
+        (["invert", "{work}/model", "{work}/a.png", "--latents", "{work}/l.txt"], "give a name that ends in .npy"),
         (["generate", "{work}/model", "--device", "moon"], "--device is moon"),
         (["invert", "{work}/model", "{work}/a.png", "--latents", "{work}/no/l.npy"], "--latents is"),
         (["fuse", "{work}/model", "{work}/a.png", "{work}/b.png", "--seeds", "3"], "seeds is given"),
