@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_pipeline import DDPMPipeline, objective, visualize
+from ddpm_pipeline.images import background_of
 from tests.arrays import random_images
 from tests.models import tiny_pipe
 from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
@@ -489,6 +490,15 @@ def test_a_pipeline_is_recovered_after_a_kill_while_it_was_replaced(tmp_path):
         sampling.recover_pipeline(folder)
         assert names(folder) == ["pipeline", "pipeline.backup", "pipeline.old"]
         assert (folder / "pipeline" / "file").read_text() == old
+
+
+def test_the_background_is_saved_with_the_model(work):
+    """Unless it is white, as everywhere without it."""
+    for background, saved in (("black", "black"), ("#fff", "white")):
+        assert train(work, f"on {background}", background=background, max_train_steps=1, validation_steps=0) == 0
+        pipe = DDPMPipeline.from_pretrained(work / f"on {background}" / "pipeline")
+        assert background_of(pipe.unet) == saved
+        assert ("_background" in pipe.unet.config) == (saved != "white")
 
 
 # ---- Learning --------------------------------------------------------------------------------------------------------

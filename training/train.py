@@ -95,6 +95,7 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
     from ddpm_pipeline import rng
+    from ddpm_pipeline.images import record_background
     from training.data.batches import Batches
     from training.denoiser import check_size, choose_attention, load_initial_weights, make_denoiser
     from training.ema import FlatEMA
@@ -135,6 +136,7 @@ def main(config: Config, stop: StopSignal) -> int:
     torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
     # Any: diffusers annotates .to() without its argument.
     unet: Any = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels)
+    record_background(unet, config.background)
     unet.to(device)
     if config.init_from and found is None:
         model_name = config.init_from
