@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng, visualize
 from ddpm_pipeline.pixels import from_pixels, to_pixels
 from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.arrays import normal, random_images, save_images
@@ -145,6 +145,12 @@ PIPELINE_CALLS = {
     "fuse, noise": lambda pipe: pipe.fuse(IMAGES[:1], IMAGES[1:], path="noise", seeds=[1], output_type="np"),
     "vary": lambda pipe: pipe.vary(IMAGES, 0.5, seeds=[1, 2], output_type="np").images,
     "inpaint": lambda pipe: pipe.inpaint(IMAGES, np.eye(8) > 0, seeds=[1, 2], output_type="np").images,
+    "images on the device": lambda pipe: pipe.vary(X[:2].to(pipe.device), 0.5, seeds=[1, 2], output_type="pt").images,
+    "a mask on the device": lambda pipe: (
+        pipe.inpaint(X[:2].to(pipe.device), torch.eye(8).to(pipe.device), seeds=[1, 2], output_type="pt").images
+    ),
+    "latents on the device": lambda pipe: pipe(latents=X.to(pipe.device), eta=0.0).images,
+    "strip": lambda pipe: [visualize.strip(list(pipe.trajectory(seeds=[1, 2])))],
 }
 
 
