@@ -153,6 +153,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         if beta_schedule == "su":
             self._set_options(trained_betas=betas.tolist())
 
+        self.__module__ = BuiltInDDPMScheduler.__module__  # which a pipeline saves: its folder loads without ours
         # float32, since code that was written for the built-in class computes x_t from them
         self.betas, self.alphas = betas.float(), (1.0 - betas).float()
         self._set_alpha_bar(torch.cumprod(1.0 - betas, dim=0))
@@ -741,7 +742,7 @@ def _widened(images: Tensor) -> Tensor:
 
 def _add_scaled(total: Tensor, images: Tensor, scale: Any) -> Tensor:
     """total + scale * images, into total if it has room for the result."""
-    if torch.broadcast_shapes(total.shape, images.shape) != total.shape:
+    if images.shape != total.shape and torch.broadcast_shapes(total.shape, images.shape) != total.shape:
         return total + scale * images
     return total.addcmul_(images, scale) if isinstance(scale, Tensor) else total.add_(images, alpha=scale)
 

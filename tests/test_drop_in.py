@@ -232,6 +232,16 @@ def test_pipelines_of_diffusers_with_learned_variance(name):
     np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
+def test_pipelines_of_diffusers_save_the_built_in_class(tmp_path):
+    """So that their folders load where this package is not installed."""
+    pipe = LDMPipeline(vqvae(), tiny_3(), DDPMScheduler(50, prediction_type="sample"))
+    pipe.save_pretrained(tmp_path)
+    loaded = LDMPipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is BuiltInDDPMScheduler
+    assert (loaded.config.num_train_timesteps, loaded.config.prediction_type) == (50, "sample")
+    assert type(pipe.scheduler).__module__ == "ddpm_pipeline.scheduling_ddpm"
+
+
 def test_step_takes_nothing_that_pipelines_look_for_and_the_built_in_one_lacks():
     """Pipelines inspect the signature, and then pass a default of theirs: eta is 0."""
     pattern = re.compile(r'"(\w+)" in (?:set\()?inspect\.signature\(\S*scheduler\.(\w+)')
