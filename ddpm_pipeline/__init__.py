@@ -12,9 +12,11 @@ The chapters, one file each:
     pipeline_ddpm.py     the pipeline for users, thin methods over the next five
     denoiser.py          the network as a function of x_t and t
     sampling.py          the reverse process with any scheduler, and the forward process step by step
+    calls.py             the calls of a pipeline, in several threads at once
     inversion.py         DDIM inversion: from an image to its latent
     interpolation.py     interpolation between images, distance-balanced
     inpainting.py        RePaint
+    schedulers.py        diffusers' schedulers: which are compatible, one copy for each call
     arguments.py         checks of the pipeline's arguments
     images.py            images in and out, of any kind
     decode.py            one image file or PIL image to pixels, for training and the pipeline

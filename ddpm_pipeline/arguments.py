@@ -4,7 +4,6 @@ Every ValueError names the argument, its value and what is allowed.
 """
 
 import contextlib
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,10 @@ from .denoiser import UNetDenoiser, check_class_labels
 from .images import check_image_size
 from .precision import compute_dtype
 from .sampling import SamplingRun
-from .scheduling_ddpm import DDPMScheduler, check_int
+from .schedulers import check_number, check_scheduler, set_schedule, step_options
+from .scheduling_ddpm import DDPMScheduler, check_choice, check_int
 
+MAX_GUIDANCE = 1e6  # far above any that is of use
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses only the last 32 bits of a larger seed
 
 
@@ -38,6 +39,18 @@ def check_batch_size(batch_size: int, **per_image: Any) -> int:
     return size
 
 
+def check_fusion(path: str, balanced_several: bool, distance: Any, **of_noise: Any) -> None:
+    """Raise ValueError for arguments of `fuse` that do not go together; `of_noise` are those of path="noise"."""
+    check_choice("path", path, ("latent", "noise"))
+    given = [name for name, value in of_noise.items() if value is not None]
+    if path == "latent" and given:
+        raise ValueError(f'{given[0]} is given, but path="latent" adds no noise: give it with path="noise"')
+    if balanced_several:
+        raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
+    if not callable(distance):
+        raise ValueError(f"distance is {distance!r}: give a function of two batches of images")
+
+
 # ---- Random numbers --------------------------------------------------------------------------------------------------
 
 
@@ -45,7 +58,12 @@ def check_seeds(seeds: int | Sequence[int] | None, generator: Any) -> list[int] 
     """A list of seeds, or None if there are none."""
     if seeds is None:
         return None
-    values = [seeds] if isinstance(seeds, (int, np.integer)) else list(seeds)
+    single = isinstance(seeds, (int, float, str, np.generic)) or getattr(seeds, "ndim", 1) == 0
+    values: list[Any] = [seeds]
+    try:
+        values = values if single else list(seeds)  # type: ignore[arg-type]  # no integer
+    except TypeError:
+        raise ValueError(f"seeds is {seeds!r}: give an integer from 0 to {MAX_SEED}, or a list of them") from None
     if generator is not None:
         raise ValueError(f"generator and seeds={values} are both given: give one of the two")
     return [check_int("seeds", seed, 0, MAX_SEED) for seed in values]
@@ -58,6 +76,10 @@ def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def check_generator(generator: Any, batch_size: int) -> Any:
     """A generator, a list with one for each image, or None."""
+    generators = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+    wrong = [each for each in generators if not isinstance(each, torch.Generator)]
+    if wrong:
+        raise ValueError(f"generator is {wrong[0]!r}: give a torch.Generator, a list of them, or seeds, integers")
     if not isinstance(generator, (list, tuple)):
         return generator
     if len(generator) != batch_size:
@@ -73,8 +95,7 @@ def image_seeds(generator: Any, seeds: int | Sequence[int] | None, num_images: i
     if values is not None:
         if len(values) != num_images:
             raise ValueError(
-                f"seeds has {len(values)} entries, but the number of images is {num_images}: give one for each "
-                "(repeat an image to get several results from it)"
+                f"seeds has {len(values)} entries, but the number of images is {num_images}: give one for each"
             )
         return values
     generators = check_generator(generator, num_images)
@@ -83,51 +104,12 @@ def image_seeds(generator: Any, seeds: int | Sequence[int] | None, num_images: i
     return [int(torch.randint(2**32, (), generator=g, device=device)) for g, device in zip(generators, devices)]
 
 
-# ---- Timesteps -------------------------------------------------------------------------------------------------------
-
-
-def set_schedule(
-    scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None, default: int | None = None
-) -> list[int]:
-    """Set the scheduler's timesteps and return them; by default `default` of them, or all if there are fewer."""
-    if timesteps is not None:
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            name = type(scheduler).__name__
-            raise ValueError(f"timesteps is given, but {name} does not take it: give num_inference_steps")
-        if num_inference_steps is not None:
-            raise ValueError(f"timesteps and num_inference_steps={num_inference_steps} are both given: give one")
-        scheduler.set_timesteps(timesteps=timesteps)
-    else:
-        longest = scheduler.config.num_train_timesteps
-        number = min(default or longest, longest) if num_inference_steps is None else num_inference_steps
-        scheduler.set_timesteps(check_int("num_inference_steps", number, 1, longest))
-    return [int(t) for t in scheduler.timesteps]
-
-
-def partial_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int) -> list[int]:
-    """Descending timesteps from exactly t, as dense as num_inference_steps from pure noise."""
-    number = max(1, round(num_inference_steps * (t + 1) / num_train_timesteps))
-    return [round(i * (t + 1) / number) - 1 for i in range(number, 0, -1)]
-
-
-def step_options(scheduler: Any, generator: Any, eta: float | None) -> dict[str, Any]:
-    """Keyword arguments of `scheduler.step`: the generator, if this scheduler takes one, and eta, if it is not None.
-
-    Our scheduler calls it `ddim_eta`.
-
-    Raises:
-        ValueError: eta is not in [0, 1], or this scheduler has none.
-    """
-    parameters = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"generator": generator} if "generator" in parameters else {}
-    if eta is not None:
-        name = next((name for name in ("ddim_eta", "eta") if name in parameters), None)
-        if name is None:
-            raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has no eta: leave it out")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (ancestral)")
-        options[name] = eta
-    return options
+def repeat_for_seeds(images: Tensor, generator: Any, seeds: int | Sequence[int] | None) -> Tensor:
+    """A single image once for each of several seeds or generators, so that each gives a result of its own."""
+    several = check_seeds(seeds, generator) if seeds is not None else generator
+    if len(images) > 1 or not isinstance(several, (list, tuple)) or len(several) < 2:
+        return images
+    return images.repeat(len(several), *[1] * (images.ndim - 1))
 
 
 # ---- Sampling runs ---------------------------------------------------------------------------------------------------
@@ -151,12 +133,16 @@ def prepare_sampling(
     width: int | None,
     image: Tensor | None = None,
 ) -> SamplingRun:
-    """Check the arguments of a call of the pipeline, set the schedule and draw x_T.
+    """Check the arguments of a call of the pipeline, set the schedule of a scheduler of its own and draw x_T.
 
     Args:
         device: of x_T and the labels.
         image: images that give the batch size, height and width.
     """
+    check_scheduler(scheduler, unet)
+    guidance_scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
+    if latents is not None and not isinstance(latents, Tensor):
+        raise ValueError(f"latents is a {type(latents).__name__}: give a tensor, (B, C, H, W)")
     if image is not None:
         height, width = image.shape[2:]
     seeds = check_seeds(seeds, generator)
@@ -167,7 +153,9 @@ def prepare_sampling(
     shape = (batch_size, unet.config["in_channels"], *check_image_size(unet, height, width, latents))
     if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
         raise ValueError(f"latents are {latents.dtype} of shape {tuple(latents.shape)}: give floats of shape {shape}")
-    set_schedule(scheduler, num_inference_steps, timesteps)
+    if latents is not None and not latents.isfinite().all():
+        raise ValueError("latents have values that are nan or infinite: give finite numbers, about N(0, I)")
+    scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
     options = step_options(scheduler, generator, eta)
 
     dtype = compute_dtype(unet.dtype)  # sampling is float32 even if the network is not
@@ -175,7 +163,7 @@ def prepare_sampling(
         noise_device = torch.device("cpu") if device.type == "mps" else device  # mps is not reproducible
         latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
     x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma  # 1 except for Euler and similar ones
-    return SamplingRun(x_t, UNetDenoiser(unet, labels, guidance_scale), options)
+    return SamplingRun(x_t, UNetDenoiser(unet, labels, guidance_scale), scheduler, options)
 
 
 def prepare_sdedit(
@@ -183,21 +171,19 @@ def prepare_sdedit(
     denoiser: UNetDenoiser,
     x_0: Tensor,
     t: int | None,
-    num_inference_steps: int,
     *,
     seeds: Sequence[int],
     eta: float | None,
 ) -> SamplingRun:
-    """SDEdit: add noise to x_0 up to index t, Eq. (4), DDPM, and set the schedule to start there.
+    """SDEdit: add noise to x_0 up to index t, Eq. (4), DDPM.
 
     Args:
-        t: in [0, T), or None for pure noise and the schedule that is set, which gives fresh samples.
-        num_inference_steps: sampling steps from pure noise; from t they are as dense.
+        scheduler: of this call alone, set to the timesteps from t on.
+        t: in [0, T), or None for pure noise, which gives fresh samples.
     """
     generators = make_generators(seeds)
     options = step_options(scheduler, generators, eta)
     x_t = randn_tensor(x_0.shape, generators, device=x_0.device, dtype=x_0.dtype)
     if t is not None:
         x_t = scheduler.add_noise(x_0, x_t, torch.tensor([t]))
-        scheduler.set_timesteps(timesteps=partial_timesteps(t, num_inference_steps, scheduler.num_steps))
-    return SamplingRun(x_t, denoiser, options)
+    return SamplingRun(x_t, denoiser, scheduler, options)

@@ -4,7 +4,10 @@ Inversion, interpolation and inpainting are functions over the protocol `Denoise
 as one.
 """
 
+import contextlib
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +27,34 @@ class Denoiser(Protocol):
         """
 
 
+_EVALUATIONS: dict[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = {}  # calls that run, parts in training mode
+_EVALUATIONS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """The network without dropout; its mode is put back when the last call of any thread ends."""
+    with _EVALUATIONS_LOCK:
+        number, training = _EVALUATIONS.get(network, (0, []))
+        if number == 0:
+            training = [module for module in network.modules() if module.training]
+            for module in training:
+                module.training = False
+        _EVALUATIONS[network] = number + 1, training
+    try:
+        yield
+    finally:
+        with _EVALUATIONS_LOCK:
+            number, training = _EVALUATIONS.pop(network)
+            if number > 1:
+                _EVALUATIONS[network] = number - 1, training
+            else:
+                for module in training:
+                    module.training = True
+
+
 class UNetDenoiser:
-    """A UNet2DModel as a `Denoiser`. It runs in the network's dtype and counts its calls.
+    """A UNet2DModel as a `Denoiser`. It runs in the network's dtype, without dropout, and counts its calls.
 
     Args:
         unet: the network, with or without classes.
@@ -40,7 +69,8 @@ class UNetDenoiser:
         self.progress_bar: Any = None  # a tqdm bar, advanced by one for each call
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        output = self._guided(x_t.to(self.unet.dtype), torch.as_tensor(t, device=x_t.device)).to(x_t.dtype)
+        with evaluating(self.unet):
+            output = self._guided(x_t.to(self.unet.dtype), torch.as_tensor(t, device=x_t.device)).to(x_t.dtype)
         self.num_calls += 1
         if self.progress_bar is not None:
             self.progress_bar.update()
@@ -80,13 +110,22 @@ def check_class_labels(
         return None
     if not has_classes:
         raise ValueError(f"class_labels is {class_labels!r}, but this network has no classes: leave it out")
-    labels = torch.as_tensor(class_labels, device=device)
+    try:
+        labels = torch.as_tensor(class_labels, device=device)
+    except (TypeError, ValueError, RuntimeError):  # text, None, lists of different lengths
+        allowed = "numbers" if number is None else f"integers in [0, {number})"
+        raise ValueError(f"class_labels is {class_labels!r}: give {allowed}") from None
     if labels.ndim == 0:
         labels = labels.expand(batch_size)
+    if len(labels) not in (1, batch_size):
+        raise ValueError(
+            f"class_labels has {len(labels)} entries, but there are {batch_size} images: give one for each"
+        )
     if number is None:  # class_embed_type defines what the labels are
         if guidance_scale != 1:
             raise ValueError(f'guidance_scale is {guidance_scale}, but this network has no class for "no label"')
         return labels
-    if labels.is_floating_point() or labels.ndim != 1 or not ((labels >= 0) & (labels < number)).all():
+    integers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not integers or labels.ndim != 1 or not ((labels >= 0) & (labels < number)).all():
         raise ValueError(f"class_labels is {class_labels!r}: give integers in [0, {number})")
     return labels.long()

@@ -7,7 +7,6 @@ of the other modules.
 """
 
 import contextlib
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMSch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in this module
 from torch import Tensor
 
-from .arguments import image_seeds, make_generators, prepare_sampling, prepare_sdedit, set_schedule, step_options
+from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
+from .calls import Calls, OfThread, WithCalls, checked_callback
 from .denoiser import UNetDenoiser, check_class_labels
 from .images import check_output_type, prepare_images, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
@@ -30,12 +30,13 @@ from .inversion import ddim_invert, ddim_sample
 from .loading import check_finite, check_folder
 from .sampling import SamplingRun, SamplingStep, StepCallback, TrajectoryStep, noising_steps, sampling_steps
 from .saving import PUSH_OPTIONS, complete_folder, isolate_remote_code, local_folder
-from .scheduling_ddpm import DDPMScheduler, check_choice, check_int
+from .schedulers import check_number, count_steps, match_betas, sdedit_schedule, set_schedule, step_options, to_ours
+from .scheduling_ddpm import check_int
 
 DEFAULT_STEPS = 50  # sampling steps of the methods that start from images
 
 
-class DDPMPipeline(BuiltInDDPMPipeline):
+class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
     """Images from a trained DDPM, a drop-in for diffusers' DDPMPipeline.
 
     `invert`, `fuse`, `vary` and `inpaint` start from images: PIL images, arrays (uint8, or floats in [-1, 1], channels
@@ -52,11 +53,14 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: BuiltInDDPMScheduler) -> None:
         if type(scheduler) is BuiltInDDPMScheduler:
-            scheduler = DDPMScheduler.from_config(_explicit_config(scheduler))  # type: ignore[assignment]  # or a tuple
+            scheduler = to_ours(scheduler)
         super().__init__(unet=unet, scheduler=scheduler)  # type: ignore[arg-type]  # diffusers types it as its dummy
-        self._interrupt = False
-        self._guidance_scale = 1.0
-        self._inversion_error: Tensor | None = None
+        self._calls, self._inversion_errors = Calls(), OfThread(None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler" and self.__dict__.get("scheduler") is not None:
+            match_betas(value, self.scheduler)
+        super().__setattr__(name, value)
 
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
@@ -102,24 +106,14 @@ class DDPMPipeline(BuiltInDDPMPipeline):
                 other "latents". `pipe.interrupt = True`, set in it or from another thread, stops after that step.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {unknown}: give a list from {self._callback_tensor_inputs}"
-            )
+        callback = checked_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
             guidance_scale=guidance_scale, latents=latents, height=height, width=width,
         )  # fmt: skip
-
-        def callback(i: int, t: int, x_t: Tensor) -> Tensor:
-            if callback_on_step_end is None:
-                return x_t
-            tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, x_t)
-            return (callback_on_step_end(self, i, t, tensors) or {}).pop("latents", x_t)
-
-        x_0 = self._sample(run, callback)
+        all_steps = num_inference_steps is None and timesteps is None and len(run.scheduler.timesteps) > DEFAULT_STEPS
+        x_0 = self._sample(run, callback, "all steps; num_inference_steps=50 is faster" if all_steps else None)
         self.maybe_free_model_hooks()
         images = to_output(x_0, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -146,11 +140,10 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         those of a call. With `image`, B images, the trajectory starts with the forward process from them, by steps of
         Eq. (2), DDPM, over the same timesteps, ascending, with the images as x_0_pred; sampling from there leads to
         other images. Schedulers that do not predict x_0 (DPM-Solver++, UniPC) give None for it.
-        Exhaust the iterator before the next call: both use the same scheduler.
         """
         if image is not None and latents is not None:
             raise ValueError("image and latents are both given: give one of the two")
-        x_0 = None if image is None else self._prepare_images(image, "image")
+        x_0 = None if image is None else repeat_for_seeds(self._prepare_images(image, "image"), generator, seeds)
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
@@ -160,47 +153,34 @@ class DDPMPipeline(BuiltInDDPMPipeline):
 
     def _trajectory(self, run: SamplingRun, x_0: Tensor | None) -> Iterator[TrajectoryStep]:
         if x_0 is not None:
-            for step in noising_steps(self.scheduler, x_0, run.step_options["generator"]):
+            for step in noising_steps(run.scheduler, x_0, run.step_options["generator"]):
                 run = run._replace(x_t=step.x_t)
                 yield step
         yield from (step for step, _ in self._sampling_steps(run))
 
-    def _sampling_steps(self, run: SamplingRun, callback: StepCallback | None = None) -> Iterator[SamplingStep]:
-        self._interrupt, self._guidance_scale = False, run.denoiser.guidance_scale
-        with self._progress(run.denoiser, self.num_timesteps):
-            yield from sampling_steps(self.scheduler, run, interrupted=lambda: self._interrupt, callback=callback)
+    def _sampling_steps(
+        self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None
+    ) -> Iterator[SamplingStep]:
+        call = self._calls.begin(len(run.scheduler.timesteps), run.denoiser.guidance_scale)
+        callback = None if callback is None else self._calls.marked(call, callback)
+        with self._calls.running(call), self._progress(run.denoiser, call.num_timesteps, remark):
+            yield from sampling_steps(run, interrupted=lambda: call.interrupted, callback=callback)
 
-    def _sample(self, run: SamplingRun, callback: StepCallback | None = None) -> Tensor:
+    def _sample(self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None) -> Tensor:
         """x_0, (B, C, H, W), or x_t where sampling was interrupted."""
         x_t = run.x_t
-        for _, x_t in self._sampling_steps(run, callback):  # noqa: B007
+        for _, x_t in self._sampling_steps(run, callback, remark):  # noqa: B007
             pass
         return x_t
 
     @contextlib.contextmanager
-    def _progress(self, denoiser: UNetDenoiser, total: int) -> Iterator[None]:
-        """A progress bar over the calls of the denoiser."""
-        with self.progress_bar(total=total) as denoiser.progress_bar:
+    def _progress(self, denoiser: UNetDenoiser, total: int, remark: str | None = None) -> Iterator[None]:
+        """A progress bar over the calls of the denoiser, with a remark behind its numbers."""
+        with self.progress_bar(total=total) as bar:
+            if remark is not None:
+                bar.set_postfix_str(remark, refresh=False)
+            denoiser.progress_bar = bar
             yield
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the current or last sampling run."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the current or last sampling run."""
-        return len(self.scheduler.timesteps)
-
-    @property
-    def interrupt(self) -> bool:
-        """Set it to True while the pipeline runs: sampling stops after the current step, with noise still in x_t."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
 
     # ---- From images -------------------------------------------------------------------------------------------------
 
@@ -235,24 +215,21 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             (B, C, H, W), about N(0, I).
         """
         x_0, denoiser = self._image_input(images, "images", class_labels)
-        steps = set_schedule(self.scheduler, num_inference_steps, timesteps, DEFAULT_STEPS)
         iterations = check_int("fixed_point_iterations", fixed_point_iterations, 0, 1000)
-        if not tolerance > 0:
-            raise ValueError(f"tolerance is {tolerance!r}: give a positive number")
+        check_number("tolerance", tolerance, 1e-300, 1e300, "a positive number")
+        scheduler = set_schedule(self.scheduler, num_inference_steps, timesteps, DEFAULT_STEPS)
+        steps = scheduler.timesteps.tolist()
+        self._calls.begin(len(steps))
         with self._progress(denoiser, len(steps) * (1 + iterations)):
-            latents = ddim_invert(denoiser, self.scheduler, x_0, steps, iterations, tolerance)
-        self._inversion_error = None
+            latents = ddim_invert(denoiser, scheduler, x_0, steps, iterations, tolerance)
+        error = None
         if measure_error:
             with self._progress(denoiser, len(steps)):
-                reconstruction = ddim_sample(denoiser, self.scheduler, latents, steps).clamp(-1, 1)
-            self._inversion_error = squared_pixel_distance(reconstruction, x_0)
+                reconstruction = ddim_sample(denoiser, scheduler, latents, steps).clamp(-1, 1)
+            error = squared_pixel_distance(reconstruction, x_0)
+        self._inversion_errors.set(error)
         self.maybe_free_model_hooks()
         return latents
-
-    @property
-    def inversion_error(self) -> Tensor | None:
-        """Of the last `invert`: mean squared difference of each image and its reconstruction, (B,), in [-1, 1]."""
-        return self._inversion_error
 
     @torch.no_grad()
     def fuse(
@@ -299,35 +276,34 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             FusionOutput: images, weights, distance_ratios, network_calls; pair by pair, and weight by weight in a pair.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        check_choice("path", path, ("latent", "noise"))
-        if path == "latent":
-            for name, value in (("timestep", timestep), ("generator", generator), ("seeds", seeds), ("eta", eta)):
-                if value is not None:
-                    raise ValueError(f'{name} is given, but path="latent" adds no noise: give it with path="noise"')
         several = image_b is None
+        check_fusion(path, balance and several, distance, timestep=timestep, generator=generator, seeds=seeds, eta=eta)
         a, denoiser = self._image_input(image_a, "image_a", class_labels, labels_for=1)
         b = None if several else self._prepare_images(image_b, "image_b")
         endpoints = stack_endpoints(a, b)
         if several and len(a) == 1:
             raise ValueError("image_b is None: give two images, or image_a as a list of at least two")
-        if several and balance:
-            raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
         weights = check_weights(weight, endpoints.shape[1], several)
         iterations = check_int("fixed_point_iterations", fixed_point_iterations, 0, 1000)
-        steps = set_schedule(self.scheduler, num_inference_steps, None, DEFAULT_STEPS)
+        check_number("tolerance", tolerance, 1e-300, 1e300, "a positive number")
+        number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
 
         if path == "latent":
-            with self._progress(denoiser, len(steps) * (1 + iterations)):
-                latents = ddim_invert(denoiser, self.scheduler, endpoints.flatten(0, 1), steps, iterations)
-            image_at = latent_path(denoiser, self.scheduler, latents.view_as(endpoints), steps)
-            image_at = self._progress(denoiser, len(steps))(image_at)  # a progress bar for each sampling run
+            scheduler = set_schedule(self.scheduler, number, None)
+            steps = scheduler.timesteps.tolist()
+            self._calls.begin(number)
+            with self._progress(denoiser, number * (1 + iterations)):
+                latents = ddim_invert(denoiser, scheduler, endpoints.flatten(0, 1), steps, iterations)
+            image_at = latent_path(denoiser, scheduler, latents.view_as(endpoints), steps)
+            image_at = self._progress(denoiser, number)(image_at)  # a progress bar for each sampling run
         else:
             t = self.scheduler.num_steps // 2 if timestep is None else timestep
             t = check_int("timestep", t, 0, self.scheduler.num_steps - 1)
+            scheduler = sdedit_schedule(self.scheduler, t, number)
+            endpoints = repeat_for_seeds(endpoints, generator, seeds)
 
             def image_to_image(images: Tensor, seeds: list[int]) -> Tensor:
-                run = prepare_sdedit(self.scheduler, denoiser, images, t, len(steps), seeds=seeds, eta=eta)
-                return self._sample(run)
+                return self._sample(prepare_sdedit(scheduler, denoiser, images, t, seeds=seeds, eta=eta))
 
             image_at = noise_path(image_to_image, endpoints, image_seeds(generator, seeds, len(endpoints)))
         result = interpolate(image_at, endpoints, weights, balance=balance, distance=distance, tolerance=tolerance)
@@ -361,15 +337,16 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength!r}: give a number from 0 (the same image) to 1 (a fresh sample)")
-        x_0, denoiser = self._image_input(images, "images", class_labels)
-        steps = set_schedule(self.scheduler, num_inference_steps, None, DEFAULT_STEPS)
+        strength = check_number("strength", strength, 0, 1, "a number from 0 (the same image) to 1 (a fresh sample)")
+        x_0, denoiser = self._image_input(images, "images", class_labels, generator=generator, seeds=seeds)
+        number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         seeds = image_seeds(generator, seeds, len(x_0))
         t = round(strength * self.scheduler.num_steps) - 1 if strength < 1 else None
         if t is None or t >= 0:
-            run = prepare_sdedit(self.scheduler, denoiser, x_0, t, len(steps), seeds=seeds, eta=eta)
-            x_0 = self._sample(run)
+            scheduler = sdedit_schedule(self.scheduler, t, number)
+            x_0 = self._sample(prepare_sdedit(scheduler, denoiser, x_0, t, seeds=seeds, eta=eta))
+        else:
+            step_options(self.scheduler, None, eta)  # an invalid eta is an error at strength 0, too
         self.maybe_free_model_hooks()
         varied = to_output(x_0, output_type)
         return ImagePipelineOutput(images=varied) if return_dict else (varied,)
@@ -407,29 +384,36 @@ class DDPMPipeline(BuiltInDDPMPipeline):
             generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        known, denoiser = self._image_input(image, "image", class_labels)
+        known, denoiser = self._image_input(image, "image", class_labels, generator=generator, seeds=seeds)
         to_paint = to_mask(mask, tuple(known.shape)).to(known.device)
-        steps = set_schedule(self.scheduler, num_inference_steps, None, DEFAULT_STEPS)
         jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
-        levels = repaint_levels(len(steps), jump_length, check_int("resamples", resamples, 1, 1000))
+        number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
+        levels = repaint_levels(number, jump_length, check_int("resamples", resamples, 1, 1000))
         options = step_options(self.scheduler, make_generators(image_seeds(generator, seeds, len(known))), eta)
+        scheduler = set_schedule(self.scheduler, number, None)
+        self._calls.begin(number)
         with self._progress(denoiser, sum(after < before for before, after in zip(levels, levels[1:]))):
-            x_0 = repaint(denoiser, self.scheduler, known, to_paint, levels, **options)
+            x_0 = repaint(denoiser, scheduler, known, to_paint, levels, **options)
         self.maybe_free_model_hooks()
         painted = to_output(x_0, output_type)
         return ImagePipelineOutput(images=painted) if return_dict else (painted,)
 
     def _image_input(
-        self, images: Any, name: str, class_labels: Any, labels_for: int | None = None
-    ) -> tuple[Tensor, UNetDenoiser]:
+        self, images: Any, name: str, class_labels: Any, labels_for: int | None = None, generator: Any = None,
+        seeds: int | Sequence[int] | None = None,
+    ) -> tuple[Tensor, UNetDenoiser]:  # fmt: skip
         """Checked images on the network's device, and the network with labels for them (or for `labels_for` images)."""
-        x_0 = self._prepare_images(images, name)
+        x_0 = repeat_for_seeds(self._prepare_images(images, name), generator, seeds)
         labels = check_class_labels(self.unet, class_labels, 1.0, labels_for or len(x_0), self._execution_device)
-        self._guidance_scale = 1.0
         return x_0, UNetDenoiser(self.unet, labels)
 
     def _prepare_images(self, images: Any, name: str) -> Tensor:
         return prepare_images(images, name, self.unet, self.scheduler).to(self._execution_device)
+
+    def __repr__(self) -> str:
+        """The classes as they are: the configuration has the names that diffusers loads, which are its own."""
+        parts = (f"{name}={type(part).__module__}.{type(part).__name__}" for name, part in self.components.items())
+        return f"{type(self).__module__}.{type(self).__name__}({', '.join(parts)})"
 
     # ---- Saving and loading ------------------------------------------------------------------------------------------
 
@@ -482,13 +466,6 @@ class DDPMPipeline(BuiltInDDPMPipeline):
         if "torch_dtype" not in kwargs:  # the name of dtype until diffusers 0.40
             kwargs.setdefault("dtype", pipeline.dtype)
         return super().from_pipe(pipeline, **kwargs)
-
-
-def _explicit_config(scheduler: BuiltInDDPMScheduler) -> dict[str, Any]:
-    """The configuration of a built-in scheduler, which wrongly lists positional arguments as left at their defaults."""
-    config, parameters = dict(scheduler.config), inspect.signature(BuiltInDDPMScheduler).parameters
-    listed = config.pop("_use_default_values", [])
-    return {**config, "_use_default_values": [name for name in listed if config[name] is parameters[name].default]}
 
 
 isolate_remote_code()

@@ -31,16 +31,16 @@ SamplingStep = tuple[TrajectoryStep, Tensor]  # a step, and its x_prev
 
 
 class SamplingRun(NamedTuple):
-    """What the sampling loop starts from: x_T, the network, and the keyword arguments of `scheduler.step`."""
+    """What the sampling loop starts from: x_T, the network, a scheduler for this call alone, options of its step."""
 
     x_t: Tensor
     denoiser: UNetDenoiser
+    scheduler: Any
     step_options: dict[str, Any]
 
 
 @torch.no_grad()
 def sampling_steps(
-    scheduler: Any,
     run: SamplingRun,
     *,
     interrupted: Callable[[], bool],
@@ -52,14 +52,17 @@ def sampling_steps(
         interrupted: called before each step; True ends the loop.
         callback: called after each step.
     """
-    x_t = run.x_t
+    x_t, scheduler = run.x_t, run.scheduler
     timesteps = scheduler.timesteps
     on_device = timesteps.to(x_t.device)  # moved once: the network needs them there, the scheduler on the host
     for i, t in enumerate(timesteps):
         if interrupted():
             break
         model_output = run.denoiser(scheduler.scale_model_input(x_t, t), on_device[i])
-        output = scheduler.step(model_output, t, x_t, **run.step_options)
+        try:
+            output = scheduler.step(model_output, t, x_t, **run.step_options)
+        except NotImplementedError as error:  # several do not take x_0-prediction
+            raise ValueError(f"the {type(scheduler).__name__} cannot sample from this model: {error}") from error
         step = TrajectoryStep(int(t), x_t, output.get("pred_original_sample"))
         x_t = output.prev_sample
         if callback is not None:

@@ -140,8 +140,8 @@ def test_a_network_without_sample_size_needs_height_and_width():
         (lambda p, x: p.fuse(x[0], x[1], path="noise", timestep=20), "timestep"),
         (lambda p, x: p.fuse(x[0], x[1], path="noise", eta=2), "eta is 2"),
         (
-            lambda p, x: p.fuse(x[0], x[1], path="noise", seeds=[1, 2]),
-            "seeds has 2 entries, but the number of images is 1",
+            lambda p, x: p.fuse(x, x, path="noise", seeds=[1, 2, 3]),
+            "seeds has 3 entries, but the number of images is 2",
         ),
         (lambda p, x: p.fuse(x[0], x[1], fixed_point_iterations=-1), "fixed_point_iterations"),
         (lambda p, x: p.fuse(list(x), weight=[0.5, 0.6]), "2 numbers of at least 0 with sum 1"),
