@@ -41,6 +41,9 @@ def test_to_pixels_rounds_to_the_nearest_level_and_clips(dtype, torch_dtype, lev
         assert to_pixels(images, dtype).tolist() == level.tolist()
     for value, expected in ((-1.5, 0), (1.5, levels - 1), (-torch.inf, 0), (torch.inf, levels - 1)):
         assert to_pixels(torch.tensor([value]), dtype).tolist() == [expected]
+    for kind in (torch_dtype, np.dtype(dtype).newbyteorder(">")):
+        pixels = to_pixels(torch.tensor([-1.0, 1.0]), kind)
+        assert pixels.dtype == dtype and pixels.tolist() == [0, levels - 1]
 
 
 def test_to_pixels_takes_half_precision():
