@@ -215,8 +215,10 @@ def _layers(payload: Payload, mode: str) -> tuple[np.ndarray, np.ndarray | None]
         mode: "L" or "RGB", for images that are not 16-bit gray.
     """
     with _open(payload) as original:
-        wide, tags = _is_wide(original), dict(_tiff_tags(original))
+        wide, tags, coding = _is_wide(original), dict(_tiff_tags(original)), str(getattr(original, "tile", []))
         image = ImageOps.exif_transpose(original)
+    if "transparency" in image.info:
+        image.info["transparency"] = _scaled_key(image.info["transparency"], coding)
     if wide:
         pixels = np.array(image).astype(np.uint16)[:, :, None]
         alpha = None
@@ -234,6 +236,13 @@ def _layers(payload: Payload, mode: str) -> tuple[np.ndarray, np.ndarray | None]
     image = image.convert("LA" if image.mode in ("1", "L", "LA") else "RGBA")
     pixels = np.array(image.convert("RGB").convert(mode)).reshape(image.height, image.width, -1)
     return pixels, np.array(image.getchannel("A"))[:, :, None]
+
+
+def _scaled_key(key: Any, coding: str) -> Any:
+    """The value or colour that a PNG declares transparent, on the scale of the pixels, which Pillow leaves out."""
+    if isinstance(key, int):
+        return key * (85 if "'L;2'" in coding else 17 if "'L;4'" in coding else 1)  # 3 and 15 become 255
+    return tuple(value >> 8 for value in key) if isinstance(key, tuple) and "RGB;16" in coding else key
 
 
 def _resize(pixels: np.ndarray, target: Target) -> np.ndarray:
