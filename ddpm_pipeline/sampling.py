@@ -8,6 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .denoiser import UNetDenoiser
+from .schedulers import takes_variance
 from .scheduling_ddpm import DDPMScheduler
 
 StepCallback = Callable[[int, int, Tensor], Tensor]  # (step number, t, x_prev) to the x_prev to continue with
@@ -54,13 +55,14 @@ def sampling_steps(
     """
     x_t, scheduler = run.x_t, run.scheduler
     timesteps = scheduler.timesteps
+    channels = None if takes_variance(scheduler) else x_t.shape[1]
     on_device = timesteps.to(x_t.device)  # moved once: the network needs them there, the scheduler on the host
     for i, t in enumerate(timesteps):
         if interrupted():
             break
         model_output = run.denoiser(scheduler.scale_model_input(x_t, t), on_device[i])
         try:
-            output = scheduler.step(model_output, t, x_t, **run.step_options)
+            output = scheduler.step(model_output[:, :channels], t, x_t, **run.step_options)
         except NotImplementedError as error:  # several do not take x_0-prediction
             raise ValueError(f"the {type(scheduler).__name__} cannot sample from this model: {error}") from error
         step = TrajectoryStep(int(t), x_t, output.get("pred_original_sample"))

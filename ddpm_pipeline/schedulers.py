@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMSch
 
 from .scheduling_ddpm import DDPMScheduler, check_int, check_timesteps
 
-# Those whose images of Gaussian data are as right as DDIM's, and that walk from noise to the image by themselves.
+# Those whose images of Gaussian data are as right as DDIM's: see tests/test_other_schedulers.py.
 COMPATIBLE = (
     "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler",
@@ -47,9 +47,7 @@ def check_scheduler(scheduler: Any, unet: UNet2DModel) -> None:
 
     A class of the user's own is taken as it is, unless it is derived from such a class of diffusers.
     """
-    name = type(scheduler).__name__
-    classes = (c for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers.schedulers."))
-    family = next((c.__name__ for c in classes if c.__name__ != "SchedulerMixin"), None)
+    name, family = type(scheduler).__name__, class_of_diffusers(scheduler)
     needed = ("config", "set_timesteps", "scale_model_input", "step", "init_noise_sigma")
     missing = [attribute for attribute in needed if not hasattr(scheduler, attribute)]
     if (family is not None and family not in COMPATIBLE) or missing:
@@ -65,12 +63,23 @@ def check_scheduler(scheduler: Any, unet: UNet2DModel) -> None:
     prediction = scheduler.config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(f"the {name} has prediction_type={prediction!r}: give one of {', '.join(PREDICTIONS)}")
-    variances = unet.config["out_channels"] == 2 * unet.config["in_channels"]
-    if variances and not str(scheduler.config.get("variance_type")).startswith("learned"):
+    channels, learned = unet.config["in_channels"], str(scheduler.config.get("variance_type")).startswith("learned")
+    if unet.config["out_channels"] == 2 * channels and (not learned if takes_variance(scheduler) else channels > 3):
         raise ValueError(
-            f"the network predicts a variance, and the {name} is not set to take one: give a scheduler with "
-            'variance_type "learned" or "learned_range", such as DDPMScheduler or DPMSolverMultistepScheduler'
+            f"the network predicts a variance of {channels} channels, and the {name} is not made for it: give a "
+            'DDPMScheduler with variance_type "learned" or "learned_range", as the network was trained'
         )
+
+
+def class_of_diffusers(scheduler: Any) -> str | None:
+    """The name of its class, or, for a class of the user's own, of the one of diffusers that it is derived from."""
+    classes = (c for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers.schedulers."))
+    return next((c.__name__ for c in classes if c.__name__ != "SchedulerMixin"), None)
+
+
+def takes_variance(scheduler: Any) -> bool:
+    """Whether its step uses what a network predicts of the variance. Others get only the first half of the channels."""
+    return class_of_diffusers(scheduler) in ("DDPMScheduler", "DDPMParallelScheduler")
 
 
 def to_ours(scheduler: BuiltInDDPMScheduler) -> Any:
@@ -87,7 +96,7 @@ def match_betas(scheduler: Any, model: Any) -> None:
     `from_config` leaves out the options that were left at their defaults, so that
     HeunDiscreteScheduler.from_config(DDPMScheduler().config) has the betas of Stable Diffusion.
     """
-    if not all(isinstance(getattr(each, "config", None), dict) for each in (scheduler, model)):
+    if class_of_diffusers(scheduler) not in COMPATIBLE or not isinstance(getattr(model, "config", None), dict):
         return
     config, of_ddpm = dict(scheduler.config), inspect.signature(BuiltInDDPMScheduler).parameters
     parameters = inspect.signature(type(scheduler).__init__).parameters

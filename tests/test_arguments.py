@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -60,12 +61,47 @@ def pipe():
         ({"output_type": "jpg"}, "output_type is 'jpg'.*'pil', 'np', 'pt', 'latent'"),
         ({"output_type": None}, "output_type is None"),
         ({"callback_on_step_end_tensor_inputs": ["latents", "prompt"]}, r"\['prompt'\].*\['latents'\]"),
+        ({"callback_on_step_end_tensor_inputs": None}, "callback_on_step_end_tensor_inputs has None"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is 3"),
+        ({"batch_size": "2"}, "batch_size is '2'"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"generator": 1}, "generator is 1: give a torch.Generator"),
+        ({"generator": "cpu"}, "generator is 'cpu'"),
+        ({"batch_size": 2, "generator": [torch.Generator(), 2]}, "generator is 2"),
+        ({"seeds": 1.5}, "seeds is 1.5"),
+        ({"seeds": "7"}, "seeds is '7'"),
+        ({"seeds": math.nan}, "seeds is nan"),
+        ({"seeds": torch.tensor(1.0)}, "seeds is tensor"),
+        ({"seeds": object()}, "seeds is <object"),
+        ({"seeds": [None]}, "seeds is None"),
+        ({"num_inference_steps": "2"}, "num_inference_steps is '2'"),
+        ({"num_inference_steps": math.nan}, "num_inference_steps is nan"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"timesteps": 3}, "timesteps is 3"),
+        ({"timesteps": "32"}, "timesteps is '32'"),
+        ({"timesteps": [2.5, 1]}, "timesteps is 2.5"),
+        ({"timesteps": [math.nan]}, "timesteps is nan"),
+        ({"timesteps": [None]}, "timesteps is None"),
+        ({"eta": "0"}, "eta is '0'"),
+        ({"eta": [0.5, 0.5]}, r"eta is \[0.5, 0.5\]"),
+        ({"eta": True}, "eta is True"),
+        ({"eta": torch.zeros(2)}, "eta is tensor"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'"),
+        ({"guidance_scale": None}, "guidance_scale is None"),
+        ({"latents": [[0.0]]}, "latents is a list"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "latents is a ndarray"),
+        ({"latents": torch.full((1, 1, 8, 8), math.nan)}, "latents have values that are nan"),
+        ({"height": "8"}, "height is '8'"),
+        ({"height": True}, "height is True"),
+        ({"width": math.nan}, "width is nan"),
     ],
 )
 def test_invalid_arguments_of_a_call(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(**options)
-    if not {"output_type", "callback_on_step_end_tensor_inputs"} & set(options):
+    if not {"output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs"} & set(options):
         with pytest.raises(ValueError, match=message):
             pipe.trajectory(**options)
 
@@ -77,6 +113,12 @@ def test_invalid_arguments_of_a_call(pipe, options, message):
         ({"class_labels": 3}, r"class_labels is 3.*\[0, 3\)"),
         ({"class_labels": [0, -1]}, r"\[0, -1\]"),
         ({"class_labels": [0.5]}, "0.5"),
+        ({"class_labels": math.nan}, "nan"),
+        ({"class_labels": "cat"}, "class_labels is 'cat'|class_labels has 3 entries"),
+        ({"class_labels": ["cat"]}, r"class_labels is \['cat'\]"),
+        ({"class_labels": [None]}, r"class_labels is \[None\]"),
+        ({"class_labels": True}, "class_labels is True"),
+        ({"class_labels": 1, "guidance_scale": math.nan}, "guidance_scale is nan"),
         ({"class_labels": [[0, 1]]}, r"\[\[0, 1\]\]"),
         ({"class_labels": [0, 1], "batch_size": 3}, "class_labels has 2 entries, but the batch has 3"),
         ({"class_labels": [0], "latents": normal(2, 1, 8, 8)}, "class_labels has 1 entries, but the batch has 2"),
@@ -148,6 +190,18 @@ def test_a_network_without_sample_size_needs_height_and_width():
         (lambda p, x: p.fuse(list(x), weight=[0.5, 0.5], balance=True), "balance needs two images"),
         (lambda p, x: p.fuse(x[0], x[1], output_type="tensor"), "output_type is 'tensor'"),
         (lambda p, x: p.vary(x, 1.5), "strength is 1.5"),
+        (lambda p, x: p.vary(x, math.nan), "strength is nan"),
+        (lambda p, x: p.vary(x, "0.5"), "strength is '0.5'"),
+        (lambda p, x: p.vary(x, None), "strength is None"),
+        (lambda p, x: p.vary(x, 0.5, generator=1), "generator is 1"),
+        (lambda p, x: p.vary(x, 0.5, eta="1"), "eta is '1'"),
+        (lambda p, x: p.vary(x[:1], 0.5, seeds=[1, 2.5]), "seeds is 2.5"),
+        (lambda p, x: p.inpaint(x, torch.ones(8, 8), seeds="1"), "seeds is '1'"),
+        (lambda p, x: p.invert(x, tolerance=math.nan), "tolerance is nan"),
+        (lambda p, x: p.invert(x, tolerance="0.1"), "tolerance is '0.1'"),
+        (lambda p, x: p.fuse(x[0], x[1], tolerance=-1), "tolerance is -1"),
+        (lambda p, x: p.fuse(x[0], x[1], distance=2), "distance is 2"),
+        (lambda p, x: p.fuse(x[0], x[1], math.nan), "weight is nan"),
         (lambda p, x: p.vary(x, 0.5, seeds=[1]), "seeds has 1 entries, but the number of images is 2"),
         (lambda p, x: p.vary(x, 0.5, seeds=[1, -2]), "seeds"),
         (lambda p, x: p.vary(x, 0.5, seeds=[1, 2], generator=torch.Generator()), "both given"),
@@ -165,3 +219,53 @@ def test_invalid_arguments_of_methods_that_start_from_images(call, message):
     pipe = tiny_pipe()
     with pytest.raises(ValueError, match=re.escape(message)):
         call(pipe, gaussian_images(2, dtype=torch.float32))
+
+
+# ---- Numbers of other types ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, np.uint8, torch.tensor, lambda n: np.array(n)])
+def test_integers_of_numpy_and_torch_are_integers(number):
+    pipe = tiny_pipe(num_train_timesteps=T)
+    expected = pipe(1, seeds=[3], num_inference_steps=2, output_type="latent").images
+    given = {"seeds": number(3), "num_inference_steps": number(2), "output_type": "latent"}
+    assert torch.equal(pipe(number(1), **given).images, expected)
+    assert torch.equal(pipe(seeds=[number(3)], timesteps=[number(3), number(1)], output_type="latent").images, expected)
+    wide = pipe(height=np.int64(4), width=np.int32(6), **given).images
+    assert wide.shape == (1, 1, 4, 6)
+
+
+def test_floats_of_numpy_and_torch_are_numbers():
+    pipe = tiny_pipe(num_train_timesteps=T, num_class_embeds=3)
+    options = {"seeds": [1], "output_type": "latent"}
+    expected = pipe(eta=0.5, guidance_scale=2.0, class_labels=1, **options).images
+    for number in (np.float64, torch.tensor):
+        given = {"eta": number(0.5), "guidance_scale": number(2.0), "class_labels": 1}
+        assert torch.equal(pipe(**given, **options).images, expected)
+
+
+# ---- One image, several seeds ----------------------------------------------------------------------------------------
+
+FROM_ONE_IMAGE = {
+    "vary": lambda p, x, **options: p.vary(x, 0.7, 5, output_type="latent", **options).images,
+    "vary by nothing": lambda p, x, **options: p.vary(x, 0, 5, output_type="latent", **options).images,
+    "inpaint": lambda p, x, **options: p.inpaint(x, torch.ones(8, 8), 5, output_type="latent", **options).images,
+    "fuse": lambda p, x, **options: (
+        p.fuse(x, -x, path="noise", timestep=9, num_inference_steps=5, output_type="latent", **options).images
+    ),
+    "trajectory": lambda p, x, **options: list(p.trajectory(image=x, num_inference_steps=5, **options))[-1].x_0_pred,
+}
+
+
+@pytest.mark.parametrize("name", FROM_ONE_IMAGE)
+def test_one_image_with_several_seeds_gives_several(name):
+    pipe, method, image = tiny_pipe(), FROM_ONE_IMAGE[name], gaussian_images(1, dtype=torch.float32)
+    several = method(pipe, image, seeds=[4, 5, 4])
+    assert several.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(several[0], several[2], rtol=0, atol=1e-5)
+    assert ((several[0] - several[1]).abs().max() > 0.1) == (name != "vary by nothing")
+    for one, seed in zip(several, (4, 5, 4)):
+        torch.testing.assert_close(method(pipe, image, seeds=seed)[0], one, rtol=0, atol=1e-5)
+    if name != "trajectory":
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        assert method(pipe, image, generator=generators).shape == (2, 1, 8, 8)

@@ -22,6 +22,7 @@ from tests.arrays import normal
 from tests.gaussian import gaussian_images
 from tests.models import tiny_pipe, tiny_unet
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 T = 40
 
 
