@@ -39,9 +39,10 @@ DEFAULT_STEPS = 50  # sampling steps of the methods that start from images
 class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
     """Images from a trained DDPM, a drop-in for diffusers' DDPMPipeline.
 
-    `invert`, `fuse`, `vary` and `inpaint` start from images: PIL images, arrays (uint8, or floats in [-1, 1], channels
-    last), tensors (the same, channels first), or lists of them, of the size that the network generates. They need our
-    scheduler. An invalid argument is a ValueError that names it, its value and what is allowed.
+    `invert`, `fuse`, `vary` and `inpaint` start from images: files, PIL images, arrays (uint8, uint16, or floats in
+    [-1, 1], channels last), tensors (the same, channels first), or lists of them, of the size that the network
+    generates; files and PIL images are read as in training. They need our scheduler. An invalid argument is a
+    ValueError that names it, its value and what is allowed.
 
     Args:
         unet: the network, a UNet2DModel, with or without classes.
@@ -374,8 +375,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
 
         Args:
             image: B images.
-            mask: white, above the middle of its range, where to paint: a PIL image, or an array or tensor, bool, uint8
-                or float in [0, 1], of any shape that broadcasts.
+            mask: white, above the middle of its range, where to paint: a file or PIL image (luminance times alpha), or
+                an array or tensor, bool, uint8, uint16 or in [0, 1], of any shape that broadcasts.
             num_inference_steps: sampling steps without jumps; 50 by default, or all timesteps if there are fewer.
             jump_length: timesteps of one jump back to more noise; the paper has 10 of 250. There is no jump if
                 num_inference_steps is not larger.
