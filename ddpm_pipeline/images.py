@@ -208,7 +208,7 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(mask, np.ndarray):
         mask_shape = mask.shape
         if mask.ndim in (3, 4) and mask_shape[-1] in (1, shape[1]) and mask_shape[-3:-1] == shape[2:]:
-            mask = np.moveaxis(mask, -1, -3)
+            mask = np.moveaxis(mask, -1, -3).reshape(-1, mask_shape[-1], *shape[2:])  # with B, since C may equal it
         mask = _own_tensor(mask, "mask")
     elif isinstance(mask, Tensor):
         mask_shape = tuple(mask.shape)

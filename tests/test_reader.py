@@ -420,6 +420,14 @@ def test_a_mask_is_luminance_times_alpha_at_full_depth(kind, number, tmp_path):
                 assert torch.equal(to_mask(file, shape), expected)
 
 
+def test_the_channels_of_a_mask_are_not_taken_for_its_images():
+    """An array (H, W, 3) for three images."""
+    mask = np.zeros((8, 8, 3), bool)
+    for channel in range(3):
+        mask[channel, 0, channel] = True
+    assert torch.equal(to_mask(mask, (3, 3, 8, 8)), torch.from_numpy(mask).movedim(-1, 0).expand(3, 3, 8, 8))
+
+
 def test_masks_in_other_files(tmp_path):
     shape, expected = (1, 1, 8, 8), torch.from_numpy(WHERE)[None, None]
     np.save(tmp_path / "a.npy", drawn([200], [100]))
