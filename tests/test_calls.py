@@ -234,3 +234,25 @@ def test_the_mode_is_put_back_after_errors_interrupts_and_other_threads():
     for call in calls[:8]:
         assert torch.equal(call.result(), expected)
     assert modes(pipe) == before
+
+
+# ---- What a pipeline tells ------------------------------------------------------------------------------------------
+
+
+def test_the_bar_says_that_all_steps_are_taken(capsys):
+    pipe = tiny_pipe(num_train_timesteps=60)
+    pipe.set_progress_bar_config(disable=False)
+    pipe(seeds=[1])
+    assert "num_inference_steps=50 is faster" in capsys.readouterr().err
+    for options in ({"num_inference_steps": 60}, {"timesteps": range(59, -1, -1)}):
+        pipe(seeds=[1], **options)
+        assert "faster" not in capsys.readouterr().err
+    assert "diffusion timesteps" in type(pipe).__call__.__doc__
+
+
+def test_the_text_of_a_pipeline_names_its_classes():
+    pipe = tiny_pipe(num_train_timesteps=T)
+    assert "scheduler=ddpm_pipeline.scheduling_ddpm.DDPMScheduler" in repr(pipe) == str(pipe)
+    pipe.scheduler = DDIMScheduler(T)
+    assert "scheduler=diffusers.schedulers.scheduling_ddim.DDIMScheduler" in repr(pipe)
+    assert "unet=diffusers.models.unets.unet_2d.UNet2DModel" in repr(pipe)
