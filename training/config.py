@@ -32,13 +32,21 @@ class Config:
         dataset_name: "moons" (built in), a local folder of parquet files laid out as on the Hub, or a name on the Hub.
         dataset_config_name: configuration (subset) of the data set on the Hub.
         train_data_dir: folder of image files, searched recursively; use it instead of dataset_name.
+        split: split to train on, as in `datasets.load_dataset`; of a folder of images, its folder train, val or test.
+        image_column: column of the images in a data set that has several; default: the only one.
+        include: patterns of the paths to use in train_data_dir, separated by commas, such as cats/* or *_photo.png;
+            one without a slash is compared with each part of a path. Default: all images.
+        exclude: patterns of the paths to leave out of train_data_dir; default: none.
+        follow_links: follow symbolic links that lead out of train_data_dir.
+        split_folders: folders train, val, valid, validation and test at the top of train_data_dir are splits, and
+            folders of masks beside images are left out; false: each of them is a class.
         resolution: size of the training images in pixels, one side or HEIGHTxWIDTH; default: the most common size in
             the data.
         center_crop: resize an image of another size until it covers the target, then crop its centre; false: stretch it
             to the target.
         random_flip: flip half of the training images horizontally.
         background: colour behind transparent pixels, a name or #rrggbb.
-        on_bad_image: unreadable images: "stop" lists them all and exits, "skip" leaves them out.
+        on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
         cache_dir: folder for decoded images, extracted features and classifiers.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
@@ -107,6 +115,12 @@ class Config:
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     train_data_dir: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    follow_links: bool = False
+    split_folders: bool = True
     resolution: str | int | None = None
     center_crop: bool = True
     random_flip: bool = False

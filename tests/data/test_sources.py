@@ -40,14 +40,16 @@ def test_a_cache_inside_the_folder_is_not_read_as_images(folder):
 
 def test_links_that_lead_out_of_the_folder_are_refused_and_named(folder, load, tmp_path):
     (tmp_path / "secret").mkdir()
-    Image.new("L", (4, 4), 7).save(tmp_path / "secret" / "a.png")
-    Image.new("L", (4, 4), 5).save(folder / "a.png")
+    Image.new("L", (4, 4), 70).save(tmp_path / "secret" / "a.png")
+    Image.new("L", (4, 4), 50).save(folder / "a.png")
     (folder / "inside.png").symlink_to("a.png")
     (folder / "around").symlink_to(".")  # a cycle: its images are listed where they are
-    assert load().images[:, 0, 0, 0].tolist() == [5, 5]
+    assert load().images[:, 0, 0, 0].tolist() == [50, 50]
     (folder / "file.png").symlink_to(tmp_path / "secret" / "a.png")
     (folder / "folder").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match=r"links that lead out of it: file\.png, folder$"):
+    with pytest.raises(
+        ValueError, match=r"links lead out of it: file\.png, folder: replace them, or give --follow_links$"
+    ):
         load()
 
 
@@ -99,10 +101,10 @@ def test_parquet_without_feature_types_and_with_unreadable_rows(folder, load):
     with pytest.raises(ValueError, match=r"split is 'trian'.*(Unknown split|train)"):
         load(dataset_name=str(folder), split="trian")
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", a=rows[:1], b=rows[:1], label=[0])
-    with pytest.raises(ValueError, match=r"image columns are \['a', 'b'\] among \['a', 'b', 'label'\]"):
+    with pytest.raises(ValueError, match=r"image columns are a, b: choose one by image_column"):
         load(dataset_name=str(folder))
     write_parquet(folder / "data" / "train-00000-of-00001.parquet", label=[0])
-    with pytest.raises(ValueError, match=r"image columns are \[\] among \['label'\]"):
+    with pytest.raises(ValueError, match=r"none of its columns has images: label"):
         load(dataset_name=str(folder))
     (folder / "data" / "train-00000-of-00001.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="dataset_name is"):
@@ -116,6 +118,7 @@ def test_a_data_set_that_does_not_exist_is_named(load, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
+    monkeypatch.setattr(sources, "_commit", lambda *_: None)
     with pytest.raises(ValueError, match=r"dataset_name is 'nobody/nothing'.*does not load from the Hub: Dataset"):
         load(dataset_name="nobody/nothing")
 

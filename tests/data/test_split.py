@@ -48,11 +48,11 @@ def test_a_split_with_other_channels_is_refused(folder, cache_dir):
 
 def test_without_a_test_split_every_20th_image_is_held_out(folder, cache_dir):
     for i in range(45):
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i:02}.png")
+        Image.fromarray(np.full((8, 8), i + 9, np.uint8)).save(folder / f"{i:02}.png")
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
-    assert split.held_out[:, 0, 0, 0].tolist() == [19, 39]
+    assert split.held_out[:, 0, 0, 0].tolist() == [28, 48]
     assert split.train_indices.tolist() == [i for i in range(45) if i not in (19, 39)]
-    assert split.train_images[:, 0, 0, 0].tolist() == split.train_indices.tolist()
+    assert split.train_images[:, 0, 0, 0].tolist() == (split.train_indices + 9).tolist()
     assert split.held_out_source.startswith("one in 20 of 45 images")
     assert len(load_data_split("none", train_data_dir=folder, cache_dir=cache_dir).train_indices) == 45
     with pytest.raises(ValueError, match="validation_split is 'test': give none"):
@@ -63,9 +63,9 @@ def test_labels_are_those_of_the_images_trained_on(folder, cache_dir):
     for i in range(20):
         path = folder / ("even", "odd")[i % 2] / f"{i:02}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(path)
+        Image.fromarray(np.full((8, 8), i + 50, np.uint8)).save(path)
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
-    assert split.held_out[:, 0, 0, 0].tolist() == [19]
+    assert split.held_out[:, 0, 0, 0].tolist() == [69]
     assert split.train_labels().tolist() == [i % 2 for i in split.train_images[:, 0, 0, 0].tolist()]
 
 

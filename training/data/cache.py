@@ -6,6 +6,7 @@ channels, 8 or 16 bits. The second pass decodes. The key of a cache is a hash of
     <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
     <cache_dir>/<key>/names.txt    a line of JSON for each image: its name, and its label if the data set has labels
     <cache_dir>/<key>/meta.json    the source, the images left out and why, the splits of the data set
+    <cache_dir>/.index/            what content.py remembers
 
 If a data set has gray and colour images, all become colour. If one image has 16 bits, all become 16-bit.
 """
@@ -14,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
+import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
@@ -31,8 +31,10 @@ import numpy as np
 from PIL import Image
 
 from ddpm_pipeline.decode import Payload, Target, background_values, decode, failure_reason, parse_colour, read_header
-from ddpm_pipeline.files import remove
-from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset, image_folder
+from training.data.disk import create_folder, flush_to_disk, needs_space
+from training.data.folder import image_folder
+from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset
+from training.messages import some
 from training.progress import progress
 
 FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, give other pixels
@@ -41,7 +43,7 @@ T = TypeVar("T")
 
 
 class UnreadableImagesError(ValueError):
-    """Some images cannot be read; the message names all of them, each with the reason."""
+    """Some images cannot be read; the message names the first of them, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,19 @@ def load_images(
     min_side: int = 1,
     cache_dir: str | Path,
     num_workers: int = 0,
+    image_column: str | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    follow_links: bool = False,
+    split_folders: bool = True,
 ) -> ImageSet:
     """All images of one source as one array, from the cache if they were decoded before.
 
     Args:
-        dataset_name: "moons", a local folder of parquet files in the Hub's layout, or a name on the Hub. The cache of a
-            data set on the Hub is keyed by its name: delete the cache when the data set has changed.
+        dataset_name: "moons", a local folder of parquet files in the Hub's layout, or a name on the Hub.
         dataset_config_name: configuration (subset) of the data set.
-        split: as in `datasets.load_dataset`, so "train[:100]" works too.
+        split: as in `datasets.load_dataset`, so "train[:100]" works too; of a folder with folders such as train and
+            test, one of these.
         train_data_dir: folder of image files, searched recursively. Give this or dataset_name.
         resolution: one side, (H, W) or "HxW", in pixels; None: the most common size in the data (moons: 32).
         center_crop: resize an image of another size until it covers the target, then crop its centre; False: stretch it
@@ -139,9 +146,15 @@ def load_images(
         min_side: shortest allowed side in pixels; a smaller image counts as unreadable.
         cache_dir: folder for the arrays; created if missing.
         num_workers: processes that decode; 0: this process does.
+        image_column: column of the images, if a data set has several.
+        include, exclude: patterns of the paths in the folder of images, separated by commas: only those that match, and
+            none of those that match. A pattern without a slash is compared with each part of a path.
+        follow_links: follow symbolic links that lead out of the folder.
+        split_folders: folders train, val, valid, validation and test at the top are splits, and a folder of masks
+            beside images is left out; False: each is a class.
     Raises:
         UnreadableImagesError: images are unreadable and on_bad_image is "stop", or all of them are unreadable.
-        ValueError: an invalid argument, no images, or images that do not fit into one array.
+        ValueError: an invalid argument, no images, images that do not fit into one array, or no room for them.
     """
     if on_bad_image not in ("stop", "skip"):
         raise ValueError(f'on_bad_image is {on_bad_image!r}: give "stop" or "skip"')
@@ -150,27 +163,51 @@ def load_images(
     if not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f"num_workers is {num_workers!r}: give an integer of at least 0")
     colour = parse_colour(background)
-    cache_dir = Path(cache_dir)
+    cache_dir = Path(cache_dir).expanduser()
     size = None
     if resolution is not None:
         from ddpm_pipeline.pixels import height_width  # imports torch, which a cache does not need
 
         size = height_width(resolution, "resolution")
-    source = _find_source(dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir)
+    if train_data_dir is None and (include is not None or exclude is not None):
+        raise ValueError(
+            f"include is {include!r} and exclude is {exclude!r}: they are for train_data_dir, leave them out"
+        )
+    if image_column is not None and dataset_name in (None, "moons"):
+        raise ValueError(f"image_column is {image_column!r}: it is for a data set with columns, leave it out")
+    source: Source | Moons
+    if train_data_dir is not None and dataset_name is None and isinstance(split, str) and not dataset_config_name:
+        source = image_folder(
+            Path(train_data_dir).expanduser(),
+            cache_dir,
+            split,
+            include=include,
+            exclude=exclude,
+            follow_links=follow_links,
+            split_folders=split_folders,
+        )
+    else:
+        source = _find_source(dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column)
     size = source.size if isinstance(source, Moons) else size
     settings = DecodeSettings(size, bool(center_crop), colour, on_bad_image, min_side)
 
     folder = cache_dir / cache_key(source, settings)
     if not (folder / "meta.json").exists():
         if isinstance(source, Moons):
-            _create(folder, partial(write_moons, source))
+            create_folder(folder, partial(write_moons, source))
         else:
-            _create(folder, partial(write_decoded, source, settings, num_workers))
+            create_folder(folder, partial(write_decoded, source, settings, num_workers))
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
         images = np.load(folder / "images.npy", mmap_mode="r")
         if "digest" not in meta:  # a cache of an earlier version
             meta["digest"] = _digest(images.shape, images.dtype, hashlib.sha256(np.ascontiguousarray(images).data))
+        if meta.get("max") is not None and meta["max"] * 10 <= np.iinfo(images.dtype).max:
+            warnings.warn(
+                f"{meta['source'].partition(';')[0]}: no pixel is brighter than {meta['max']} of "
+                f"{np.iinfo(images.dtype).max}: if these are masks or have fewer bits, scale them to the whole range",
+                stacklevel=2,
+            )
         return ImageSet(
             images,
             meta["source"],
@@ -195,56 +232,30 @@ def _find_source(
     train_data_dir: str | Path | None,
     size: tuple[int, int] | None,
     cache_dir: Path,
+    image_column: str | None,
 ) -> Source | Moons:
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(f"dataset_name is {dataset_name!r} and train_data_dir is {train_data_dir!r}: give one of them")
     if not isinstance(split, str):
         raise ValueError(f'split is {split!r}: give a name such as "train"')
     if dataset_name is not None and dataset_name != "moons":
-        return hub_dataset(dataset_name, config, split)
+        return hub_dataset(dataset_name, config, split, image_column=image_column, index_dir=cache_dir / ".index")
 
-    kind, splits = ("the moons", list(NUM_MOONS)) if train_data_dir is None else ("a folder of images", ["train"])
     if config:
+        kind = "the moons" if train_data_dir is None else "a folder of images"
         raise ValueError(f"dataset_config_name is {config!r}: {kind} has no configurations, leave it out")
-    if split not in splits:
-        raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {kind} has no other split")
-    if train_data_dir is None:
-        return Moons(split, size or MOON_SIZE)
-    return image_folder(Path(train_data_dir).expanduser(), cache_dir)
+    if split not in NUM_MOONS:
+        raise ValueError(f"split is {split!r}: give {' or '.join(NUM_MOONS)}, the moons have no other split")
+    return Moons(split, size or MOON_SIZE)
 
 
 # ---- Making a cache --------------------------------------------------------------------------------------------------
 
 
-def _create(folder: Path, write: Callable[[Path, Path], dict[str, Any]]) -> None:
-    """Write the cache `folder` under a temporary name, then rename it. Of several processes the first to finish wins.
-
-    `files.replacing` would replace an existing folder, which another process may have written meanwhile and be reading.
-
-    Args:
-        write: writes images.npy and names.txt into the folder of its first argument, uses that of the second for
-            temporary files, and returns the content of meta.json.
-    """
-    temporary = folder.with_name(f".{folder.name[:16]}-{uuid.uuid4().hex}")
-    new = temporary / "new"
-    new.mkdir(parents=True)
-    try:
-        meta = write(new, temporary / "scratch")
-        with open(new / "meta.json", "w", encoding="ascii") as file:
-            json.dump(meta, file, indent=1)
-            flush_to_disk(file)
-        try:
-            new.rename(folder)
-        except OSError:  # the folder exists: another process was faster
-            if not (folder / "meta.json").exists():
-                raise
-    finally:
-        remove(temporary)
-
-
 def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
     images = progress(moons.images(), "drawing moons", moons.count, unit=" images")
-    _, digest = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
+    needs_space(folder, moons.count * moons.size[0] * moons.size[1])
+    _, digest, _ = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
     names = "".join(f'["moon {i}"]\n' for i in range(moons.count))
     (folder / "names.txt").write_text(names, encoding="ascii")
     return {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS), "digest": digest}
@@ -266,16 +277,17 @@ def write_decoded(
         unreadable = dict(headers.unreadable)
         items = (item for item in _numbered(records) if item[0] not in headers.unreadable)
         attempts = _attempts(partial(decode, target=target), items, pool, records.count - len(unreadable), "decoding")
+        shape = (target.channels, target.height, target.width)
+        needs_space(folder, (records.count - len(unreadable)) * math.prod(shape) * np.dtype(target.dtype).itemsize)
         with open(folder / "names.txt", "w", encoding="ascii") as names_file:
             images = _readable(attempts, unreadable, names_file, records.labels)
-            shape = (target.channels, target.height, target.width)
-            count, digest = _write_array(folder / "images.npy", images, shape, target.dtype)
+            count, digest, max_value = _write_array(folder / "images.npy", images, shape, target.dtype)
 
     skipped = [line for _, line in sorted(unreadable.items())]
     if skipped and (settings.on_bad_image == "stop" or not count):
         hint = 'on_bad_image="skip" leaves them out' if count else "no image is left"
         raise UnreadableImagesError(
-            "\n  ".join([f"{len(skipped)} of {records.count} images cannot be read ({hint}):", *skipped])
+            f"{len(skipped)} of {records.count} images cannot be read ({hint}):\n  " + some(skipped, "\n  ")
         )
     if not count:
         raise ValueError(f"{source.description} has no images")
@@ -286,12 +298,14 @@ def write_decoded(
         (headers.num_animated, "with several frames, only the first is used"),
         (len(skipped), "unreadable and left out"),
     ]
-    description = [f"{count} images of {source.description}", *(f"{number} {note}" for number, note in notes if number)]
+    description = [f"{count} images of {source.description}", *source.notes]
+    description += [f"{number} {note}" for number, note in notes if number]
     return {
         "source": "; ".join(description),
         "skipped": skipped,
         "splits": list(records.splits),
         "digest": digest,
+        "max": max_value,
     }
 
 
@@ -401,13 +415,15 @@ def _readable(
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str) -> tuple[int, str]:
-    """Write images to a .npy file. Returns their number and digest.
+def _write_array(
+    path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str
+) -> tuple[int, str, int]:
+    """Write images to a .npy file. Returns their number, their digest and the largest value.
 
     The number is unknown until the end: then the header gets it.
     """
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (0, *shape)}
-    count, sha256 = 0, hashlib.sha256()
+    count, max_value, sha256 = 0, 0, hashlib.sha256()
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)  # padded, with room for any number
         start = file.tell()
@@ -416,19 +432,14 @@ def _write_array(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int
             pixels = image.tobytes()
             file.write(pixels)
             sha256.update(pixels)
+            max_value = max(max_value, int(image.max()))
             count += 1
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, {**header, "shape": (count, *shape)})
         assert file.tell() == start
         flush_to_disk(file)
-    return count, _digest((count, *shape), np.dtype(dtype), sha256)
+    return count, _digest((count, *shape), np.dtype(dtype), sha256), max_value
 
 
 def _digest(shape: tuple[int, ...], dtype: np.dtype, pixels: hashlib._Hash) -> str:
     return hashlib.sha256(f"{shape} {dtype} {pixels.hexdigest()}".encode()).hexdigest()
-
-
-def flush_to_disk(file: IO[Any]) -> None:
-    """Flush to disk before a rename: otherwise a power cut may leave the new name with an empty file."""
-    file.flush()
-    os.fsync(file.fileno())

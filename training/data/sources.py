@@ -1,13 +1,15 @@
-"""SOURCES: where images come from: a folder of image files, a data set in the Hub's layout, or the drawn moons.
+"""SOURCES: where images come from: a data set in the Hub's layout, or the drawn moons. folder.py has folders of images.
 
-To find a source takes no more than the names, sizes and times of its files. They are its `identity`, which is part of
-the cache key. Only if there is no such cache is the source opened, and yields its images one after the other, each with
-a name. Images from files are still encoded (see decode.py); moons are drawn as pixels.
+The `identity` of a source has the hash of its content, and is part of the cache key. Only if there is no such cache is
+the source opened, and yields its images one after the other, each with a name. Images from files are still encoded (see
+decode.py); moons are drawn as pixels.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_pipeline.decode import Payload
+from ddpm_pipeline.files import replacing
+from training.data.content import hash_content, stat_of
+from training.messages import some
 
-SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2")
-SUFFIXES += (".ppm", ".pgm", ".pbm", ".npy")
 NUM_MOONS = {"train": 8192, "test": 1024}
 MOON_SIZE = (32, 32)
 
@@ -40,115 +43,96 @@ class Source:
     identity: list[Any]  # part of the cache key, as JSON: sources with equal identity have equal images
     description: str
     open: Callable[[Path], Records]  # its argument is a folder for temporary files, which must outlive the records
-
-
-# ---- A folder of image files -----------------------------------------------------------------------------------------
-
-
-def image_folder(root: Path, cache_dir: Path) -> Source:
-    """All image files in a folder, at any depth, in the order of their paths.
-
-    Raises:
-        ValueError: no such folder, no image in it, or symbolic links that lead out of it.
-    """
-    if not root.is_dir():
-        raise ValueError(f"train_data_dir is {str(root)!r}: there is no such folder")
-    files, num_ignored = _list_images(root, cache_dir)
-    if not files:
-        suffixes = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"train_data_dir is {str(root)!r}: give a folder with images; their names end in {suffixes}")
-    names = [name for name, _, _ in files]
-    ignored = f" ({num_ignored} other files ignored)" if num_ignored else ""
-    records = Records(len(names), lambda: ((name, root / name) for name in names))
-    return Source(["folder", files], f"folder {root.resolve().name}{ignored}", lambda scratch: records)
-
-
-def _list_images(root: Path, cache_dir: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """(path in root, bytes, time of change in ns) of all image files, sorted, and the number of other files."""
-    files: list[tuple[str, int, int]] = []
-    num_ignored = 0
-    real_root, real_cache, outside = root.resolve(), cache_dir.resolve(), []
-    folders = [""]
-    while folders:
-        with os.scandir(root / folders.pop()) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                name = path.relative_to(root).as_posix()
-                is_link, is_folder = entry.is_symlink(), path.is_dir()
-                is_image = entry.name.lower().endswith(SUFFIXES)
-                if entry.name.startswith(".") or not (is_image or is_folder):
-                    num_ignored += 1
-                elif is_link and not Path(os.path.realpath(path)).is_relative_to(real_root):
-                    outside.append(name)
-                elif not is_folder:
-                    stat = entry.stat() if path.exists() else None  # a broken link is reported as unreadable later
-                    files.append((name, stat.st_size if stat else -1, stat.st_mtime_ns if stat else 0))
-                elif is_link:  # its images are listed where they are
-                    num_ignored += 1
-                elif path.resolve() != real_cache:  # whose .npy files are not images of the data set
-                    folders.append(name)
-    if outside:
-        links = ", ".join(sorted(outside))
-        raise ValueError(f"train_data_dir is {str(root)!r}: replace the symbolic links that lead out of it: {links}")
-    return sorted(files), num_ignored
+    notes: tuple[str, ...] = ()  # what is left out and why
 
 
 # ---- Parquet files and the Hub ---------------------------------------------------------------------------------------
 
 
-def hub_dataset(name: str, config: str | None, split: str) -> Source:
+def hub_dataset(
+    name: str, config: str | None, split: str, *, image_column: str | None = None, index_dir: Path
+) -> Source:
     """What `datasets.load_dataset` loads by this name: a local folder of parquet files, or a data set on the Hub.
 
     Raises:
-        ValueError: a local folder without parquet files; when opened: no such data set, config or split, or not exactly
-            one column of images.
+        ValueError: a local folder without parquet files; when opened: no such data set, config or split, or no or
+            several columns of images and none chosen.
     """
-    local = Path(name)
-    files: list[Any] = [name]
+    local = Path(name).expanduser()
+    revision = None
     if local.is_dir():
+        name = str(local)
         paths = sorted([*local.rglob("*.parquet"), *local.glob("README.md")])  # README.md may define configs and splits
         if not any(path.suffix == ".parquet" for path in paths):
             raise ValueError(
                 f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give train_data_dir"
             )
-        files = [(p.relative_to(local).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        files = [(path.relative_to(local).as_posix(), stat_of(path.stat())) for path in paths]
+        content: str | None = hash_content(local, files, index_dir)
+    else:
+        content = revision = _commit(name, index_dir)
     description = f"data set {local.resolve().name if local.is_dir() else name}"
     description += f", config {config}" if config else ""
+    description += f", column {image_column}" if image_column else ""
+    known_as = local.resolve().name if local.is_dir() else name
     return Source(
-        ["dataset", files, config, split],
+        ["dataset", known_as, content, config, split, image_column],
         f"{description}, split {split}",
-        lambda scratch: _open_dataset(name, config, split, scratch),
+        lambda scratch: _open_dataset(name, config, split, image_column, revision, scratch),
     )
 
 
-def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> Records:
+def _commit(name: str, index_dir: Path) -> str | None:
+    """The current commit of a data set on the Hub; without a connection the last that was seen; None: not known."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError
+
+    index = index_dir / "hub.json"
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(index.read_text(encoding="utf-8"))
+    if constants.HF_HUB_OFFLINE:
+        return known.get(name)
+    try:
+        commit = HfApi().dataset_info(name, timeout=10).sha
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError):  # load_dataset says what is wrong
+        return known.get(name)
+    except Exception as error:  # the connection failed: of httpx or requests, which are no OSError
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+            raise
+        return known.get(name)
+    if commit is not None and known.get(name) != commit:
+        with contextlib.suppress(OSError):
+            index_dir.mkdir(parents=True, exist_ok=True)
+            with replacing(index) as temporary:
+                temporary.write_text(json.dumps(known | {name: commit}), encoding="utf-8")
+    return commit
+
+
+def _open_dataset(
+    name: str, config: str | None, split: str, image_column: str | None, revision: str | None, scratch: Path
+) -> Records:
     import datasets  # takes seconds to import, and a filled cache does not need it
 
     is_local = Path(name).is_dir()
     try:
         # datasets copies local files, so the copy is temporary. Downloads go into its own cache, to be shared.
-        table = datasets.load_dataset(name, config, split=split, cache_dir=str(scratch) if is_local else None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        table = datasets.load_dataset(
+            name, config, split=split, revision=revision, cache_dir=str(scratch) if is_local else None
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         settings = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"
         problem = "it does not load" if is_local else "there is no such folder, and it does not load from the Hub"
+        if "scripts are no longer supported" in str(error):
+            problem += "; remove the loading script, or give the folder of its parquet files"
         raise ValueError(f"{settings}: {problem}: {error}") from error
 
     features = dict(table.features)
-    image_columns = [
-        column
-        for column, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
-    ]
-    if len(image_columns) != 1:
-        raise ValueError(
-            f"dataset_name is {name!r}: its image columns are {image_columns} among {list(features)}: give a data set "
-            "with one"
-        )
-    (images,) = image_columns
+    images = _image_column(name, features, image_column)
     label_columns = [
         column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel) or column == "label"
     ]
-    labels = list(table[label_columns[0]]) if len(label_columns) == 1 else None
+    labels = [json_label(label) for label in table[label_columns[0]]] if len(label_columns) == 1 else None
     splits = tuple(str(split) for split in table.info.splits or ())
     table = table.select_columns([images])
     if isinstance(features[images], datasets.Image):
@@ -162,6 +146,37 @@ def _open_dataset(name: str, config: str | None, split: str, scratch: Path) -> R
             yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
 
     return Records(len(table), payloads, labels, splits)
+
+
+def _image_column(name: str, features: dict[str, Any], chosen: str | None) -> str:
+    import datasets
+
+    columns = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    ]
+    if chosen in columns:
+        return str(chosen)
+    if chosen is not None:
+        allowed = some(columns) or f"another data set, none of its columns has images: {some(list(features))}"
+        raise ValueError(f"image_column is {chosen!r}: give {allowed}")
+    if len(columns) == 1:
+        return columns[0]
+    if columns:
+        raise ValueError(f"dataset_name is {name!r}: its image columns are {some(columns)}: choose one by image_column")
+    raise ValueError(
+        f"dataset_name is {name!r}: none of its columns has images: {some(list(features))}: give another data set"
+    )
+
+
+def json_label(label: Any) -> str | int | float | bool | None:
+    """A label as JSON has it: whatever else it is, such as a list or a date, becomes text."""
+    if isinstance(label, bytes):
+        return label.decode("utf-8", errors="backslashreplace")
+    if isinstance(label, float) and math.isnan(label):  # not equal to itself, so that each would be a class
+        return None
+    return label if label is None or isinstance(label, str | int | float) else str(label)
 
 
 # ---- The moons -------------------------------------------------------------------------------------------------------

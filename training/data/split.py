@@ -6,6 +6,7 @@ held out. Which ones depends only on the number of images, so a resumed run and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,12 @@ HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20
 def evenly_spaced(count: int, num_indices: int) -> np.ndarray:
     """`num_indices` evenly spaced indices of range(count), or all of them if count is not larger."""
     return np.arange(count) if num_indices >= count else np.arange(num_indices) * count // num_indices
+
+
+def splits_to_hold_out(splits: Sequence[str], trained_on: str) -> list[str]:
+    """The splits of which no image is in `trained_on`, such as "train", "train[:100]" or "train+test"."""
+    parts = {part.partition("[")[0].strip() for part in trained_on.split("+")}
+    return [name for name in splits if name not in {*parts, "train"}]
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,13 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     if validation_split == "none":
         return DataSplit(data, every_image, data.images[:0], "nothing")
 
+    others = splits_to_hold_out(data.splits, options.get("split", "train"))
     if validation_split is None:
-        split = next((name for name in HELD_OUT_SPLITS if name in data.splits), None)
-    elif validation_split in data.splits and validation_split != "train":
+        split = next((name for name in HELD_OUT_SPLITS if name in others), None)
+    elif validation_split in others:
         split = validation_split
     else:
-        allowed = " or ".join([*(name for name in data.splits if name != "train"), "none"])
+        allowed = " or ".join([*others, "none"])
         raise ValueError(
             f"validation_split is {validation_split!r}: give {allowed}, the data set has no other split to hold out"
         )

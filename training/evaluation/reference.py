@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from training.config import Config
-from training.data.split import DataSplit, evenly_spaced, load_data_split
+from training.data.split import DataSplit, evenly_spaced, load_data_split, splits_to_hold_out
 from training.evaluation.config import EvalConfig
 from training.evaluation.samples import Model
 from training.run.record import data_set
@@ -63,23 +63,26 @@ def load_split(config: EvalConfig, model: Model) -> DataSplit:
         ValueError: it is not known what the model was trained on, or the images do not fit the model.
     """
     settings: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
-    settings |= model.record.config if model.record else {}
+    if model.record:  # before there were split_folders, every folder was trained on
+        settings |= {"split_folders": False} | model.record.config
     if config.dataset_name or config.train_data_dir:
         settings |= {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+        settings |= {"split": "train", "image_column": None, "include": None, "exclude": None, "split_folders": True}
         if config.dataset_name in (None, "moons"):  # a folder and the moons have no configurations and no such splits
             settings["dataset_config_name"] = None
             if settings["validation_split"] != "none":
                 settings["validation_split"] = None
     elif not (settings["dataset_name"] or settings["train_data_dir"]):
         raise ValueError("it is not known what this model was trained on: give --dataset_name or --train_data_dir")
-    names = "dataset_name dataset_config_name train_data_dir center_crop background on_bad_image min_side"
+    names = "dataset_name dataset_config_name train_data_dir split image_column include exclude follow_links "
+    names += "split_folders center_crop background on_bad_image min_side"
     size = model.pipe.unet.config.sample_size
     options = {name: settings[name] for name in names.split()}
     options["resolution"] = size if isinstance(size, int) else tuple(size)
     options["cache_dir"] = Path(config.cache_dir).expanduser()
     # A run without validation was trained on every image of the data.
     split = load_data_split(settings["validation_split"] if settings["validation_steps"] else "none", **options)
-    if "test" in split.data.splits:
+    if "test" in splits_to_hold_out(split.data.splits, settings["split"]):
         split = load_data_split("test", **options)
     channels = model.pipe.unet.config.in_channels
     if split.data.channels != channels:

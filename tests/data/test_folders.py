@@ -1,0 +1,124 @@
+"""Folders of images as people have them: splits, masks, thumbnails, links, runs inside; patterns."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data.split import load_data_split
+
+
+def make(root, names):
+    """Images of one value each, 100 for the first name."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 100 + i).save(root / name, "png")
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "used", "labels", "said"),
+    [
+        ("train/a/1.png train/b/2.png test/a/3.png", {}, "12", "01", "test (1)"),
+        ("train/a/1.png train/b/2.png test/a/3.png", {"split": "test"}, "3", None, "train (2)"),
+        ("Train/1.png VALID/2.png", {}, "1", None, "valid (1)"),
+        ("training/a/1.png testing/a/2.png", {}, "1", None, "test (1)"),
+        ("cats/1.png dogs/2.png test/3.png", {}, "12", "01", "--split_folders false"),
+        ("cats/1.png dogs/2.png test/3.png", {"split_folders": False}, "123", "012", ""),
+        ("bus/1.png car/2.png train/3.png", {}, "123", "012", "train is taken for a class"),
+        ("train/good/1.png test/good/2.png test/crack/3.png ground_truth/crack/4.png", {}, "1", None, "masks left out"),
+        ("images/1.png masks/1.png", {}, "1", None, "masks left out: masks"),
+        (
+            "covid/images/1.png covid/masks/1.png ok/images/2.png ok/masks/2.png",
+            {},
+            "13",
+            "01",
+            "covid/masks, ok/masks",
+        ),
+        ("images/1.png masks/2.png", {"split_folders": False}, "12", "01", ""),
+        ("images/1.png masks/2.png", {"include": "masks"}, "2", None, ""),
+        ("1.png @eaDir/1.png/thumb.jpg a/Thumbnails/2.png", {}, "1", None, "thumbnails left out: @eaDir, a/Thumbnails"),
+        ("a/1.png a/1_mask.png b/2.PNG", {"exclude": "*_mask.png"}, "13", "01", "1 left out by include and exclude"),
+        ("a/1.png b/2.png c/d/3.png", {"include": "a/*,d"}, "13", "01", ""),
+        ("a/1.png b/2.png c/3.png", {"include": ["a", "b"], "exclude": ["b"]}, "1", None, ""),
+        ("1.jfif 2.JPE 3.pnm 4.j2k", {}, "1234", None, ""),
+    ],
+)
+def test_which_images_are_used(folder, load, names, options, used, labels, said):
+    names = names.split()
+    make(folder, names)
+    data = load(**options)
+    values = {100 + int(digit) - 1 for digit in used}
+    assert set(data.images[:, 0, 0, 0].tolist()) == values
+    assert len(data) == len(used)
+    assert said in data.source
+    assert (None if labels is None else [int(digit) for digit in labels]) == (
+        None if data.labels() is None else data.labels().tolist()
+    )
+
+
+def test_the_test_folder_is_held_out(folder, cache_dir):
+    make(folder, ["train/1.png", "train/2.png", "test/3.png"])
+    split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
+    assert split.held_out[:, 0, 0, 0].tolist() == [102]
+    assert split.data.splits == ("train", "test")
+    with pytest.raises(ValueError, match=r"validation_split is 'test': give none"):
+        load_data_split("test", train_data_dir=folder, cache_dir=cache_dir, split="test")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "split is 'val': give train or test"),
+        ({"include": "x*"}, r"include is 'x\*'.*none of the 2 images"),
+        ({"exclude": "*"}, r"exclude is '\*'.*none of the 2 images"),
+        ({"include": "a,,b"}, "include is 'a,,b'"),
+        ({"image_column": "photo"}, "image_column is 'photo'"),
+        ({"dataset_name": "moons", "include": "x"}, "include is 'x'"),
+    ],
+)
+def test_an_option_that_leaves_nothing_is_named(folder, load, options, message):
+    make(folder, ["train/1.png", "test/2.png"])
+    with pytest.raises(ValueError, match=message):
+        load(**options)
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["config.yaml metrics.jsonl", "training.json", "model_index.json", "images.npy names.txt meta.json"],
+)
+def test_what_a_run_wrote_into_the_folder_is_left_out(folder, load, files):
+    make(folder, ["a.png", "runs/mine/samples/step-10.png"])
+    for name in files.split():
+        (folder / "runs" / "mine" / name).write_text("{}")
+    data = load()
+    assert data.images[:, 0, 0, 0].tolist() == [100]
+    assert "written by a run and left out: runs/mine" in data.source
+
+
+def test_links_in_the_cache_of_the_hub_are_followed_and_others_on_request(tmp_path, load):
+    repository = tmp_path / "hub" / "datasets--user--cats"
+    snapshot = repository / "snapshots" / "0123abcd"
+    make(repository, ["blobs/aaaa"])
+    make(tmp_path, ["secret/x.png", "secret/y.png"])
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data" / "a.png").symlink_to("../../../blobs/aaaa")
+    assert len(load(train_data_dir=snapshot)) == 1
+    assert len(load(train_data_dir=snapshot / "data")) == 1
+    (snapshot / "data" / "b.png").symlink_to(tmp_path / "secret" / "x.png")
+    for i in range(8):
+        (snapshot / f"c{i}").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"c0, c1, c2, c3, c4, and 4 more: replace them, or give --follow_links"):
+        load(train_data_dir=snapshot)
+    (tmp_path / "secret" / "back").symlink_to(snapshot)  # a cycle ends
+    assert len(load(train_data_dir=snapshot, follow_links=True)) == 4
+
+
+def test_dark_data_is_said_with_its_range(folder, load):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3).save(folder / "a.png")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no pixel is brighter than 2 of 255"):
+            load()
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(folder / "a.png")
+    with pytest.warns(UserWarning, match="no pixel is brighter than 4095 of 65535"):
+        load()
+    Image.fromarray(np.full((8, 8), 26, np.uint8)).save(folder / "a.png")
+    load()
