@@ -188,9 +188,15 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
             sampling |= {"seeds": args.seeds, "timestep": args.timestep}
             sampling["fixed_point_iterations"] = args.fixed_point_iterations
         fused = pipe.fuse(*images, weight=weights, path=args.path, balance=args.balance, **common, **sampling)
-        for weight, used, ratio in zip(weights, fused.weights, fused.distance_ratios):
+        for weight, used, ratio in zip(weights * len(seeds), fused.weights, fused.distance_ratios):
             print(f"weight {weight:g}: interpolation weight {used:.4f}, distance ratio {ratio:.3f}")
         print(f"{fused.network_calls} network calls")
+        if any(fused.double_exposures):
+            print(
+                f"{sum(fused.double_exposures)} of {len(fused.weights)} images look like the two laid over each other "
+                "(nearer to the mean of the pixels than to an image with each pixel of one of the two): the model may "
+                "be trained too little"
+            )
         x_0 = fused.images
     elif args.command == "inpaint":
         x_0 = pipe.inpaint(

@@ -41,12 +41,14 @@ class FusionOutput(BaseOutput):
         distance_ratios: d(a, x) / (d(a, x) + d(b, x)) of each image x between two images, 0 at a and 1 at b; None for
             more than two.
         network_calls: number of calls of the network, each for a batch.
+        double_exposures: for each image whether it looks like two laid over each other: see `is_double_exposure`.
     """
 
     images: Any
     weights: list[Any]
     distance_ratios: list[float] | None
     network_calls: int
+    double_exposures: list[bool] | None = None
 
 
 class Interpolation(NamedTuple):
@@ -55,6 +57,7 @@ class Interpolation(NamedTuple):
     images: Tensor
     weights: Tensor
     distance_ratios: Tensor | None
+    double_exposures: list[bool]
 
 
 def stack_endpoints(a: Tensor, b: Tensor | None) -> Tensor:
@@ -175,6 +178,28 @@ def distance_ratio(distance: Distance, x: Tensor, a: Tensor, b: Tensor) -> Tenso
     return to_a / (to_a + to_b).clamp(min=1e-30)
 
 
+def is_double_exposure(images: Tensor, endpoints: Tensor, weights: Tensor) -> list[bool]:
+    """Whether each image is clearly nearer to the mean of the pixels than to one that has each pixel of some endpoint.
+
+    A model that is trained too little gives such images. It is the most that can be known without the data.
+
+    Args:
+        images: K for each of P sets of endpoints, (P K, C, H, W).
+        endpoints: (P, N, C, H, W). Of two the mean is taken with the weights at which it is nearest.
+        weights: (P K, N), of the endpoints; used if N is not 2.
+    """
+    points = endpoints.repeat_interleave(len(images) // len(endpoints), dim=0).flatten(2)  # (P K, N, C H W)
+    x, w = images.flatten(1), weights.to(points.dtype).to(points.device)
+    if points.shape[1] == 2:
+        a, difference = points[:, 0], points[:, 1] - points[:, 0]
+        second = ((x - a) * difference).sum(1) / difference.square().sum(1).clamp(min=1e-30)
+        w = torch.stack([1 - second.clamp(0, 1), second.clamp(0, 1)], dim=1)
+    to_mean = (x - (w[..., None] * points).sum(1)).square().mean(1)
+    to_one_of_them = (x[:, None] - points).square().amin(1).mean(1)
+    between = to_one_of_them > 0.02 * 2 * points.var(dim=1).mean(1)  # an endpoint comes back with an error
+    return (between & (2 * to_mean < to_one_of_them)).tolist()
+
+
 def interpolate(
     image_at: ImageAt,
     endpoints: Tensor,
@@ -209,7 +234,8 @@ def interpolate(
     else:
         images = image_at(set_index, weights)
     all_indices = torch.arange(len(weights))
-    return Interpolation(images, weights, ratio_of(all_indices, images) if num_endpoints == 2 else None)
+    ratios = ratio_of(all_indices, images) if num_endpoints == 2 else None
+    return Interpolation(images, weights, ratios, is_double_exposure(images, endpoints, weights))
 
 
 def bisect_weights(

@@ -274,7 +274,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             fixed_point_iterations: of the inversion, see `invert`.
             tolerance: of the distance ratio, with balance.
         Returns:
-            FusionOutput: images, weights, distance_ratios, network_calls; pair by pair, and weight by weight in a pair.
+            FusionOutput: images, weights, distance_ratios, network_calls, double_exposures; pair by pair, and weight by
+            weight in a pair. A tuple has the first four.
         """
         check_output_type(output_type, self.unet.config.in_channels)
         several = image_b is None
@@ -312,7 +313,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         images, ratios = to_output(result.images, output_type), result.distance_ratios
         used_weights = (result.weights if several else result.weights[:, 1]).tolist()
         fused = images, used_weights, None if ratios is None else ratios.tolist(), denoiser.num_calls
-        return FusionOutput(*fused) if return_dict else fused
+        return FusionOutput(*fused, result.double_exposures) if return_dict else fused
 
     @torch.no_grad()
     def vary(

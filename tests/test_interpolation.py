@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddpm_pipeline.images import squared_pixel_distance
-from ddpm_pipeline.interpolation import MAX_BISECTIONS, bisect_weights, spherical_mean
+from ddpm_pipeline.interpolation import MAX_BISECTIONS, bisect_weights, is_double_exposure, spherical_mean
+from ddpm_pipeline.moons import render
 from tests.gaussian import MEAN, STD, gaussian_images, gaussian_pipe
 from tests.models import tiny_pipe
 from tests.schedules import alpha_bar_table
@@ -164,3 +165,26 @@ def test_output_types_and_tuples():
             pipe.inpaint(x_0, torch.ones(8, 8), **options),
         ):
             assert isinstance(output, tuple) and isinstance(output[0], kind) and len(output[0]) == 2
+
+
+def test_a_mean_of_pixels_is_a_double_exposure_and_a_moon_between_two_is_none():
+    half, between, full = (render(phase, 32) for phase in (math.pi / 2, 0.7 * math.pi, math.pi))
+    endpoints = torch.stack([half, full])[None]
+    blurred = torch.lerp((half + full) / 2, between, 0.3)  # of a weak model
+    images = torch.stack([half, between, full, (half + full) / 2, torch.lerp(half, full, 0.3), blurred])
+    weights = torch.full((len(images), 2), 0.5, dtype=torch.float64)
+    expected = [False, False, False, True, True, True]
+    assert is_double_exposure(images, endpoints, weights) == expected
+    two_sets = endpoints.expand(2, -1, -1, -1, -1)
+    assert is_double_exposure(torch.cat([images, images]), two_sets, weights.repeat(2, 1)) == expected * 2
+    three = torch.stack([half, full, between])[None]
+    thirds = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    assert is_double_exposure(torch.stack([three[0].mean(0), between]), three, thirds) == [True, False]
+
+
+def test_fuse_says_which_images_are_double_exposures():
+    pipe = gaussian_pipe()
+    a, b = gaussian_images(2)
+    fused = pipe.fuse(a, b, [0, 0.5, 1], num_inference_steps=20)
+    assert len(fused.double_exposures) == 3 and not fused.double_exposures[0] and not fused.double_exposures[2]
+    assert len(pipe.fuse(a, b, num_inference_steps=5, return_dict=False)) == 4
