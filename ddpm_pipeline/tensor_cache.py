@@ -1,6 +1,8 @@
 """TENSOR CACHE: results that are slow to compute, in files named by the hash of everything they depend on."""
 
 import hashlib
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +39,22 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file that holds its own hash, complete or not at all. The folder is created if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"sha256": hash_tensors(tensors)})
+    """Write a safetensors file that holds its own hash, complete or not at all. The folder is created if missing.
+
+    On a full or read-only disk nothing is kept, with a warning: what was computed is not lost for that.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"sha256": hash_tensors(tensors)})
+    except (OSError, SafetensorError) as error:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        folder = next((folder for folder in path.parents if folder.is_dir()), Path.cwd())
+        warnings.warn(
+            f"{path.parent} cannot be written ({error}), so that {path.name[:24]}... is computed again next time: it "
+            f"needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free: make room, or give another --cache_dir",
+            stacklevel=2,
+        )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:

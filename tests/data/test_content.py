@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ddpm_pipeline.tensor_cache import save_tensors
 from tests.arrays import random_images
 from tests.data.image_files import cell, write_parquet
 from training import cache as command
 from training.data import content, disk, sources
+from training.data.cache import load_images
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,6 +160,18 @@ def test_a_cache_dir_that_is_a_file(folder, load, cache_dir):
     cache_dir.write_text("x")
     with pytest.raises(ValueError, match=r"cache_dir is .*--cache_dir"):
         load()
+
+
+def test_a_cache_dir_that_cannot_be_made(folder):
+    bmp(folder / "1.bmp", 100)
+    with pytest.raises(disk.CacheError, match=r"cache_dir is '/proc/nowhere/x'.*--cache_dir"):
+        load_images(train_data_dir=folder, cache_dir="/proc/nowhere/x")
+
+
+def test_features_that_cannot_be_kept_are_not_lost(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.warns(UserWarning, match=r"cannot be written.*needs 24 bytes.*--cache_dir"):
+        save_tensors(tmp_path / "file" / "features-1.safetensors", {"features": torch.zeros(2, 3)})
 
 
 KILLED = """

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}-[0-9a-f]{32}")  # the folder of a decoding that is not complete
+TEMPORARY_FILE = re.compile(r"\.(features|classifier)-.*\.tmp-.*")  # of ddpm_pipeline/tensor_cache.py
 KEY = re.compile(r"[0-9a-f]{64}")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -84,9 +85,18 @@ def writing(cache_dir: Path) -> Iterator[None]:
             problem = f"it cannot be written ({error.strerror}): "
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             problem = f"it is not a folder ({error.strerror}): "
+        elif _concerns(error, cache_dir):
+            problem = f"it cannot be written ({error.strerror}): "
         else:
             raise
         raise CacheError(f"cache_dir is '{cache_dir}': {problem}give another --cache_dir") from error
+
+
+def _concerns(error: OSError, cache_dir: Path) -> bool:
+    if not isinstance(error.filename, str):
+        return False
+    file, folder = Path(error.filename).absolute(), cache_dir.absolute()
+    return file.is_relative_to(folder) or folder.is_relative_to(file)
 
 
 def needs_space(folder: Path, num_bytes: int) -> None:
@@ -151,6 +161,10 @@ def _remove_left_behind(cache_dir: Path) -> None:
             elif (lock := _acquire(folder / "lock")) is not None:
                 lock.release()
                 remove(folder)
+        elif TEMPORARY_FILE.fullmatch(folder.name):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > HOUR:
+                    remove(folder)
 
 
 # ---- Listing and deleting --------------------------------------------------------------------------------------------
