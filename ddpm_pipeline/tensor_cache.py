@@ -52,7 +52,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         folder = next((folder for folder in path.parents if folder.is_dir()), Path.cwd())
         warnings.warn(
             f"{path.parent} cannot be written ({error}), so that {path.name[:24]}... is computed again next time: it "
-            f"needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free: make room, or give another --cache_dir",
+            f"needs {needed:,} bytes, {shutil.disk_usage(folder).free:,} are free: make room or change --cache_dir",
             stacklevel=2,
         )
 
