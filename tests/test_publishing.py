@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.saving import pipeline_source
 from tests.models import tiny_unet
 from training.config import Config
 from training.hub import check, files, stage
@@ -135,21 +136,45 @@ def test_local_fields_are_left_out(tmp_path):
         Config(**shared)  # still a valid configuration
 
 
+def set_source(run, text):
+    """Change what the run record says of its images, which goes on the card."""
+    file = run / "pipeline" / "training.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source": text}))
+
+
 def test_tokens_and_local_paths_are_not_published(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-mine")
-    file = run / "pipeline" / "pipeline.py"
-    code = file.read_text()
     for text, what in (
-        ("# hf_" + "a" * 34, "an access token"),
-        ("# a-token-of-mine", "the access token in use"),
-        (f"# {run.resolve()}", "the path of the run"),
-        (f"# {Path.home()}/x", "the path of the home folder"),
+        ("hf_" + "a" * 34, "an access token"),
+        ("a-token-of-mine", "the access token in use"),
+        (f"9 images of {run.resolve()}", "the path of the run"),
+        (f"file://{run.resolve()}/data", "the path of the run"),
+        (f'9 images of "{Path.home()}/x"', "the path of the home folder"),
     ):
-        file.write_text(f"{code}{text}\n")
-        with pytest.raises(ValueError, match=f"pipeline.py would publish {what}"):
-            staged(run, tmp_path / what)
-    file.write_text(code)
+        set_source(run, text)
+        with pytest.raises(ValueError, match=f"README.md would publish {what}"):
+            staged(run, tmp_path / what / str(len(text)))
+    set_source(run, "9 images of folder x")
     staged(run, tmp_path / "clean")
+
+
+@pytest.mark.parametrize("text", ["user/model", "/models", "/model.py", "/home/model", "https://x.org/model"])
+def test_only_whole_paths_count_as_paths_of_this_machine(text):
+    """A run may lie at /model, as in a container, and the documentation speaks of user/model."""
+    pattern = stage._path_pattern(Path("/model"))
+    assert not pattern.search(f"see {text} there")
+    for found in ("/model", "/model/pipeline", '"/model"', "file:///model/x", "in /model."):
+        assert pattern.search(f"see {found} there")
+
+
+def test_the_published_code_is_that_of_the_card(run, tmp_path):
+    """A run of an earlier version has the pipeline.py of that version, and the card describes this one."""
+    file = run / "pipeline" / "pipeline.py"
+    file.write_text(file.read_text().replace("def trajectory", "def walk"))
+    lines = []
+    stage.stage(run, tmp_path / "out", repo_id="alice/x", log=lines.append)
+    assert (tmp_path / "out" / "pipeline.py").read_text() == pipeline_source()
+    assert any("of another version" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +349,7 @@ def test_the_card_warns_where_the_built_in_classes_are_wrong(tmp_path, scheduler
     ("unet", "scheduler", "warnings"),
     [
         ({"channels": 3, "num_class_embeds": 5}, {}, ["class labels"]),
-        ({"channels": 4}, {"variance_type": "fixed_large"}, ["PIL images with 4 channels", "leave noise"]),
+        ({"channels": 5}, {"variance_type": "fixed_large"}, ["PIL images with 5 channels", "leave noise"]),
     ],
 )
 def test_limits_of_the_built_in_classes_do_not_prevent_publishing(tmp_path, unet, scheduler, warnings):

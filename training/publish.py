@@ -1,7 +1,8 @@
 """Publish a run on the Hub: `python training/publish.py runs/moons --hub_model_id user/name`.
 
 Exit codes: 0 published; 1 the model does not load in the three ways, nothing was sent; 2 a mistake in the command, or
-the run is incomplete; 3 the Hub failed: the run is unchanged, and the command to publish it later is printed.
+the run is incomplete; 3 the Hub refused or failed: the run is unchanged. If the same command can succeed later, it is
+printed; otherwise the message says what to change. Nothing is created on the Hub for a run that cannot be published.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
                 args.run, args.hub_model_id, private=args.hub_private_repo, seconds=args.hub_timeout, **options
             )
     except client.HubError as error:
-        command = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
-        print(f"publish.py: {error}\nThe run is unchanged. To publish it later:\n    {command}", file=sys.stderr)
+        advice = "The run is unchanged."
+        if error.same_command:
+            command = shlex.join(["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)])
+            advice += f" To publish it later:\n    {command}"
+        print(f"publish.py: {error}\n{advice}", file=sys.stderr)
         return 3
     except check.LoadingError as error:
         print(f"publish.py: {error}", file=sys.stderr)

@@ -178,6 +178,7 @@ def test_a_tag_and_half_precision(published, republished):
     repo = published[0].repo("alice/tagged")
     assert [republished[name][0] for name in ("v1", "v1 again", "v2")] == [0, 3, 0], republished
     assert "already has the tag v1" in republished["v1 again"][2]
+    assert "To publish it later" not in republished["v1 again"][2]  # the same command would be refused again
     _, first, second = repo.commits
     assert set(first.files) == PUBLISHED | {HALF_WEIGHTS, ".gitattributes"}
     assert "license: unknown" in first.files["README.md"].decode()
@@ -401,13 +402,29 @@ def test_publish_py_has_a_deadline(published, hub, tmp_path):
     assert f"publish.py {folder} --hub_model_id alice/x --hub_timeout 1" in err
 
 
+NOT_UPDATED = """
+import sys
+from training.hub import stage
+from training.publish import main
+
+stage._update_remote_code = lambda folder, log: None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_remote_code_with_other_images_is_not_published(published, hub, tmp_path):
-    """pipeline.py differs from the package, as in a model saved by another version of it."""
+    """pipeline.py differs from the package. Nothing is created on the Hub for a run that cannot be published."""
     _, folder, _ = published
     shutil.copytree(folder, tmp_path / "run")
     file = tmp_path / "run" / "pipeline" / "pipeline.py"
     code = file.read_text()
     assert "x_t = output.prev_sample\n" in code
     file.write_text(code.replace("x_t = output.prev_sample\n", "x_t = output.prev_sample * 1.001\n"))
+    code, _, err = run(hub, tmp_path, "-c", NOT_UPDATED, tmp_path / "run", "--hub_model_id", "alice/x")
+    assert code == 1 and "Nothing was sent" in err and "alice/x" not in hub.repos, err
+
+
+def test_nothing_is_created_for_a_run_that_is_incomplete(hub, tmp_path):
+    (tmp_path / "run").mkdir()
     code, _, err = run(hub, tmp_path, "publish.py", tmp_path / "run", "--hub_model_id", "alice/x")
-    assert code == 1 and "Nothing was sent" in err and len(hub.repo("alice/x").commits) == 1, err
+    assert code == 2 and "pipeline is missing" in err and "alice/x" not in hub.repos, err

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds
 TRANSIENT_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+INVALID_STATUSES = {400, 413, 422}  # the request itself is wrong, and will be wrong tomorrow
 HINTS = {
     401: "; log in with `hf auth login`, or set HF_TOKEN to a valid token",
     403: "; use a token with write permission for it",
@@ -22,7 +23,15 @@ Result = TypeVar("Result")
 
 
 class HubError(RuntimeError):
-    """The Hub refused, failed or could not be reached. Nothing on this machine has changed."""
+    """The Hub refused, failed or could not be reached. Nothing on this machine has changed.
+
+    Args:
+        same_command: whether the same command may succeed later; otherwise the message says what to change in it.
+    """
+
+    def __init__(self, message: str, *, same_command: bool = True) -> None:
+        super().__init__(message)
+        self.same_command = same_command
 
 
 @dataclass
@@ -131,7 +140,10 @@ class HubClient:
 def _hub_error(action: str, error: Exception) -> HubError:
     status = _status(error)
     message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return HubError(f"{action}: {status or type(error).__name__}: {message}{HINTS.get(status or 0, '')}")
+    return HubError(
+        f"{action}: {status or type(error).__name__}: {message}{HINTS.get(status or 0, '')}",
+        same_command=status not in INVALID_STATUSES,
+    )
 
 
 def _status(error: Exception) -> int | None:

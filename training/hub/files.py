@@ -12,7 +12,8 @@ from training.run.record import read_json
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, with the card's template and the licence
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 HALF_WEIGHTS = "unet/diffusion_pytorch_model.fp16.safetensors"
-MODEL_FILES = ("model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
+REMOTE_CODE = "pipeline.py"
+MODEL_FILES = ("model_index.json", REMOTE_CODE, "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
 IMAGES = ("samples.png", "trajectory.png")
 CARD = "README.md"
 PUBLISHED = (*MODEL_FILES, HALF_WEIGHTS, *IMAGES, CARD, "config.yaml", "report.json", "LICENSE")  # and nothing else
@@ -61,7 +62,7 @@ def built_in_limits(folder: Path) -> list[str]:
     limits = []
     if has_class_labels(unet):
         limits.append(f"They do not support class labels and cannot sample this model: {instead}")
-    if unet["in_channels"] > 3:
+    if unet["in_channels"] > 4:
         limits.append(f'They cannot make PIL images with {unet["in_channels"]} channels: pass `output_type="np"`.')
     if variance == "fixed_large" and spacing != "leading":
         limits.append(

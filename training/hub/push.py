@@ -1,6 +1,6 @@
 """THE PUSH: one commit with a tag, on top of the commit whose files were checked.
 
-publish: check_access -> read_repo_state -> stage -> check_loading -> push
+publish: check_account -> find_repo -> stage -> check_loading -> create_repo, if there is none -> push
 """
 
 import tempfile
@@ -13,6 +13,7 @@ from training.hub.check import check_loading, describe_differences
 from training.hub.client import HubClient, HubError
 from training.hub.files import CARD, FORMER_NAMES, PUBLISHED, digest, list_files
 from training.hub.stage import stage
+from training.messages import some
 from training.run.record import RunRecord
 
 INITIAL_FILES = {".gitattributes", CARD, "LICENSE"}  # what the Hub may put into a new repository
@@ -44,17 +45,19 @@ def publish(
         ValueError, OSError: the run is incomplete, or an argument is invalid.
     """
     hub = HubClient(seconds)
-    repo_id = check_access(hub, repo_id, private=private, license=license)
-    repo = read_repo_state(hub, repo_id)
+    repo_id = check_account(hub, repo_id, license=license)
+    repo = find_repo(hub, repo_id, private=private)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, log=log)
         record = RunRecord.load(Path(run) / "pipeline")
         assert record is not None  # staging needs it too
         title = f"{Path(run).resolve().name}, step {record.step} ({digest(folder)[:12]})"  # identifies the contents
-        if revision_tag is not None:
+        if repo is not None and revision_tag is not None:
             check_tag(repo, revision_tag, title)
         log(describe_differences(check_loading(folder)))
+        if repo is None:  # only now: nothing is created for a run that cannot be published
+            repo = read_repo_state(hub, create_repo(hub, repo_id, private=private))
         commit = push(hub, folder, repo, tag=tag, title=title)
     log(
         f"{'Published' if commit != repo.commit else 'Unchanged since it was published'}: "
@@ -97,6 +100,18 @@ def check_access(hub: HubClient, repo_id: str, *, private: bool = False, license
             should be private.
         ValueError: the id or the licence is invalid.
     """
+    return create_repo(hub, check_account(hub, repo_id, license=license), private=private)
+
+
+def check_account(hub: HubClient, repo_id: str, *, license: str | None = None) -> str:
+    """Check that the repository is one of the token's user. Nothing is created.
+
+    Returns:
+        The full id of the repository, "user/name".
+    Raises:
+        HubError: there is no token, or the repository is somebody else's; or as `HubClient.call`.
+        ValueError: the id or the licence is invalid.
+    """
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -108,19 +123,45 @@ def check_access(hub: HubClient, repo_id: str, *, private: bool = False, license
         raise HubError("no access token found: log in with `hf auth login`, or set HF_TOKEN") from None
     owner = repo_id.split("/")[0] if "/" in repo_id else user["name"]
     if owner not in [user["name"], *(org["name"] for org in user.get("orgs", []))]:
-        raise HubError(f"no write access to {repo_id}: the token belongs to {user['name']}")
+        raise HubError(
+            f"no write access to {repo_id}: the token belongs to {user['name']}; give a hub_model_id of this user, or "
+            "use another token",
+            same_command=False,
+        )
     if license is not None:
         try:
             hub.call("check the licence", ModelCard(f"---\nlicense: {license}\n---\n").validate)
         except ValueError as error:
             raise ValueError(f"license is {license!r}, which the Hub does not accept: {str(error)[:200]} ...") from None
+    return repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+
+
+def create_repo(hub: HubClient, repo_id: str, *, private: bool) -> str:
+    """Create the repository if it does not exist, private from the start, and check write access. Returns its id.
+
+    Raises:
+        HubError: the token has no write access; the repository exists, is public and should be private; or as
+            `HubClient.call`.
+    """
     # None leaves it to the owner's settings; False would make it public where an organisation defaults to private.
     created = hub.call("create the repository", hub.api.create_repo, repo_id, private=private or None, exist_ok=True)
-    repo_id = created.repo_id
+    check_existing_repo(hub, created.repo_id, private=private)
+    return created.repo_id
+
+
+def check_existing_repo(hub: HubClient, repo_id: str, *, private: bool) -> None:
+    """Check write access and whether the repository is private.
+
+    Raises:
+        HubError: the token has no write access; the repository is public and should be private; or as
+            `HubClient.call`.
+    """
     hub.call("check write access", hub.api.auth_check, repo_id, write=True)
     if private and not hub.call("read the repository", hub.api.model_info, repo_id).private:
-        raise HubError(f"{repo_id} exists and is public: make it private in its settings, or omit --hub_private_repo")
-    return repo_id
+        raise HubError(
+            f"{repo_id} exists and is public: make it private in its settings, or omit --hub_private_repo",
+            same_command=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,6 +175,18 @@ class RepoState:
     tags: dict[str, str]  # name: hash of the commit
 
 
+def find_repo(hub: HubClient, repo_id: str, *, private: bool) -> RepoState | None:
+    """What the repository holds now; None if it does not exist. Nothing is created.
+
+    Raises:
+        HubError: as `check_existing_repo` and `read_repo_state`.
+    """
+    if not hub.call("look for the repository", hub.api.repo_exists, repo_id):
+        return None
+    check_existing_repo(hub, repo_id, private=private)
+    return read_repo_state(hub, repo_id)
+
+
 def read_repo_state(hub: HubClient, repo_id: str) -> RepoState:
     """What the repository holds now.
 
@@ -145,8 +198,8 @@ def read_repo_state(hub: HubClient, repo_id: str) -> RepoState:
     is_published_model = {"model_index.json", "pipeline.py"} <= set(files)
     if not is_published_model and (foreign := sorted(set(files) - INITIAL_FILES)):
         raise HubError(
-            f"{repo_id} has files that are not part of a published model ({', '.join(foreign[:5])}): give another "
-            "hub_model_id"
+            f"{repo_id} has files that are not part of a published model ({some(foreign)}): give another hub_model_id",
+            same_command=False,
         )
     refs = hub.call("list the tags", hub.api.list_repo_refs, repo_id)
     return RepoState(repo_id, newest.commit_id, newest.title, files, {ref.name: ref.target_commit for ref in refs.tags})
@@ -156,7 +209,10 @@ def check_tag(repo: RepoState, tag: str, title: str) -> None:
     """Raise HubError if the tag exists, unless it marks the newest commit and this push repeats that commit."""
     commit = repo.tags.get(tag)
     if commit is not None and not (repo.title == title and commit == repo.commit):
-        raise HubError(f"{repo.repo_id} already has the tag {tag}, on commit {commit[:8]}: give another revision_tag")
+        raise HubError(
+            f"{repo.repo_id} already has the tag {tag}, on commit {commit[:8]}: give another revision_tag",
+            same_command=False,
+        )
 
 
 def push(hub: HubClient, folder: Path, repo: RepoState, *, tag: str, title: str) -> str:

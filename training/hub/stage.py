@@ -22,6 +22,7 @@ from training.hub.files import (
     HALF_WEIGHTS,
     IMAGES,
     MODEL_FILES,
+    REMOTE_CODE,
     ROOT,
     WEIGHTS,
     digest,
@@ -65,6 +66,7 @@ def stage(
         raise ValueError(f"revision_tag is {revision_tag!r}: give letters, digits, '.', '_' and '-', such as v1")
     run = Path(run)
     record = _copy_model(run / "pipeline", folder)
+    _update_remote_code(folder, log)
     if fp16:
         _write_half_precision(folder)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
@@ -119,6 +121,16 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
     return record
 
 
+def _update_remote_code(folder: Path, log: Callable[[str], object]) -> None:
+    """Replace the remote code of an earlier version: the card describes the methods of this one."""
+    from ddpm_pipeline.saving import pipeline_source
+
+    file, current = folder / REMOTE_CODE, pipeline_source()
+    if file.read_text(encoding="utf-8") != current:
+        log(f"{REMOTE_CODE} of the run is of another version of ddpm_pipeline: that of this version is published")
+        file.write_text(current, encoding="utf-8")
+
+
 def _write_half_precision(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -151,17 +163,26 @@ def _check_private_text(folder: Path, run: Path) -> None:
     """Raise ValueError if a text file contains a token or a path of this machine."""
     from huggingface_hub import get_token
 
+    from ddpm_pipeline.saving import pipeline_source
+
     private = {"an access token": re.compile(r"hf_[A-Za-z0-9]{30,}")}
-    for what, text in (
-        ("the access token in use", get_token()),
-        ("the path of the run", str(run.resolve())),
-        ("the path of the home folder", f"{Path.home()}/"),
-    ):
-        if text and len(text) > 5:
-            private[what] = re.compile(re.escape(text))
+    token = get_token()
+    if token and len(token) > 5:
+        private["the access token in use"] = re.compile(re.escape(token))
+    for what, path in (("the path of the run", run.resolve()), ("the path of the home folder", Path.home())):
+        if path != Path(path.anchor):  # the home folder of a container may be the root
+            private[what] = _path_pattern(path)
     for name in list_files(folder):
         if name.endswith((".md", ".json", ".yaml", ".py")):
             text = (folder / name).read_text(encoding="utf-8")
+            if name == REMOTE_CODE and text == pipeline_source():  # public, whatever this machine's paths are called
+                continue
             for what, pattern in private.items():
                 if match := pattern.search(text):
                     raise ValueError(f"{name} would publish {what}, {match[0]!r}: remove it from the files in {run}")
+
+
+def _path_pattern(path: Path) -> re.Pattern[str]:
+    """Finds a path, or the path of something in it, but not "/model" in "user/model", "/models" or "/model.py"."""
+    spellings = "|".join(map(re.escape, {str(path), json.dumps(str(path))[1:-1]}))  # as text, and in JSON
+    return re.compile(rf"(?:(?<![\w./~-])|(?<=file://)|(?<=\\[nt]))(?:{spellings})(?![\w-]|\.\w)")
