@@ -128,7 +128,7 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name, None)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} is {path}: the folder {path.parent} does not exist")
-    if args.output.is_dir() or not _can_be_written(args.output.suffix.lower()):
+    if args.output.is_dir() or not _can_be_written(args.output.suffix.lower(), "L", "RGB"):
         raise ValueError(f"--output is {args.output}: give a name with the suffix of an image format, such as out.png")
     latents = getattr(args, "latents", None)
     if latents is not None and latents.suffix.lower() != ".npy":
@@ -144,10 +144,11 @@ def check(args: argparse.Namespace) -> None:
             check_readable(path, "image")
 
 
-def _can_be_written(suffix: str) -> bool:
-    """Whether Pillow writes images in this format: some it only reads, and some have no colours."""
+def _can_be_written(suffix: str, *modes: str) -> bool:
+    """Whether Pillow writes these modes in this format: some it only reads, some have no colours, gray or alpha."""
     try:
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[suffix])
+        for mode in modes:
+            Image.new(mode, (1, 1)).save(io.BytesIO(), Image.registered_extensions()[suffix])
     except (KeyError, OSError, ValueError):
         return False
     return True
@@ -156,6 +157,7 @@ def _can_be_written(suffix: str) -> bool:
 def run(pipe: Any, args: argparse.Namespace) -> None:
     """Run the command and write its output."""
     from . import visualize
+    from .images import to_output
 
     images = getattr(args, "images", [])
     steps = args.num_inference_steps
@@ -214,7 +216,9 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         else:
             visualize.strip(trajectory, columns=args.columns).save(args.output)
         return
-    if len(x_0) == 1:  # not enlarged, so that the next command can read it
+    if len(x_0) == 1 and x_0.shape[1] == 4 and _can_be_written(args.output.suffix.lower(), "RGBA"):
+        to_output(x_0, "pil")[0].save(args.output)
+    elif len(x_0) == 1:  # not enlarged, so that the next command can read it
         pixels = visualize.to_uint8(x_0)[0]
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.output)
     else:

@@ -242,7 +242,9 @@ def _scaled_key(key: Any, coding: str) -> Any:
     """The value or colour that a PNG declares transparent, on the scale of the pixels, which Pillow leaves out."""
     if isinstance(key, int):
         return key * (85 if "'L;2'" in coding else 17 if "'L;4'" in coding else 1)  # 3 and 15 become 255
-    return tuple(value >> 8 for value in key) if isinstance(key, tuple) and "RGB;16" in coding else key
+    if isinstance(key, tuple) and ("RGB;16" in coding or max(key) > 255):  # a PIL image that is loaded has no coding
+        return tuple(value >> 8 for value in key)
+    return key
 
 
 def _resize(pixels: np.ndarray, target: Target) -> np.ndarray:

@@ -197,14 +197,18 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     """Where to paint, bool, (B, C, H, W): where the mask is white, above the middle of its range.
 
     Args:
-        mask: a file or a PIL image, of which luminance times alpha counts; or an array or tensor that broadcasts to
-            (B, C, H, W), bool, uint8, uint16, or numbers in [0, 1]; an array may also be (B, H, W, C) or (H, W, C).
+        mask: a file or a PIL image of the images' size, of which luminance times alpha counts; or an array or tensor
+            that broadcasts to (B, C, H, W), bool, uint8, uint16, or numbers in [0, 1]; an array may also be
+            (B, H, W, C) or (H, W, C), and both may be (B, H, W).
         shape: (B, C, H, W) of the images.
     Raises:
         ValueError: another type or shape, values that are out of range, or a mask without white.
     """
     if isinstance(mask, (str, os.PathLike, Image.Image)):
         mask = _read(decode_mask, mask, "mask")
+        if mask.shape != shape[2:]:
+            size, given = (" x ".join(map(str, side)) for side in (shape[2:], mask.shape))
+            raise ValueError(f"mask is {given} pixels (height x width), but the images are {size}")
     if isinstance(mask, np.ndarray):
         mask_shape = mask.shape
         if mask.ndim in (3, 4) and mask_shape[-1] in (1, shape[1]) and mask_shape[-3:-1] == shape[2:]:
@@ -215,6 +219,8 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
     else:
         raise ValueError(f"mask is a {type(mask).__name__}: give a file, a PIL image, an array or a tensor")
     if mask.ndim == 3 and mask.shape[0] == shape[0] and shape[0] > 1:
+        if shape[0] == shape[1]:
+            raise ValueError(f"mask has shape {mask_shape}, for images or for channels: give ({shape[0]}, 1, H, W)")
         mask = mask[:, None]
     white = _is_white(mask.detach().cpu())
     try:

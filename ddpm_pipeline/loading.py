@@ -216,6 +216,8 @@ def _bin_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{file} has {type(value).__name__} for {_quoted(name)}: it must map names to tensors")
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{file}: {name} is sparse or has no data: weights must be plain tensors")
     dtypes = {dtype: name for name, dtype in FLOATS.items()}
     return {name: (tuple(value.shape), dtypes.get(value.dtype, str(value.dtype))) for name, value in content.items()}
 

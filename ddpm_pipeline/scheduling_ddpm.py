@@ -130,8 +130,6 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     ) -> None:
         # The built-in constructor is not called: it makes the same attributes from float32 tables.
         check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
-        check_choice("variance_type", variance_type, VARIANCE_TYPES)
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         num_train_timesteps = check_int("num_train_timesteps", num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
         check_int("steps_offset", steps_offset, 0, num_train_timesteps)
@@ -159,15 +157,26 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         self._set_alpha_bar(torch.cumprod(1.0 - betas, dim=0))
         self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
-        self.variance_type = variance_type
-        self.prediction_type = prediction_type
-        self._clip_bound = clip_sample_range if clip_sample and not thresholding else None  # the config is slow to read
-        self._thresholding = thresholding
         self._range_checked = False
 
         self.num_inference_steps: int | None = None  # type: ignore[assignment]  # built in: None
         self.custom_timesteps = False
         self.timesteps = torch.arange(len(betas)).flip(0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the options of a step whenever scripts or pipelines set the config, which is slow to read."""
+        super().__setattr__(name, value)
+        if name != "_internal_dict" or "variance_type" not in value:  # a subclass first registers its own options
+            return
+        self.variance_type, self.prediction_type = value["variance_type"], value["prediction_type"]
+        self._thresholding, clips = value["thresholding"], value["clip_sample"]
+        check_choice("variance_type", self.variance_type, VARIANCE_TYPES)
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("thresholding", self._thresholding, (True, False, None))
+        check_choice("clip_sample", clips, (True, False, None))
+        self._clip_bound = value["clip_sample_range"] if clips and not self._thresholding else None
+        if "_schedule" in self.__dict__:
+            self._set_schedule(self._schedule, self._timesteps)
 
     def _set_options(self, **options: Any) -> None:
         """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
@@ -182,7 +191,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     @alphas_cumprod.setter
     def alphas_cumprod(self, alpha_bar: Tensor) -> None:
         """Code for the built-in class assigns it: to move it to a device, or to change the noise schedule."""
-        if not torch.equal(alpha_bar.cpu().float(), self._alphas_cumprod.cpu()):
+        if not torch.equal(alpha_bar.cpu().float(), self._alpha_bar[1:].float()):
             if alpha_bar.shape != self._alphas_cumprod.shape:
                 raise ValueError(f"alphas_cumprod has shape {tuple(alpha_bar.shape)}: give {self.num_steps} numbers")
             self._set_alpha_bar(as_float64(alpha_bar).cpu())
@@ -754,7 +763,7 @@ def _short(numbers: Sequence[int]) -> str:
     return f"[{', '.join(map(str, numbers[:4]))}, ..., {', '.join(map(str, numbers[-2:]))}] ({len(numbers)} of them)"
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 

@@ -100,6 +100,18 @@ def test_latents_are_written_to_the_file_that_is_named(work, pipe):
     assert not list(work.glob("LATENTS.NPY.*"))
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGBA"), ("TIFF", "RGBA"), ("jpg", "RGB")])
+def test_a_single_image_keeps_its_alpha(work, suffix, mode):
+    tiny_pipe(4).save_pretrained(work / "with alpha")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(work / "with alpha.png")
+    output = work / f"varied.{suffix}"
+    argv = ["vary", work / "with alpha", work / "with alpha.png", "--strength", "0", "-o", output, *STEPS]
+    assert main([*map(str, argv)]) == 0
+    image = Image.open(output)
+    assert image.mode == mode and (mode == "RGB" or np.array_equal(np.asarray(image), pixels))
+
+
 @pytest.mark.parametrize("command", [["vary", "{file}"], ["inpaint", "{work}/a.png", "{file}"], ["fuse", "{work}/a.png",
     "{file}"], ["invert", "{work}/a.png", "{file}"], ["trajectory", "--image", "{file}"]])  # fmt: skip
 @pytest.mark.parametrize(("file", "reason"), [("text.png", "is not an image"), ("none.png", "No such file"),
@@ -126,7 +138,8 @@ def test_unreadable_images_are_named_before_the_model_is_loaded(work, capsys, co
         (["trajectory", "{work}/model", "--columns", "1"], "--columns is 1"),
         (["generate", "{work}/model", "-o", "{work}/out.xyz"], "--output is"),
         (["generate", "{work}/model", "-o", "{work}/out.psd"], "--output is"),  # which Pillow only reads
-        (["generate", "{work}/model", "-o", "{work}/out.xbm"], "--output is"),  # which has no gray
+        (["generate", "{work}/model", "-o", "{work}/out.xbm"], "--output is"),  # which has no colours
+        (["generate", "{work}/model", "-o", "{work}/out.qoi"], "--output is"),  # which has no gray
         (["generate", "{work}/model", "-o", "{work}"], "--output is"),
         (["invert", "{work}/model", "{work}/a.png", "--latents", "{work}/l.txt"], "give a name that ends in .npy"),
         (["generate", "{work}/model", "--device", "moon"], "--device is moon"),

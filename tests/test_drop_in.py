@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.experimental import ValueGuidedRLPipeline
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as BuiltInDDPMPipeline
 from diffusers.pipelines.deprecated.audio_diffusion.pipeline_audio_diffusion import AudioDiffusionPipeline
@@ -305,6 +306,26 @@ def other_schedule(scheduler):
     scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, 0)
 
 
+def other_tables_in_place(scheduler):
+    scheduler.alphas_cumprod *= 0.5
+
+
+def registered(**options):
+    """Training scripts of diffusers set prediction_type after the scheduler is made."""
+
+    def change(scheduler):
+        everything(scheduler)
+        scheduler.register_to_config(**options)
+
+    return change
+
+
+def other_config(scheduler):
+    """The constructors of Stable Diffusion's pipelines replace the config, to turn clipping off."""
+    everything(scheduler)
+    scheduler._internal_dict = FrozenDict({**scheduler.config, "clip_sample": False})
+
+
 def part_of_the_timesteps(scheduler):
     scheduler.timesteps = scheduler.timesteps[3:]
 
@@ -323,9 +344,14 @@ def pickled(scheduler):
 
 
 @pytest.mark.parametrize(
-    "change", [moved, other_schedule, part_of_the_timesteps, every_second_timestep, copied, pickled]
-)
-def test_assigned_tables_and_timesteps_are_used(change):
+    "change",
+    [
+        moved, other_schedule, other_tables_in_place, part_of_the_timesteps, every_second_timestep, copied, pickled,
+        other_config, registered(prediction_type="v_prediction"), registered(prediction_type="sample"),
+        registered(clip_sample_range=2.0), registered(thresholding=True, sample_max_value=2.0),
+    ],
+)  # fmt: skip
+def test_assigned_tables_timesteps_and_options_are_used(change):
     results = []
     for scheduler in both():
         scheduler.set_timesteps(20)
@@ -341,6 +367,19 @@ def test_tables_of_another_length_are_refused():
         scheduler.alphas_cumprod = torch.linspace(0.9, 0.1, 10)
     with pytest.raises(ValueError, match="timesteps are"):
         scheduler.timesteps = torch.tensor([1, 2, 3])
+    with pytest.raises(ValueError, match="prediction_type is 'x_0': give one of"):
+        scheduler.register_to_config(prediction_type="x_0")
+
+
+class DerivedScheduler(DDPMScheduler):
+    @register_to_config
+    def __init__(self, num_train_timesteps=50, own=1):
+        super().__init__(num_train_timesteps, prediction_type="sample")
+
+
+def test_a_derived_class_has_options_of_its_own():
+    scheduler = DerivedScheduler(own=2)
+    assert scheduler.config.own == 2 and scheduler.config.prediction_type == scheduler.prediction_type == "sample"
 
 
 # ---- Methods ---------------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def packed(values, bits):
     return list((rows.astype(int) << places).sum(2).astype(np.uint8))
 
 
+def high_bytes(values):
+    """16 bits that are reduced to these 8."""
+    return (values * np.uint16(256) + np.uint16(7)).astype(">u2")
+
+
 def pgm(values, max_value, magic="P5"):
     header = f"{magic}\n{values.shape[1]} {values.shape[0]}\n{max_value}\n".encode()
     return header + (" ".join(map(str, values.ravel())).encode() if magic == "P2" else values.astype(">u2").tobytes())
@@ -99,7 +104,7 @@ FILES = {
         for bits in (1, 2, 4)
     },
     "16 bits of colour, one transparent.png": (
-        png(5, 6, 16, 2, (COLOUR * np.uint16(257)).astype(">u2"), (b"tRNS", np.repeat(COLOUR[1, 2], 2).tobytes())),
+        png(5, 6, 16, 2, high_bytes(COLOUR), (b"tRNS", high_bytes(COLOUR[1, 2]).tobytes())),
         np.where((COLOUR[1, 2] == COLOUR).all(2, keepdims=True), BEHIND, COLOUR), 0,
     ),
     "gray and alpha.png": (saved(Image.fromarray(ALPHA[..., 2:], "LA"), "png"),
@@ -140,7 +145,7 @@ def test_training_and_pipeline_read_the_same_pixels(name, tmp_path):
     assert np.abs(trained_on.images[0].astype(float) - chw(np.asarray(expected, float))).max() <= largest_error
     assert trained_on.images.dtype == (np.uint16 if np.max(expected) > 255 else np.uint8)
     expected = from_pixels(np.array(trained_on.images))
-    unscaled = "transparent.png" in name  # what Pillow knows only of a file that it has not decoded yet
+    unscaled = name.startswith(("2 bits", "4 bits"))  # what Pillow knows only of a file that it has not decoded yet
     for image in (path, str(path), Image.open(path), path if unscaled else loaded(path), [path]):
         assert torch.equal(to_tensor(image, "images", trained_on.channels, BACKGROUND), expected)
 
@@ -428,6 +433,14 @@ def test_the_channels_of_a_mask_are_not_taken_for_its_images():
     assert torch.equal(to_mask(mask, (3, 3, 8, 8)), torch.from_numpy(mask).movedim(-1, 0).expand(3, 3, 8, 8))
 
 
+@pytest.mark.parametrize("array", [np.array, torch.from_numpy])
+def test_a_mask_for_images_or_for_channels_is_refused_where_it_could_be_both(array):
+    masks = np.stack([WHERE, ~WHERE, WHERE])
+    assert torch.equal(to_mask(array(masks), (3, 1, 8, 8)), torch.from_numpy(masks)[:, None])
+    with pytest.raises(ValueError, match=r"mask has shape .*, for images or for channels: give \(3, 1, H, W\)"):
+        to_mask(array(masks), (3, 3, 8, 8))
+
+
 def test_masks_in_other_files(tmp_path):
     shape, expected = (1, 1, 8, 8), torch.from_numpy(WHERE)[None, None]
     np.save(tmp_path / "a.npy", drawn([200], [100]))
@@ -449,7 +462,8 @@ def test_masks_in_other_files(tmp_path):
         (drawn([1], [0]), "mask is black"),  # labels in uint8
         (Image.fromarray(drawn([255, 255, 255, 0], [0, 0, 0, 255])), "mask is black"),  # white, but transparent
         (Image.fromarray(drawn([1], [0], np.float32)), "floating point"),
-        (Image.new("L", (9, 8), 255), "mask has shape"),
+        (Image.new("L", (9, 8), 255), "mask is 8 x 9 pixels"),
+        (Image.new("L", (8, 1), 255), "mask is 1 x 8 pixels"),  # which an array of this shape would be broadcast from
         ("nowhere.png", "mask: nowhere.png: No such file"),
     ],
 )

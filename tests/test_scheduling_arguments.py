@@ -179,6 +179,8 @@ def test_compiled_methods_give_the_same():
         ({"dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio is 1.5"),
         ({"dynamic_thresholding_ratio": 0}, "dynamic_thresholding_ratio is 0"),
         ({"clip_sample_range": 0}, "clip_sample_range is 0"),
+        ({"clip_sample": "false"}, "clip_sample is 'false'"),
+        ({"thresholding": "no"}, "thresholding is 'no'"),
         ({"sample_max_value": math.nan}, "sample_max_value is nan"),
         ({"beta_end": 2.0}, r"beta is 1\.\d+ at t = \d+"),
         ({"beta_start": -0.1}, r"beta is -0\.1 at t = 0"),

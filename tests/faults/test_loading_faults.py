@@ -149,6 +149,8 @@ def test_code_in_pickled_weights_does_not_run(folder, tmp_path, write, options):
         ({"conv_in.weight": "text"}, ["str", "conv_in.weight"]),
         ({3: torch.zeros(1)}, ["3"]),
         ({"conv_in.weight": torch.zeros(2)}, ["lacks"]),
+        ({"conv_in.weight": torch.zeros(2, 2).to_sparse()}, ["conv_in.weight is sparse"]),
+        ({"conv_in.weight": torch.zeros(2, device="meta")}, ["has no data"]),
     ],
 )
 def test_pickled_weights_map_names_to_tensors(folder, content, fragments):
