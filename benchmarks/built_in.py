@@ -79,9 +79,11 @@ def main() -> None:
     for steps in map(int, args.num_inference_steps.split(",")):
         for name, model in models.items():
             sampler = SamplerConfig(steps, 1.0)
-            shards = Shards(Path(args.run) / "evaluation", model, sampler, seed=0, precision="float32")
-            sample(model, sampler, shards, args.num_samples, pixel_dtype=real.reference.dtype, batch_size=64,
-                   runtime=runtime)  # fmt: skip
+            shards = Shards(
+                Path(args.run) / "evaluation", model, sampler, seed=0, precision="float32",
+                shape=real.reference.shape[1:], pixel_dtype=real.reference.dtype,
+            )  # fmt: skip
+            sample(model, sampler, shards, args.num_samples, batch_size=64, runtime=runtime)
             samples = shards.load(args.num_samples)
             grid_images.append(samples[:GRID_COLUMNS])
             results = [

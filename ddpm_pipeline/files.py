@@ -24,8 +24,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             _replace_folder(temporary, path)
         else:
             temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         remove(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not tell
         raise
 
 

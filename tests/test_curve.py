@@ -71,7 +71,7 @@ def test_a_run_is_compared_with_a_published_one(run, tmp_path, capsys):
         assert image.width > 300
 
 
-@pytest.mark.parametrize("damage", ["no run", "no metrics", "no validation", "no such curve"])
+@pytest.mark.parametrize("damage", ["no run", "no metrics", "no validation", "no such curve", "no settings", "no YAML"])
 def test_nothing_to_show_exits_with_2(run, tmp_path, capsys, damage):
     arguments = [str(run)]
     if damage == "no run":
@@ -80,12 +80,22 @@ def test_nothing_to_show_exits_with_2(run, tmp_path, capsys, damage):
         (run / "metrics.jsonl").unlink()
     elif damage == "no validation":
         (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    else:
+    elif damage == "no such curve":
         arguments += ["--beside", str(tmp_path / "nothing.json")]
+    else:
+        (run / "config.yaml").write_text("" if damage == "no settings" else "a: [")
     assert curve.main(arguments) == 2
     message = capsys.readouterr().err
-    assert message.startswith("curve.py: ")
-    assert ("--validation_steps" if damage == "no validation" else "No such file") in message
+    assert message.startswith("curve.py: ") and message.count("\n") == 1
+    reasons = {"no validation": "--validation_steps", "no settings": "has no settings", "no YAML": "is damaged"}
+    assert reasons.get(damage, "No such file") in message
+
+
+def test_a_plot_that_cannot_be_written_exits_with_2(run, tmp_path, capsys):
+    for arguments in (["--plot", tmp_path / "no" / "curve.png"], ["--plot", run / "x.xyz"], ["--output", run]):
+        assert curve.main([str(run), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert f"{arguments[1]} cannot be written" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.curve.json")), ids=lambda file: file.name)

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
-from ddpm_pipeline.saving import pipeline_source
 from tests.models import tiny_unet
 from training.config import Config
 from training.hub import check, files, stage
@@ -158,7 +157,7 @@ def test_tokens_and_local_paths_are_not_published(run, tmp_path, monkeypatch):
     staged(run, tmp_path / "clean")
 
 
-@pytest.mark.parametrize("text", ["user/model", "/models", "/model.py", "/home/model", "https://x.org/model"])
+@pytest.mark.parametrize("text", ["user/model", "/models", "/model.py", "/data/model", "https://x.org/model"])
 def test_only_whole_paths_count_as_paths_of_this_machine(text):
     """A run may lie at /model, as in a container, and the documentation speaks of user/model."""
     pattern = stage._path_pattern(Path("/model"))
@@ -167,14 +166,26 @@ def test_only_whole_paths_count_as_paths_of_this_machine(text):
         assert pattern.search(f"see {found} there")
 
 
-def test_the_published_code_is_that_of_the_card(run, tmp_path):
+def test_the_card_says_that_the_published_code_is_another(run, tmp_path):
     """A run of an earlier version has the pipeline.py of that version, and the card describes this one."""
+    card, _ = card_of(run, tmp_path / "current")
+    assert "the same classes, from `pipeline.py`" in card
     file = run / "pipeline" / "pipeline.py"
-    file.write_text(file.read_text().replace("def trajectory", "def walk"))
-    lines = []
-    stage.stage(run, tmp_path / "out", repo_id="alice/x", log=lines.append)
-    assert (tmp_path / "out" / "pipeline.py").read_text() == pipeline_source()
+    file.write_text(file.read_text().replace("def trajectory", "def former_name"))
+    _, _, lines = staged(run, tmp_path / "out")
     assert any("of another version" in line for line in lines)
+    assert (tmp_path / "out" / "pipeline.py").read_text() == file.read_text()
+    assert "of another version of the package or edited" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("prediction_type", "shown"), [("sample", False), ("v_prediction", True)])
+def test_bits_that_say_little_are_left_to_the_report(tmp_path, prediction_type, shown):
+    """With x_0-prediction and a fixed variance: neither in the table nor in the metadata."""
+    run = make_run(tmp_path / "moons", scheduler={"prediction_type": prediction_type})
+    write_report(run, measure="bits_per_dim", name="Bits of the test", value=114.25, primary=True)
+    card, metadata = card_of(run, tmp_path / "out")
+    assert ("Bits of the test" in card) == ("114.2" in card) == shown
+    assert "0.01234" in card and ("bits_per_dim" in str(metadata)) == shown
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ Prints and plots the validation metrics of a run (`metrics.jsonl`), beside those
 at the same number of images seen. `--output FILE` writes the curve in the format of training/configs/*.curve.json.
 
 Losses are comparable if data, resolution and prediction type are the same; bits per dimension and the kernel distance
-if data and resolution are. Exit codes: 0 done; 2 a file is missing or damaged, or the run has not validated yet.
+if data and resolution are. Exit codes: 0 done; 2 a file is missing, damaged or cannot be written, or the run has not
+validated yet.
 """
 
 from __future__ import annotations
@@ -55,11 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("\n".join(table(curve, published)))
     path = args.plot or args.run / "curve.png"
-    plot({args.run.name: curve} | ({args.beside.stem: published} if published else {}), path)
-    print(f"\nplot: {path}")
-    if args.output:
-        args.output.write_text(to_json(curve), encoding="utf-8")
-        print(f"curve: {args.output}")
+    try:
+        plot({args.run.name: curve} | ({args.beside.stem: published} if published else {}), path)
+        print(f"\nplot: {path}")
+        if args.output:
+            path = args.output
+            path.write_text(to_json(curve), encoding="utf-8")
+            print(f"curve: {path}")
+    except (OSError, ValueError) as error:  # ValueError: a format that matplotlib cannot write
+        print(f"curve.py: {path} cannot be written: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -67,28 +73,33 @@ def read_curve(run: Path) -> Curve:
     """The validation metrics of a run, one point per validation.
 
     Raises:
-        ValueError: it has not validated yet.
+        ValueError: it has not validated yet, or config.yaml is damaged.
         OSError: it has no metrics.jsonl or config.yaml.
     """
     import yaml
 
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{run / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{run / 'config.yaml'} has no settings: it is not the folder of a run")
     points = []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
         except ValueError:  # an incomplete line, left by a run that was killed
             continue
-        if "validation_loss" in values:
+        if isinstance(values, dict) and "validation_loss" in values:
             points.append(values)
     if not points:
         raise ValueError(
-            f"{run / 'metrics.jsonl'} has no validation_loss: this run validates every {config['validation_steps']} "
-            "steps (--validation_steps)"
+            f"{run / 'metrics.jsonl'} has no validation_loss: this run validates every "
+            f"{config.get('validation_steps')} steps (--validation_steps)"
         )
-    about = {name: config[name] for name in ABOUT}
+    about = {name: config.get(name) for name in ABOUT}  # runs of earlier versions lack some
     for name in ("dataset_name", "train_data_dir"):
-        about[name] = Path(about[name]).name if about[name] else None  # without the path on this machine
+        about[name] = Path(str(about[name])).name if about[name] else None  # without the path on this machine
     return {"about": about, "points": points}
 
 
@@ -100,9 +111,10 @@ def read_published(file: Path) -> Curve:
         OSError: it cannot be read.
     """
     content = read_json(file)
-    if not content.keys() >= {"about", "points"}:
+    points = content.get("points")
+    if "about" not in content or not isinstance(points, list) or not all(isinstance(p, dict) for p in points):
         raise ValueError(f"{file} is not a curve: give a file written with --output")
-    return Curve(about=content["about"], points=content["points"])
+    return Curve(about=content["about"], points=points)
 
 
 def table(curve: Curve, published: Curve | None) -> list[str]:

@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
     try:
         evaluate(config)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = "" if error.filename else f"{config.output_dir or config.model} cannot be written: "  # a full disk
+        print(f"evaluate.py: {where}{error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -32,6 +32,7 @@ from tests.evaluation.helpers import (
     shard_files,
     train,
 )
+from tests.models import tiny_unet
 from tests.short_run import run_in_child
 from training import evaluate as script
 from training.evaluation import evaluator
@@ -343,6 +344,13 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_sampling(run, wor
     assert not (work / "mistake" / "evaluation" / "samples").exists()
 
 
+def test_a_model_with_classes_is_refused(work, run):
+    scheduler = DDPMScheduler.from_pretrained(run / "pipeline" / "scheduler")
+    DDPMPipeline(tiny_unet(1, num_class_embeds=3), scheduler).save_pretrained(work / "classes")
+    with pytest.raises(ValueError, match="classes has classes, and an evaluation draws no labels"):
+        evaluate_here(work, work / "classes", "mistake")
+
+
 def test_images_with_other_channels_are_refused(run, work):
     (work / "colour").mkdir()
     Image.new("RGB", (16, 16), "red").save(work / "colour" / "red.png")
@@ -355,6 +363,7 @@ def test_images_with_other_channels_are_refused(run, work):
     [
         (ValueError("strata is 20"), 2, "evaluate.py: strata is 20\n"),
         (FileNotFoundError(2, "No such file", "nowhere"), 2, "nowhere"),
+        (OSError(28, "No space left on device"), 2, "runs/x cannot be written: [Errno 28] No space"),
         (KeyboardInterrupt(), 130, "evaluate.py: interrupted"),
     ],
 )

@@ -14,6 +14,7 @@ from tests.evaluation.helpers import fake_runtime, numbered_images
 from training.evaluation.samples import SHARD_SIZE, WEIGHTS_FILE, Model, SamplerConfig, Shards, load_models, sample
 
 MODEL = Model(None, "EMA", "0" * 64, "1" * 64, None)
+SHAPE = (1, 2, 2)  # of a sample, as numbered_images has it
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
@@ -55,16 +56,48 @@ def test_samples_of_another_scheduler_have_another_folder(run, work):
     scheduler = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type="fixed_large")
     DDPMPipeline(model.pipe.unet, scheduler).save_pretrained(work / "other scheduler")
     changed = load_models(str(work / "other scheduler"), ["ema"])[0]
-    folders = [Shards(work, one, SamplerConfig(4, 1.0), 0, "float32").folder for one in (model, changed)]
+    folders = [make_shards(work, one, SamplerConfig(4, 1.0), 0, "float32").folder for one in (model, changed)]
     assert changed.sha256 == model.sha256 and folders[0] != folders[1]
     assert f"-scheduler-{model.scheduler_hash[:8]}-" in folders[0].name
+
+
+def test_a_model_that_is_replaced_while_it_is_read_is_refused(work, monkeypatch):
+    """The hash in the report must be that of the weights that were measured."""
+    from_pretrained = DDPMPipeline.from_pretrained
+
+    def replace(folder, **options):
+        pipe = from_pretrained(folder, **options)
+        pipe.unet.conv_in.weight.data += 1
+        pipe.save_pretrained(folder)
+        return pipe
+
+    folder = work / "replaced"
+    shutil.copytree(work / "run" / "pipeline", folder)
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", replace)
+    with pytest.raises(ValueError, match="was replaced while it was read"):
+        load_models(str(folder), ["ema"])
 
 
 # ---- Shards ----------------------------------------------------------------------------------------------------------
 
 
+def make_shards(folder, model, sampler, seed, precision, shape=SHAPE, pixel_dtype=np.uint8):
+    return Shards(
+        folder, model, sampler, seed=seed, precision=precision, shape=shape, pixel_dtype=np.dtype(pixel_dtype)
+    )
+
+
+def test_samples_of_another_shape_or_depth_are_drawn_again(tmp_path):
+    """The images at hand may have become 16-bit, or a run may have been begun again in its folder."""
+    settings = (tmp_path, MODEL, SamplerConfig(5, 1.0), 0, "float32")
+    make_shards(*settings).save(0, np.zeros((SHARD_SIZE, *SHAPE), np.uint8))
+    assert make_shards(*settings).missing(SHARD_SIZE) == []
+    assert make_shards(*settings, pixel_dtype=np.uint16).missing(SHARD_SIZE) == [0]
+    assert make_shards(*settings, shape=(1, 4, 4)).missing(SHARD_SIZE) == [0]
+
+
 def test_a_half_written_shard_is_missing(tmp_path, monkeypatch):
-    shards = Shards(tmp_path, MODEL, SamplerConfig(5, 0.5), 7, "bf16")
+    shards = make_shards(tmp_path, MODEL, SamplerConfig(5, 0.5), 7, "bf16")
     assert shards.missing(2 * SHARD_SIZE + 1) == [0, 1, 2]
     first, last = numbered_images(0, SHARD_SIZE), numbered_images(100, SHARD_SIZE)
     shards.save(1, last)
@@ -85,7 +118,7 @@ def test_a_half_written_shard_is_missing(tmp_path, monkeypatch):
 
 
 def test_a_damaged_shard_is_drawn_again(tmp_path):
-    shards = Shards(tmp_path, MODEL, SamplerConfig(5, 1.0), 0, "float32")
+    shards = make_shards(tmp_path, MODEL, SamplerConfig(5, 1.0), 0, "float32")
     pixels = np.zeros((64, 1, 2, 2), np.uint8)
     shards.save(0, pixels)
     shards.save(1, pixels)
@@ -98,7 +131,7 @@ def test_a_damaged_shard_is_drawn_again(tmp_path):
 def test_whatever_changes_the_samples_changes_the_folder(tmp_path):
     sampler = SamplerConfig(5, 0.5)
     folders = [
-        Shards(tmp_path, *arguments).folder
+        make_shards(tmp_path, *arguments).folder
         for arguments in (
             (MODEL, sampler, 7, "bf16"),
             (MODEL._replace(weights="online"), sampler, 7, "bf16"),
@@ -138,8 +171,8 @@ def test_each_rank_draws_missing_shards(tmp_path, pixel_dtype):
     pipe = SeedPipeline()
     model = MODEL._replace(pipe=pipe)
     sampler = SamplerConfig(7, 0.5)
-    shards = Shards(tmp_path, model, sampler, 100, "float32")
-    options = {"pixel_dtype": np.dtype(pixel_dtype), "batch_size": 25}
+    shards = make_shards(tmp_path, model, sampler, 100, "float32", shape=(1, 1, 1), pixel_dtype=pixel_dtype)
+    options = {"batch_size": 25}
     seconds = sample(model, sampler, shards, 4 * SHARD_SIZE - 5, runtime=fake_runtime(2, rank=1), **options)
     assert seconds > 0
     assert shards.missing(4 * SHARD_SIZE) == [0, 2]

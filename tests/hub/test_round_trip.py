@@ -402,16 +402,6 @@ def test_publish_py_has_a_deadline(published, hub, tmp_path):
     assert f"publish.py {folder} --hub_model_id alice/x --hub_timeout 1" in err
 
 
-NOT_UPDATED = """
-import sys
-from training.hub import stage
-from training.publish import main
-
-stage._update_remote_code = lambda folder, log: None
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_remote_code_with_other_images_is_not_published(published, hub, tmp_path):
     """pipeline.py differs from the package. Nothing is created on the Hub for a run that cannot be published."""
     _, folder, _ = published
@@ -420,7 +410,7 @@ def test_remote_code_with_other_images_is_not_published(published, hub, tmp_path
     code = file.read_text()
     assert "x_t = output.prev_sample\n" in code
     file.write_text(code.replace("x_t = output.prev_sample\n", "x_t = output.prev_sample * 1.001\n"))
-    code, _, err = run(hub, tmp_path, "-c", NOT_UPDATED, tmp_path / "run", "--hub_model_id", "alice/x")
+    code, _, err = run(hub, tmp_path, "publish.py", tmp_path / "run", "--hub_model_id", "alice/x")
     assert code == 1 and "Nothing was sent" in err and "alice/x" not in hub.repos, err
 
 

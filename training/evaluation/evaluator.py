@@ -11,7 +11,7 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
 from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
 from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
-from training.run.record import precision_name
+from training.run.record import bits_caveat, precision_name
 from training.run.runtime import Runtime, commit, device_name, versions
 
 
@@ -27,8 +27,8 @@ class Evaluator:
         self.started = time.monotonic()
         self.runtime = Runtime(config.mixed_precision, config.cpu_threads)
         self.precision = precision_name(self.runtime.mixed_precision)
-        with self.runtime.main_first():  # rank 0 downloads for all
-            self.models = load_models(config.model, config.weights, config.revision)
+        # rank 0 downloads for all
+        self.models = self.runtime.in_turn(lambda: load_models(config.model, config.weights, config.revision))
         check_fits_model(config, self.models[0])
         self.output_dir = Path(config.output_dir or config.model)
         if config.output_dir is None and not (self.output_dir / "pipeline").is_dir():
@@ -43,8 +43,7 @@ class Evaluator:
         if self.runtime.is_main:
             for plot in self.folder.glob("*.png"):  # of an earlier evaluation, maybe of other weights
                 plot.unlink()
-        with self.runtime.main_first():  # rank 0 decodes for all
-            split = load_split(self.config, self.models[0])
+        split = self.runtime.in_turn(lambda: load_split(self.config, self.models[0]))  # rank 0 decodes for all
         is_training_data = was_trained_on(self.models[0], split)
         kind = "training images" if is_training_data else f"images of {split.data.source}"
         real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind)
@@ -81,7 +80,8 @@ class Evaluator:
         """The feature extractors of the config; the classifier is trained on the training images."""
         if not self.config.feature_metrics:
             return []
-        with self.runtime.main_first():  # rank 0 trains the classifier for all
+
+        def make_all() -> list[Extractor]:
             return [
                 make_extractor(
                     which,
@@ -92,6 +92,8 @@ class Evaluator:
                 )
                 for which in self.config.extractor
             ]
+
+        return self.runtime.in_turn(make_all)  # rank 0 trains the classifier for all
 
     def measure_samples(self, real: RealImages, extractors: list[Extractor]) -> list[Measurement]:
         """Draw the missing samples and compare them with the real images. Ranks above 0 return [].
@@ -112,11 +114,11 @@ class Evaluator:
         self, model: Model, sampler: SamplerConfig, real: RealImages, extractors: list[Extractor], primary: bool
     ) -> list[Measurement]:
         config = self.config
-        shards = Shards(self.folder, model, sampler, config.seed, self.precision)
-        seconds = sample(
-            model, sampler, shards, config.num_samples, pixel_dtype=real.reference.dtype, batch_size=config.batch_size,
-            runtime=self.runtime,
+        shards = Shards(
+            self.folder, model, sampler, seed=config.seed, precision=self.precision, shape=real.reference.shape[1:],
+            pixel_dtype=real.reference.dtype,
         )  # fmt: skip
+        seconds = sample(model, sampler, shards, config.num_samples, batch_size=config.batch_size, runtime=self.runtime)
         if not self.runtime.is_main:
             return []
         samples = shards.load(config.num_samples)
@@ -148,6 +150,9 @@ class Evaluator:
         if len(real.held_out) < 2:
             return measurements, curves
         config = self.config
+        scheduler = self.models[0].pipe.scheduler
+        if "bound" in config.metrics and (caveat := bits_caveat(scheduler.prediction_type, scheduler.variance_type)):
+            self.warnings.append(caveat)
         bits = HeldOutBits(real.held_out, batch_size=config.batch_size, seed=config.seed, runtime=self.runtime)
 
         def add(model: Model, result: Result, started: float) -> None:
@@ -215,6 +220,12 @@ class Evaluator:
 
 def check_fits_model(config: EvalConfig, model: Model) -> None:
     """Raise ValueError if the model cannot be sampled or measured with this config."""
+    unet = model.pipe.unet.config
+    if unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None:
+        raise ValueError(
+            f"{config.model} has classes, and an evaluation draws no labels: draw samples with pipe(class_labels=...) "
+            "and compare them with ddpm_pipeline.fidelity"
+        )
     num_timesteps = model.pipe.scheduler.config.num_train_timesteps
     if config.sample_metrics and (wrong := [steps for steps in config.num_inference_steps if steps > num_timesteps]):
         raise ValueError(

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
 from ddpm_pipeline.features import Extractor, extract_features
@@ -25,6 +24,7 @@ from training.data.split import evenly_spaced
 from training.evaluation.config import FEATURE_METRICS
 from training.evaluation.reference import RealImages
 from training.evaluation.samples import Model, SamplerConfig
+from training.progress import progress
 from training.run.runtime import Runtime
 
 ODE_TOLERANCE = 1e-3  # relative and absolute, of the ODE solver
@@ -260,7 +260,7 @@ class HeldOutBits:
         """The images that this rank measures, in batches: their indices and their pixels."""
         chosen = evenly_spaced(len(self._images), num_images)
         own = torch.arange(len(chosen))[self._runtime.rank :: self._runtime.world_size]
-        for index in tqdm(own.split(self._batch_size), title, disable=not self._runtime.is_main, leave=False):
+        for index in progress(own.split(self._batch_size), title, disable=not self._runtime.is_main, leave=False):
             if len(index):  # with more ranks than images, some ranks have none
                 yield index, np.asarray(self._images[chosen[index.numpy()]])
 

@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
+from ddpm_pipeline.images import squared_pixel_distance
 from ddpm_pipeline.moons import lit_fraction, phase_of, render
 from training.progress import is_terminal
 from training.run.log import Log
@@ -64,13 +65,18 @@ def fuse_moons(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path, num_in
             "lit": [round(lit, 4) for lit in lit_fraction(match.phase).tolist()],
             "distance": [round(distance, 5) for distance in match.distance.tolist()],
         }
+        to_mean = squared_pixel_distance(images.cpu(), methods["mean of the pixels"])
+        summary[name]["nearer_to_mean_of_pixels"] = (to_mean < match.distance.to(to_mean)).tolist()
     grid = visualize.grid(torch.cat([images.cpu() for images in methods.values()]), columns=NUM_WEIGHTS)
     grid.save(folder / "fusion.png")
     (folder / "fusion.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     middle = NUM_WEIGHTS // 2
     lit, distance = summary["balanced"]["lit"][middle], summary["balanced"]["distance"][middle]
     mean_distance = summary["mean of the pixels"]["distance"][middle]
-    return (
+    text = (
         f"halfway between a half and a full moon: lit {lit:.2f} (0.75 is halfway), distance to the nearest true moon "
         f"{distance:.4f}; mean of the pixels: {mean_distance:.4f}"
     )
+    if summary["balanced"]["nearer_to_mean_of_pixels"][middle]:
+        text += ". It is nearer to the mean of the pixels than to any moon: train longer, or take more sampling steps"
+    return text

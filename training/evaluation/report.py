@@ -18,6 +18,7 @@ from ddpm_pipeline.features import Extractor, extract_features
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import from_pixels
 from training.evaluation.config import EvalConfig
+from training.evaluation.explain import in_short, meanings
 from training.evaluation.measures import Curve, Measurement
 from training.evaluation.samples import SamplerConfig
 
@@ -144,6 +145,8 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         f"Data: {report.data}. Reference set: {report.reference['description']}. Real-data baseline: {baseline['n']} "
         f"{baseline['description']}, measured as if they were samples.",
     ]
+    if summary := in_short(report.measurements):
+        lines += ["", f"**In short:** {summary}"]
     lines += [f"\n> {warning}." for warning in report.warnings]
     lines += [
         f"\nThe {extractor['name']} has an accuracy of {extractor['accuracy']:.1%} on images that it was not trained "
@@ -158,6 +161,8 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         lines += ["", "## Bits per dimension of held-out images", "", "| weights | measure | images | value |",
                   "|---|---|---|---|"]  # fmt: skip
         lines += [f"| {m.weights} | {m.name} | {m.n} | {_with_error(m)} |" for m in of_held_out]
+    measures = list(dict.fromkeys(m.measure for m in report.measurements))
+    lines += ["", "## What the measures mean", "", *meanings(measures)]
     lines += ["", "Two distances are comparable only with the same extractor, reference set and number of samples."]
     lines += [f"\n![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n".join(lines) + "\n"

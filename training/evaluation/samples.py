@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
+from training.progress import is_terminal, progress
 from training.run import checkpoint
 from training.run.record import RunRecord
 from training.run.runtime import Runtime
@@ -87,7 +87,13 @@ def load_models(name: str, weights: Sequence[str], revision: str | None = None) 
 
 
 def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
-    """The model in the folder of a pipeline; if there is no such folder, the one with that name on the Hub."""
+    """The model in the folder of a pipeline; if there is no such folder, the one with that name on the Hub.
+
+    Raises:
+        ValueError: there is no such model, or a run replaced it while it was read.
+    """
+    file = folder / WEIGHTS_FILE
+    sha256 = _hash_file(file) if file.is_file() else None
     try:
         pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
     except OSError as error:
@@ -96,9 +102,12 @@ def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
         raise ValueError(
             f"there is no folder {name} and no such model on the Hub: {str(error).splitlines()[0]}"
         ) from None
-    file = folder / WEIGHTS_FILE
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else _hash_weights(pipe.unet.state_dict())
-    return Model(pipe, "EMA", sha256, _hash_scheduler(pipe.scheduler), RunRecord.load(folder))
+    record = RunRecord.load(folder)
+    if sha256 is None:
+        sha256 = _hash_weights(pipe.unet.state_dict())
+    elif _hash_file(file) != sha256:
+        raise ValueError(f"{folder} was replaced while it was read: run the same command again")
+    return Model(pipe, "EMA", sha256, _hash_scheduler(pipe.scheduler), record)
 
 
 def _load_online(run: Path, ema: Model, step: int) -> Model:
@@ -122,6 +131,11 @@ def _load_online(run: Path, ema: Model, step: int) -> Model:
     )
 
 
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _hash_scheduler(scheduler: Any) -> str:
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps([type(scheduler).__name__, config], sort_keys=True).encode()).hexdigest()
@@ -141,14 +155,29 @@ def _hash_weights(weights: dict[str, Tensor]) -> str:
 class Shards:
     """The samples of one model and sampler, in files of SHARD_SIZE. A file is complete or missing.
 
-    The name of the folder has everything that the samples depend on.
+    The name of the folder has everything that the samples depend on, except for their depth: a file with samples of
+    another shape or dtype counts as missing.
+
+    Args:
+        pixel_dtype: of the saved samples, uint8 or uint16.
     """
 
-    def __init__(self, folder: Path, model: Model, sampler: SamplerConfig, seed: int, precision: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Model,
+        sampler: SamplerConfig,
+        *,
+        seed: int,
+        precision: str,
+        shape: tuple[int, ...],
+        pixel_dtype: np.dtype[Any],
+    ) -> None:
         weights = f"{model.weights.lower()}-{model.sha256[:12]}-scheduler-{model.scheduler_hash[:8]}"
         settings = f"steps{sampler.num_inference_steps}-eta{sampler.eta:g}-seed{seed}-{precision}"
         self.folder = folder / "samples" / f"{weights}-{settings}"
-        self.seed = seed
+        self.seed, self.pixel_dtype = seed, pixel_dtype
+        self._shape = (SHARD_SIZE, *shape)
 
     def missing(self, num_samples: int) -> list[int]:
         """Indices of the shards that are still missing for this many samples."""
@@ -166,9 +195,10 @@ class Shards:
 
     def _is_complete(self, shard: int) -> bool:
         try:
-            return len(np.load(self._path(shard), mmap_mode="r")) == SHARD_SIZE
+            samples = np.load(self._path(shard), mmap_mode="r")
         except (OSError, ValueError):  # missing, or damaged
             return False
+        return samples.shape == self._shape and samples.dtype == self.pixel_dtype
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
@@ -180,14 +210,12 @@ def sample(
     shards: Shards,
     num_samples: int,
     *,
-    pixel_dtype: np.dtype[Any],
     batch_size: int,
     runtime: Runtime,
 ) -> float:
     """Draw the missing shards, divided among the ranks. Returns the seconds that this took, 0 if none was missing.
 
     Args:
-        pixel_dtype: of the saved samples, uint8 or uint16.
         batch_size: samples per forward pass; it changes the samples by rounding errors only.
     """
     started = time.monotonic()
@@ -195,9 +223,9 @@ def sample(
     runtime.barrier()  # no rank may write before all have looked
     own = missing[runtime.rank :: runtime.world_size]
     pipe = model.pipe.to(runtime.device)
-    pipe.set_progress_bar_config(leave=False, position=1, disable=not runtime.is_main)
+    pipe.set_progress_bar_config(leave=False, position=1, disable=not (runtime.is_main and is_terminal()))
     title = f"sampling, {model.weights}, {sampler}"
-    for shard in tqdm(own, title, unit=f" x {SHARD_SIZE}", disable=not runtime.is_main or not own):
+    for shard in progress(own, title, unit=f" x {SHARD_SIZE}", disable=not runtime.is_main or not own):
         first = shards.seed + shard * SHARD_SIZE
         seeds = list(range(first, first + SHARD_SIZE))
         images = []
@@ -210,6 +238,6 @@ def sample(
                     output_type="latent",
                     return_dict=False,
                 )
-        shards.save(shard, to_pixels(torch.cat(images), pixel_dtype))
+        shards.save(shard, to_pixels(torch.cat(images), shards.pixel_dtype))
     runtime.barrier()
     return time.monotonic() - started if missing else 0.0

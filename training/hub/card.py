@@ -17,11 +17,12 @@ from training.hub.files import (
     WEIGHTS,
     built_in_limits,
     count_parameters,
+    has_current_code,
     is_hub_id,
     scheduler_config,
     unet_config,
 )
-from training.run.record import RunRecord, precision_name
+from training.run.record import RunRecord, bits_caveat, precision_name
 
 TASK = "unconditional-image-generation"
 WARNING = "> **The built-in classes do not fully support this model.** "
@@ -44,7 +45,10 @@ def write_card(
         record: with a config from which the fields of this machine are removed.
         report: the content of report.json; None: the card has no measurements.
     """
+    scheduler = scheduler_config(folder)
     measured = primary_measurements(report)
+    if bits_caveat(scheduler["prediction_type"], scheduler["variance_type"]):  # a warning of the report says why
+        measured = [entry for entry in measured if entry["measure"] != "bits_per_dim"]
     model_name = repo_id.split("/")[-1]
     fields = {
         "metadata": _metadata(record.config, measured, license, model_name),
@@ -53,6 +57,7 @@ def write_card(
         "revision": revision,
         "project": _project(),
         "images": _images(folder, record),
+        "remote_code": _remote_code(folder),
         "built_in_warning": "\n>\n".join(WARNING + limit for limit in built_in_limits(folder)),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
@@ -115,6 +120,12 @@ def _project() -> str:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     url = setup.get("metadata", "url", fallback="").strip()
     return f"[`ddpm_pipeline`]({url})" if url else "`ddpm_pipeline`"
+
+
+def _remote_code(folder: Path) -> str:
+    if has_current_code(folder):
+        return "the same classes, from `pipeline.py` in this repository"
+    return "`pipeline.py` in this repository, which is of another version of the package or edited"
 
 
 def _images(folder: Path, record: RunRecord) -> str:
@@ -183,7 +194,8 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
 
 def _measurements(measured: Sequence[Measured], report: Mapping[str, Any] | None) -> str:
     if report is None or not measured:
-        return "Nothing was measured: this page has no number for the quality of the samples."
+        lines = ["Nothing was measured: this page has no number for the quality of the samples."]
+        return "\n".join([*lines, *_warnings(report)])
     lines = [
         "Of the weights in this repository (EMA), with the sampler in each row.",
         "",
@@ -208,8 +220,11 @@ def _measurements(measured: Sequence[Measured], report: Mapping[str, Any] | None
     if real_data := report.get("real_data_baseline"):
         images = f"{real_data['n']} {real_data['description']}"
         lines += ["", f"Real-data baseline: the same measures with {images} instead of samples."]
-    lines += [f"\n> {warning[:1].upper()}{warning[1:]}." for warning in report.get("warnings", [])]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warnings(report)])
+
+
+def _warnings(report: Mapping[str, Any] | None) -> list[str]:
+    return [f"\n> {warning[:1].upper()}{warning[1:]}." for warning in (report or {}).get("warnings", [])]
 
 
 def _limits(folder: Path, measured: Sequence[Measured], license: str) -> list[str]:

@@ -54,6 +54,13 @@ def count_parameters(file: Path) -> int:
         return sum(math.prod(shape) for shape in shapes)
 
 
+def has_current_code(folder: Path) -> bool:
+    """Whether pipeline.py is that of this version of the package, not of another one or edited."""
+    from ddpm_pipeline.saving import pipeline_source  # imports torch: not before it is needed
+
+    return (folder / REMOTE_CODE).read_text(encoding="utf-8") == pipeline_source()
+
+
 def built_in_limits(folder: Path) -> list[str]:
     """What diffusers' own classes get wrong with the model in this folder, one sentence each (tests/test_stock.py)."""
     scheduler, unet = scheduler_config(folder), unet_config(folder)

@@ -26,6 +26,7 @@ from training.hub.files import (
     ROOT,
     WEIGHTS,
     digest,
+    has_current_code,
     is_hub_id,
     list_files,
 )
@@ -66,7 +67,6 @@ def stage(
         raise ValueError(f"revision_tag is {revision_tag!r}: give letters, digits, '.', '_' and '-', such as v1")
     run = Path(run)
     record = _copy_model(run / "pipeline", folder)
-    _update_remote_code(folder, log)
     if fp16:
         _write_half_precision(folder)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
@@ -83,6 +83,11 @@ def stage(
         license = "apache-2.0" if config["dataset_name"] == "moons" else "unknown"
         if license == "unknown":
             log("The card says `license: unknown`: give --license if the owner of the training images permits one")
+    if not has_current_code(folder):
+        log(
+            f"{run / 'pipeline' / REMOTE_CODE} is of another version of ddpm_pipeline, or edited: it is published as "
+            "it is, and the card says so"
+        )
     tag = revision_tag or f"sha256-{digest(folder)[:12]}"
     card = write_card(
         folder, repo_id=repo_id, revision=tag, license=license, record=replace(record, config=config), report=report
@@ -121,16 +126,6 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
     return record
 
 
-def _update_remote_code(folder: Path, log: Callable[[str], object]) -> None:
-    """Replace the remote code of an earlier version: the card describes the methods of this one."""
-    from ddpm_pipeline.saving import pipeline_source
-
-    file, current = folder / REMOTE_CODE, pipeline_source()
-    if file.read_text(encoding="utf-8") != current:
-        log(f"{REMOTE_CODE} of the run is of another version of ddpm_pipeline: that of this version is published")
-        file.write_text(current, encoding="utf-8")
-
-
 def _write_half_precision(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -163,8 +158,6 @@ def _check_private_text(folder: Path, run: Path) -> None:
     """Raise ValueError if a text file contains a token or a path of this machine."""
     from huggingface_hub import get_token
 
-    from ddpm_pipeline.saving import pipeline_source
-
     private = {"an access token": re.compile(r"hf_[A-Za-z0-9]{30,}")}
     token = get_token()
     if token and len(token) > 5:
@@ -175,7 +168,7 @@ def _check_private_text(folder: Path, run: Path) -> None:
     for name in list_files(folder):
         if name.endswith((".md", ".json", ".yaml", ".py")):
             text = (folder / name).read_text(encoding="utf-8")
-            if name == REMOTE_CODE and text == pipeline_source():  # public, whatever this machine's paths are called
+            if name == REMOTE_CODE and has_current_code(folder):  # public, whatever this machine's paths are called
                 continue
             for what, pattern in private.items():
                 if match := pattern.search(text):

@@ -79,6 +79,16 @@ def data_set(source: str) -> str:
     return source.partition(";")[0]
 
 
+def bits_caveat(prediction_type: str, variance_type: str) -> str | None:
+    """Why bits per dimension say little about a model with these settings of the scheduler; None if they do."""
+    if prediction_type != "sample" or variance_type.startswith("learned"):
+        return None
+    return (
+        "bits per dimension say little about this model: it predicts x_0, and at the smallest timesteps the bound "
+        "divides the error of that prediction by a fixed variance that is far smaller, whatever the samples look like"
+    )
+
+
 def precision_name(mixed_precision: str) -> str:
     """What the network computes in, as reports and cards call it: float32, fp16 or bf16."""
     return "float32" if mixed_precision == "no" else mixed_precision

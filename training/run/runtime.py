@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # how long a rank waits for another that is alive
+PATIENCE_WITH_MISTAKE = timedelta(minutes=1)  # for the others to join it, to be told
 
 
 class Runtime:
@@ -34,6 +35,7 @@ class Runtime:
     Args:
         mixed_precision: no, fp16, bf16 or auto, see `resolve_mixed_precision`.
         cpu_threads: threads per process on a CPU; None: the processes of this machine share its cores.
+        mistake: of this process. It joins the others only to tell them, and all raise it: else they would wait for it.
     Attributes:
         rank, world_size: index of this process and number of processes. `is_main` is true on rank 0.
         num_nodes: number of machines; `name` says which rank this is, and on which of them, for messages.
@@ -44,14 +46,22 @@ class Runtime:
             the environment that asks for what does not exist here.
     """
 
-    def __init__(self, mixed_precision: str, cpu_threads: int | None = None) -> None:
-        from accelerate import Accelerator
+    def __init__(self, mixed_precision: str, cpu_threads: int | None = None, mistake: ValueError | None = None) -> None:
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-        notes = check_environment()
+        notes = []
+        try:
+            notes = check_environment()
+            mixed_precision = resolve_mixed_precision(mixed_precision)
+        except ValueError as error:
+            if "WORLD_SIZE" not in os.environ:
+                raise
+            mistake, mixed_precision = mistake or error, "no"
         # Without cpu=True, accelerate makes several processes without an accelerator runs of one process each.
         cpu_only = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+        wait = InitProcessGroupKwargs(timeout=None if mistake is None else PATIENCE_WITH_MISTAKE)
         self.accelerator: Accelerator = Accelerator(
-            mixed_precision=resolve_mixed_precision(mixed_precision), cpu=cpu_only
+            mixed_precision=mixed_precision, cpu=cpu_only, kwargs_handlers=[wait]
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -70,7 +80,10 @@ class Runtime:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
         if self.device.type == "cpu":
             torch.set_num_threads(cpu_threads or max(1, cpu_cores() // processes_per_node))
-        check_world_size(self.world_size)
+        with self.together():
+            check_world_size(self.world_size)
+            if mistake is not None:
+                raise mistake
         for note in notes:
             self.print(note)
 
@@ -158,17 +171,6 @@ class Runtime:
         if self.world_size > 1:
             torch.distributed.barrier(group=self._group)
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """A context that the main process runs first, the others after it."""
-        if not self.is_main:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.is_main:
-                self.barrier()
-
     def print(self, line: str) -> None:
         """Print on the main process only; accelerate would print on that of each machine."""
         if self.is_main:
@@ -210,6 +212,14 @@ def check_world_size(world_size: int) -> None:
             f"the launcher was told to start {requested} processes, but {world_size} started: use "
             f"torchrun --nproc-per-node N training/{Path(sys.argv[0]).name}"
         )
+
+
+def tell_other_machines(mistake: str) -> None:
+    """Before this process ends without a Runtime: end those of other machines too, which would wait for it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        with suppress(Exception):
+            Runtime("no", mistake=ValueError(mistake))
+        leave_process_group()
 
 
 def launched_alone() -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ddpm_pipeline import DDPMScheduler, likelihood, objective, rng
 from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
 from training.data.split import DataSplit, evenly_spaced
+from training.run.record import bits_caveat
 
 if TYPE_CHECKING:
     from ddpm_pipeline.features import Extractor
@@ -80,7 +81,10 @@ class Validator:
         if samples is not None and self._extractor is not None:
             metrics |= kernel_distance(samples, self._held_out, self._extractor, self._feature_cache)
         self._log.metrics(step, images=images_seen, **metrics)
-        summary = f"held-out loss {metrics['validation_loss']:.4f}, {metrics['bits_per_dim']:.2f} bits/dim"
+        summary = f"held-out loss {metrics['validation_loss']:.4f}"
+        scheduler = self._sampler.scheduler
+        if bits_caveat(scheduler.prediction_type, scheduler.variance_type) is None:
+            summary += f", {metrics['bits_per_dim']:.2f} bits/dim"
         if "kernel_distance" in metrics:
             summary += f", kernel distance {metrics['kernel_distance']:.4f}"
         return summary
