@@ -32,7 +32,7 @@ from training.run import checkpoint, failures, resume, signals
 from training.run.failures import ForwardPass
 from training.run.log import Log, check_trackers
 from training.run.record import RunRecord, precision_name
-from training.run.runtime import Runtime, commit, device_name, leave_process_group, versions
+from training.run.runtime import Runtime, commit, device_name, leave_process_group, tell_other_machines, versions
 from training.run.sampling import EMASampler, recover_pipeline
 from training.run.signals import StopSignal
 from training.run.state import TrainingState
@@ -462,7 +462,12 @@ def finish(run: Run, state: TrainingState, samples: Tensor | None) -> None:
 
 
 if __name__ == "__main__":
-    config = parse()
+    try:
+        config = parse()
+    except SystemExit as error:
+        if error.code:
+            tell_other_machines("its settings are refused, see what it prints")
+        raise
     try:
         with StopSignal() as stop:
             code = main(config, stop)

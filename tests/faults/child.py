@@ -225,6 +225,12 @@ def nan_on_the_last_rank(rank):
     _change_loss(lambda step, loss: loss * math.nan if step == 3 and rank == last else loss)
 
 
+def fsdp_on_the_last_rank(rank):
+    """Its environment asks for what does not exist, in a variable that accelerate cannot even read."""
+    if rank == int(os.environ["WORLD_SIZE"]) - 1:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "perhaps"}
+
+
 def one_nan_image(rank):
     """The prediction for the first image of this rank is NaN in the fourth step."""
     import torch

@@ -1,5 +1,6 @@
 """Another world size, full disks, wrong folders, non-finite losses, too little memory, too few processes."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -161,6 +162,26 @@ def test_notes_on_the_data_set_are_not_compared():
     failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of a; 2 of them resized")
     with pytest.raises(checkpoint.CheckpointError, match="data set '10 images of a', but now it is '10 images of b'"):
         failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of b; 2 resized")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": "16x16", "background": "#ffffff"}, None),
+        ({"resolution": 32}, "resolution 16, but now it is 32"),
+        ({"resolution": None}, "resolution 16, but now it is None"),
+        ({"background": "#fffffe"}, "background 'white', but now it is '#fffffe'"),
+    ],
+)
+def test_without_a_digest_the_settings_of_the_images_are_compared(options, message):
+    """Checkpoints of earlier versions have none. What means the same is the same, however it is written."""
+    common = {"dataset_name": "moons", "resolution": 16}
+    manifest = {"config": Config(**common).as_dict(), "global_batch": 4, "num_images": 10, "source": "10 images of a"}
+    expected = pytest.raises(checkpoint.CheckpointError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        failures.check_same_run(
+            Path("run"), manifest, Config(**common | options), 4, 10, "10 images of a", data_digest="0123456789ab"
+        )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(workspace, undisturbed):

@@ -118,3 +118,18 @@ def test_other_images_on_one_machine_end_all(workspace, machines, change, messag
 def test_other_settings_on_one_machine_end_all(workspace, machines, option, value):
     machines[1][option] = value
     assert_all_end(workspace.start("run", nodes=machines), option.replace("_", " "), repr(value))
+
+
+def test_a_mistake_in_the_environment_of_one_machine_ends_all(workspace, machines):
+    """The others have begun to wait for it by then."""
+    run = workspace.start("run", nodes=machines, fault="fsdp_on_the_last_rank")
+    assert_all_end(run, "ACCELERATE_USE_FSDP is 'true' in the environment")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_settings_that_are_refused_on_one_machine_end_all(workspace, machines, node):
+    machines[node]["seed"] = "x"
+    run = workspace.start("run", nodes=machines)
+    assert run.wait(SECONDS) == [2, 2], run.text()
+    assert f"train.py: rank {node} on node {node} (" in run.text() and "seed is 'x'" in run.text(), run.text()
+    assert run.text().count("train.py: ") == 2 and "Traceback" not in run.text(), run.text()

@@ -40,29 +40,24 @@ def check_environment() -> list[str]:
     """Remove the variables that the run ignores from the environment. Returns a line for each that asked for something.
 
     Raises:
-        ValueError: a variable asks for what train.py cannot do, or has a value that means nothing.
+        ValueError: a variable asks for what train.py cannot do, or has a value that means nothing. Then it and the
+            others that are refused are removed too, so that this process can still join the others to tell them.
     """
-    for name, what in REFUSED.items():
-        is_single = (
-            name == "ACCELERATE_USE_SAGEMAKER" and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO"
-        )
-        if _flag(name) and not is_single:
-            raise ValueError(
-                f"{name} is {os.environ[name]!r} in the environment: {what} is not supported; unset it, or choose "
-                "otherwise in `accelerate config`"
-            )
-    for name in FLAGS:
-        _flag(name)
-    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    if device is not None:
-        _check_device(device)
-
+    mistakes = []
+    for name in (*REFUSED, *FLAGS, "ACCELERATE_TORCH_DEVICE"):
+        try:
+            _check(name)
+        except ValueError as error:
+            mistakes.append(error)
+            del os.environ[name]
     notes = []
     for name, setting in IGNORED.items():
         for variable in [variable for variable in os.environ if variable.startswith(name)]:
             value = os.environ.pop(variable)
             if value.lower() not in HARMLESS:
                 notes.append(f"{variable} is {value!r} in the environment: ignored, the setting {setting} decides")
+    if mistakes:
+        raise mistakes[0]
     return notes
 
 
@@ -81,8 +76,23 @@ def launched_precision() -> str:
     return precision
 
 
+def _check(name: str) -> None:
+    if name not in os.environ:
+        return
+    value = os.environ[name]
+    if name == "ACCELERATE_TORCH_DEVICE":
+        _check_device(value)
+    elif _flag(name) and name in REFUSED:
+        if name == "ACCELERATE_USE_SAGEMAKER" and os.environ.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") == "NO":
+            return  # a single process
+        raise ValueError(
+            f"{name} is {value!r} in the environment: {REFUSED[name]} is not supported; unset it, or choose otherwise "
+            "in `accelerate config`"
+        )
+
+
 def _flag(name: str) -> bool:
-    value = os.environ.get(name, "false").lower()
+    value = os.environ[name].lower()
     if value not in TRUE + FALSE:
         raise ValueError(f"{name} is {os.environ[name]!r} in the environment: give true or false")
     return value in TRUE

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_pipeline.decode import parse_colour
+from ddpm_pipeline.pixels import height_width
 from training.messages import some
 from training.run.checkpoint import CheckpointError
 from training.run.record import data_set
@@ -46,25 +48,34 @@ def check_same_run(
 
     Images with the same digest are the same, whatever the name of their folder is now.
     """
-    names = (
+    names = [
         "denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type", "background",
         "center_crop",
-    )  # fmt: skip
+    ]  # fmt: skip
+    digest_before = manifest.get("data_digest")  # older checkpoints have none
+    if digest_before is None:
+        names.append("resolution")
     compared = [(name, manifest["config"].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
-    digest_before = manifest.get("data_digest")  # older checkpoints have none
     if digest_before is None or data_digest is None:
         compared.append(("data set", data_set(manifest["source"]), data_set(source)))
     elif digest_before != data_digest:
         compared.append(("data set", data_set(manifest["source"]), data_set(source)))
         compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
     for name, before, now in compared:
-        if before != now:
+        if _meaning(name, before) != _meaning(name, now):
             raise CheckpointError(
                 f"{path} was trained with {name} {before!r}, but now it is {now!r}: change it back, or start a new run "
                 "in another output_dir"
             )
+
+
+def _meaning(setting: str, value: Any) -> Any:
+    """white is #fff, and a resolution of 32 is 32x32."""
+    if setting == "background":
+        return parse_colour(value)
+    return height_width(value) if setting == "resolution" and value is not None else value
 
 
 @contextmanager
