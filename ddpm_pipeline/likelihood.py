@@ -211,8 +211,7 @@ def dequantise(pixels: Tensor, *, index: Tensor | None = None, seed: int = 0) ->
     """Whole pixel values to continuous ones, by noise that is uniform over a value's bin: (B, C, H, W), float32.
 
     Args:
-        pixels: uint8 or uint16, (B, C, H, W), on the CPU. Bins are centred where training puts the values,
-            x = 2 v / 255 - 1.
+        pixels: uint8 or uint16, (B, C, H, W). Bins are centred where training puts the values, x = 2 v / 255 - 1.
         index: as in `variational_bound`, for the noise.
     """
     if pixels.dtype not in (torch.uint8, torch.uint16):
@@ -221,7 +220,8 @@ def dequantise(pixels: Tensor, *, index: Tensor | None = None, seed: int = 0) ->
     dims = pixels[0].numel()
     counter = index[:, None] * dims + torch.arange(dims)
     uniform = rng.uniform(rng.key(seed, rng.Stream.DEQUANTISATION), counter).view(pixels.shape)
-    return (2 * (pixels.double() + uniform - 0.5) / (num_levels(pixels.dtype) - 1) - 1).float()
+    x = 2 * (pixels.cpu().double() + uniform - 0.5) / (num_levels(pixels.dtype) - 1) - 1
+    return x.float().to(pixels.device)
 
 
 def probability_flow_nats(

@@ -67,13 +67,15 @@ def complete_folder(folder: Path, safe_serialization: bool = True, variant: str 
 
 def remove_stale_weights(folder: Path, safe_serialization: bool, variant: str | None) -> None:
     """Of a file and an index of shards remove the older one: diffusers leaves it, and its loader takes the index."""
-    suffix = "safetensors" if safe_serialization else "bin"
-    index = weight_index(folder, variant, suffix)
-    if index.is_file():
+    for suffix, saved in (("safetensors", safe_serialization), ("bin", not safe_serialization)):
+        index = weight_index(folder, variant, suffix)
+        if not index.is_file():
+            continue
         shards = set(read_json(index)["weight_map"].values())
-        complete = all((folder / shard).is_file() for shard in shards)  # diffusers removes those of an earlier save
-        stale = folder / f"{WEIGHTS}{variant_tag(variant)}.{suffix}" if complete else index
-        stale.unlink(missing_ok=True)
+        if not all((folder / shard).is_file() for shard in shards):  # diffusers removes those of an earlier save
+            index.unlink()
+        elif saved:
+            (folder / f"{WEIGHTS}{variant_tag(variant)}.{suffix}").unlink(missing_ok=True)
     if not safe_serialization and (others := weight_files(folder, variant, "safetensors")):
         warnings.warn(
             f"{others[0]} is from an earlier save and is loaded instead of the .bin file that is saved now: "

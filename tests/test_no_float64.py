@@ -100,6 +100,7 @@ CALLS = {
     "flow, exact": (
         lambda d, x: likelihood.probability_flow_nats(network, scheduler(), x, probes=None), X[..., :2, :2],
     ),
+    "dequantise": (lambda d, pixels: likelihood.dequantise(pixels), torch.from_numpy(random_images(2, 1, 8, 8))),
     "frechet_distance": (lambda d, a, b: fidelity.frechet_distance(a, b), FEATURES, REFERENCE),
     "kernel_distance": (lambda d, a, b: fidelity.kernel_distance(a, b), FEATURES, REFERENCE),
     "precision_recall": (lambda d, a, b: fidelity.precision_recall(a, b), FEATURES, REFERENCE),

@@ -110,6 +110,18 @@ def test_the_last_save_is_loaded(sharded_first, safe, variant, tmp_path):
             )
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_save_in_the_other_format_over_shards_is_loaded(safe, tmp_path):
+    """diffusers removes the shards of the other format, and leaves their index."""
+    before, after = tiny_pipe(seed=1), tiny_pipe(seed=2)
+    before.save_pretrained(tmp_path, safe_serialization=not safe, max_shard_size="2KB")
+    after.save_pretrained(tmp_path, safe_serialization=safe)
+    assert not list(tmp_path.glob("unet/*.index.*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(images_of(DDPMPipeline.from_pretrained(tmp_path)), images_of(after))
+
+
 def test_an_index_of_missing_shards_is_named(tmp_path):
     pipe = tiny_pipe()
     pipe.save_pretrained(tmp_path, max_shard_size="2KB")
