@@ -398,6 +398,7 @@ def test_a_value_in_a_file_has_the_type_of_its_setting(tmp_path, line, field, va
         (b"# seed: 1\n", "is empty"),
         (b"- seed\n", "does not hold settings"),
         (b"text", "does not hold settings"),
+        (b"? [seed]\n: 1\n", "does not hold settings"),
         (b"seed: 1\nseed: 2\n", "seed is given twice"),
         (b"seeds: 1\n", "Option 'seeds'"),
         (b"mixed_precision: true\n", "mixed_precision is 'true': give one of auto, no, fp16, bf16"),

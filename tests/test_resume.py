@@ -15,6 +15,7 @@ from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.config import Config
 from training.ema import FlatEMA
+from training.hub import during_training
 from training.run import checkpoint, resume
 from training.run.log import Log
 from training.run.runtime import Runtime
@@ -227,8 +228,8 @@ def test_a_run_begun_again_keeps_the_files_of_the_earlier_one(work, monkeypatch,
     def stop(*args, **options):
         raise Mistake
 
-    with monkeypatch.context() as patch:  # it ends before its first checkpoint
-        patch.setattr("training.run.log.Log.replace_earlier_files", stop)
+    with monkeypatch.context() as patch:  # it ends before its first checkpoint is complete
+        patch.setattr(checkpoint, "save", stop)
         with pytest.raises(Mistake):
             train(work, seed=1)
     assert contents(run, *names) == before
@@ -243,6 +244,27 @@ def test_a_run_begun_again_keeps_the_files_of_the_earlier_one(work, monkeypatch,
     assert list(contents(run, *kept).values()) == list(before.values())
     assert list(contents(run, "config.2.yaml", "metrics.2.jsonl").values()) == list(after.values())
     assert not [path.name for path in run.iterdir() if path.name.startswith(".metrics")]
+
+
+def test_a_model_published_before_the_first_checkpoint_comes_with_one(work, monkeypatch):
+    """The first checkpoint replaces the earlier run as a whole: its model is not overwritten before."""
+    run, saved = work / "run", []
+
+    class Publisher:
+        def __init__(self, config):
+            pass
+
+        def start(self):
+            saved.append([path.name for path in run.glob("checkpoint-*")])
+
+        def publish_final(self):
+            return 0
+
+    monkeypatch.setattr(during_training, "check_access", lambda config: None)
+    monkeypatch.setattr(during_training, "BackgroundPublisher", Publisher)
+    options = {"push_to_hub": "true", "hub_model_id": "user/model", "push_to_hub_steps": 1, "max_train_steps": 3}
+    assert train(work, seed=1, **options) == 0
+    assert saved == [["checkpoint-000001"]] * 2
 
 
 def test_config_yaml_and_metrics_are_replaced_not_rewritten(work, monkeypatch, capsys):

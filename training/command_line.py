@@ -95,7 +95,8 @@ def _read_config(path: Path, hints: dict[str, Any]) -> str:
         raise ValueError(f"config is '{path}': its text is not UTF-8; save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: Problems parsing config: {error}") from None
-    if not isinstance(root, yaml.MappingNode) or not root.value:
+    is_settings = isinstance(root, yaml.MappingNode) and all(isinstance(key, yaml.ScalarNode) for key, _ in root.value)
+    if not is_settings or not root.value:
         what = "is empty" if root is None or not root.value else "does not hold settings"
         raise ValueError(f"config is '{path}': the file {what}; give it lines such as `learning_rate: 1.0e-4`")
     names = [key.value for key, _ in root.value]

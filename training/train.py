@@ -349,6 +349,8 @@ def train(run: Run, state: TrainingState) -> bool:
         if not is_last and (publish or is_due(state.step, config.save_images_steps)):
             with clock.paused():
                 if publish:
+                    if run.replaces_earlier and not state.saved_step:  # its model is replaced with its checkpoints
+                        save_checkpoint(run, state)
                     run.sampler.save_pipeline(run.record_at(state))
                 else:
                     run.sampler.save_grid(state.step)
@@ -412,7 +414,6 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
     """Write a checkpoint after this step, on the main process; the others wait."""
     with run.runtime.together():
         if run.runtime.is_main:
-            run.log.replace_earlier_files()
             scaler = run.runtime.accelerator.scaler
             checkpoint.save(
                 run.output_dir,
@@ -423,6 +424,7 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                 record=run.record_at(state).as_dict() | {"scaler": None if scaler is None else scaler.state_dict()},
                 total_limit=run.config.checkpoints_total_limit,
             )
+            run.log.replace_earlier_files()
     state.saved_step = state.step
 
 

@@ -57,7 +57,7 @@ class Log:
             self._write_config()
 
     def replace_earlier_files(self) -> None:
-        """Before the first checkpoint of this run: move the files of an earlier one aside, this run's into place."""
+        """After the first checkpoint of this run: move the files of an earlier one aside, this run's into place."""
         if not (self.enabled and self.has_earlier_files):
             return
         self.has_earlier_files = False
