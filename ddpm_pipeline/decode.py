@@ -288,8 +288,9 @@ def _open_npy(payload: Payload) -> np.ndarray:
     if array.ndim == 2:
         return array[:, :, None]
     height, width, channels = array.shape
-    # (12, 64, 64) and (12, 48, 64) are rather (C, H, W); (64, 64, 200) and (200, 64, 3) are clear.
-    if height != width and ((width == channels and channels > 4) or (channels > 16 and channels > height)):
+    # (12, 64, 64), (12, 48, 64) and (3, 12, 16) are rather (C, H, W); (64, 64, 200) and (200, 64, 3) are clear.
+    few_rows = height <= 4 and channels > 8
+    if height != width and (few_rows or (width == channels and channels > 4) or channels > max(16, height)):
         raise ValueError(f"the array is {array.shape}, which looks channels-first: save it channels last, (H, W, C)")
     return array
 

@@ -29,7 +29,7 @@ def from_array(array: np.ndarray) -> Tensor:
 def to_pixels(images: Tensor, dtype: Any = np.uint8) -> np.ndarray:
     """Images in [-1, 1] of any shape to the nearest uint8 or uint16 pixels; values outside are clipped."""
     white = num_levels(dtype) - 1
-    return ((images.cpu().double().clamp(-1, 1) + 1) * (white / 2)).round().numpy().astype(_name(dtype))
+    return ((images.detach().cpu().double().clamp(-1, 1) + 1) * (white / 2)).round().numpy().astype(_name(dtype))
 
 
 def num_levels(dtype: Any) -> int:

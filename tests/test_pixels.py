@@ -46,9 +46,9 @@ def test_to_pixels_rounds_to_the_nearest_level_and_clips(dtype, torch_dtype, lev
         assert pixels.dtype == dtype and pixels.tolist() == [0, levels - 1]
 
 
-def test_to_pixels_takes_half_precision():
-    images = from_pixels(np.arange(256, dtype=np.uint8)).bfloat16()
-    expected = ((images.double() + 1) * 127.5).round()
+def test_to_pixels_takes_half_precision_and_what_needs_a_gradient():
+    images = from_pixels(np.arange(256, dtype=np.uint8)).bfloat16().requires_grad_()
+    expected = ((images.detach().double() + 1) * 127.5).round()
     assert to_pixels(images).tolist() == expected.tolist()
 
 
