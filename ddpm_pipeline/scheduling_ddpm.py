@@ -640,7 +640,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         return self._plans[eta]
 
     def _coefficients(self, timestep: int | Tensor, eta: float, sample: Tensor) -> StepCoefficients:
-        if not 0 <= eta <= 1:
+        if not (isinstance(eta, (int, float, np.floating)) and 0 <= eta <= 1):
             raise ValueError(f"ddim_eta is {eta!r}: give a number from 0 (deterministic) to 1 (ancestral)")
         on_host = not isinstance(timestep, Tensor) or timestep.device.type == "cpu"
         if on_host and not torch.compiler.is_compiling():

@@ -226,6 +226,8 @@ T = torch.tensor([5, 700])
         ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": 1.5}, "ddim_eta is 1.5"),
         ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": -0.1}, "ddim_eta is -0.1"),
         ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": math.nan}, "ddim_eta is nan"),
+        ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": None}, "ddim_eta is None"),
+        ("step", {"model_output": X, "timestep": 5, "sample": X, "ddim_eta": torch.tensor(0.5)}, "ddim_eta is tensor"),
         ("step", {"model_output": X[:, :1], "timestep": 5, "sample": X}, r"\(2, 1, 4, 4\).*3 channels"),
         ("step", {"model_output": torch.cat([X, X], 1), "timestep": 5, "sample": X}, r"\(2, 6, 4, 4\).*fixed_small"),
         ("step", {"model_output": X[:1], "timestep": 5, "sample": X}, r"\(1, 3, 4, 4\)"),
