@@ -147,9 +147,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             betas = rescale_zero_terminal_snr(betas)
         check_betas(betas, prediction_type)
         if trained_betas is not None:
-            self._set_options(num_train_timesteps=len(betas))
+            self.register_to_config(num_train_timesteps=len(betas))
         if beta_schedule == "su":
-            self._set_options(trained_betas=betas.tolist())
+            self.register_to_config(trained_betas=betas.tolist())
 
         self.__module__ = BuiltInDDPMScheduler.__module__  # which a pipeline saves: its folder loads without ours
         # float32, since code that was written for the built-in class computes x_t from them
@@ -178,10 +178,10 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         if "_schedule" in self.__dict__:
             self._set_schedule(self._schedule, self._timesteps)
 
-    def _set_options(self, **options: Any) -> None:
-        """Write options to the config as if the caller had passed them: `from_config` drops those left at a default."""
-        defaulted = [name for name in self.config.get("_use_default_values", []) if name not in options]
-        self.register_to_config(**options, _use_default_values=defaulted)
+    def register_to_config(self, **options: Any) -> None:
+        """diffusers' method, but `from_config` keeps these options: it drops those that are listed as defaults."""
+        listed = self.__dict__.get("_internal_dict", {}).get("_use_default_values", [])
+        super().register_to_config(**{"_use_default_values": [n for n in listed if n not in options], **options})
 
     @property
     def alphas_cumprod(self) -> Tensor:

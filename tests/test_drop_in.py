@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     LDMPipeline,
@@ -369,6 +370,15 @@ def test_tables_of_another_length_are_refused():
         scheduler.timesteps = torch.tensor([1, 2, 3])
     with pytest.raises(ValueError, match="prediction_type is 'x_0': give one of"):
         scheduler.register_to_config(prediction_type="x_0")
+
+
+def test_options_that_are_registered_go_to_other_schedulers():
+    scheduler = DDPMScheduler(clip_sample=False)
+    scheduler.register_to_config(prediction_type="v_prediction")
+    for kind in (DDPMScheduler, BuiltInDDPMScheduler, DDIMScheduler):
+        config = kind.from_config(scheduler.config).config
+        assert config.prediction_type == "v_prediction" and config.clip_sample is False
+    assert "beta_start" in scheduler.config["_use_default_values"]
 
 
 class DerivedScheduler(DDPMScheduler):
