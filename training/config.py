@@ -259,8 +259,15 @@ class Config:
         return self.learning_rate * factor
 
     def shared_by_all_processes(self) -> dict[str, Any]:
-        """All settings but those that may differ between the machines of one run, see PER_MACHINE."""
-        return {name: value for name, value in self.as_dict().items() if name not in PER_MACHINE}
+        """All settings but those that may differ between the machines of one run, see PER_MACHINE.
+
+        Whether there is a model or a checkpoint to begin from is the same on all: they load it together.
+        """
+        shared = {name: value for name, value in self.as_dict().items() if name not in PER_MACHINE}
+        which = self.resume_from_checkpoint
+        shared["resume_from_checkpoint"] = which if which in (None, "latest", "auto") else "a folder"
+        shared["init_from"] = None if self.init_from is None else "a model"
+        return shared
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -113,11 +113,21 @@ def test_other_images_on_one_machine_end_all(workspace, machines, change, messag
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("seed", 1), ("learning_rate", 0.1), ("mixed_precision", "bf16"), ("background", "black")]
+    ("option", "value", "shown"),
+    [
+        ("seed", 1, "1"),
+        ("learning_rate", 0.1, "0.1"),
+        ("mixed_precision", "bf16", "'bf16'"),
+        ("background", "black", "'black'"),
+        ("resume_from_checkpoint", "latest", "'latest'"),
+        ("resume_from_checkpoint", "auto", "'auto'"),
+        ("resume_from_checkpoint", "runs/checkpoint-000002", "'a folder'"),
+        ("init_from", "runs/model", "'a model'"),
+    ],
 )
-def test_other_settings_on_one_machine_end_all(workspace, machines, option, value):
+def test_other_settings_on_one_machine_end_all(workspace, machines, option, value, shown):
     machines[1][option] = value
-    assert_all_end(workspace.start("run", nodes=machines), option.replace("_", " "), repr(value))
+    assert_all_end(workspace.start("run", nodes=machines), option.replace("_", " "), f": {shown} on rank 1")
 
 
 def test_a_mistake_in_the_environment_of_one_machine_ends_all(workspace, machines):
