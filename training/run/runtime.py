@@ -216,10 +216,10 @@ def check_world_size(world_size: int) -> None:
 
 def tell_other_machines(mistake: str) -> None:
     """Before this process ends without a Runtime: end those of other machines too, which would wait for it."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        with suppress(Exception):
+    with suppress(Exception):
+        if int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
             Runtime("no", mistake=ValueError(mistake))
-        leave_process_group()
+    leave_process_group()
 
 
 def launched_alone() -> bool:
