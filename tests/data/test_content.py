@@ -37,7 +37,8 @@ def test_folders_with_equal_names_sizes_and_times_are_two(tmp_path, load):
 
 
 def test_pixels_changed_in_place_with_their_times_kept(folder, load, monkeypatch):
-    monkeypatch.setattr(content, "CLOCK_NS", 0)
+    monkeypatch.setattr(content, "FINE_TICK", 0)
+    monkeypatch.setattr(content, "COARSE_TICK", 0)
     for value in (100, 200):
         bmp(folder / "1.bmp", value)
         time.sleep(0.05)  # longer than the clock's granularity, which is 3 s where it is not known
@@ -53,8 +54,17 @@ def test_a_change_within_the_granularity_of_the_clock_is_seen(folder, load, monk
         assert load().images.max() == value
 
 
+def test_files_with_whole_seconds_are_settled_later():
+    now = 2 * 10**18
+    assert content._is_settled((1, now - 10**9 + 1, now - 10**9 + 1), now)
+    assert not content._is_settled((1, now - 10**9, now - 10**9 + 1), now)
+    assert content._is_settled((1, now - 4 * 10**9, now - 4 * 10**9), now)
+    assert not content._is_settled((1, 10**18 + 1, now - 1), now)
+
+
 def test_unchanged_files_are_not_read_again(folder, load, monkeypatch):
-    monkeypatch.setattr(content, "CLOCK_NS", 0)
+    monkeypatch.setattr(content, "FINE_TICK", 0)
+    monkeypatch.setattr(content, "COARSE_TICK", 0)
     bmp(folder / "1.bmp", 100)
     time.sleep(0.05)
     load()
@@ -101,6 +111,8 @@ def test_the_key_of_a_hub_data_set_has_its_commit(load, monkeypatch, tmp_path):
         ([b"x", b"y", b"x"], [0, 1, 0]),
         ([None, 3, None], [1, 0, 1]),
         ([float("nan"), 2.0, float("nan")], [1, 0, 1]),
+        ([10, 9, 10], [1, 0, 1]),
+        (["", None, "a"], [0, 2, 1]),
     ],
 )
 def test_labels_of_any_type(folder, load, values, labels):

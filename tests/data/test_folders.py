@@ -1,5 +1,7 @@
 """Folders of images as people have them: splits, masks, thumbnails, links, runs inside; patterns."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,9 +25,9 @@ def make(root, names):
         ("training/a/1.png testing/a/2.png", {}, "1", None, "test (1)"),
         ("cats/1.png dogs/2.png test/3.png", {}, "12", "01", "--split_folders false"),
         ("cats/1.png dogs/2.png test/3.png", {"split_folders": False}, "123", "012", ""),
-        ("bus/1.png car/2.png train/3.png", {}, "123", "012", "train is taken for a class"),
+        ("bus/1.png car/2.png train/3.png", {}, "123", "012", "taken for a class, not a split: train"),
         ("train/good/1.png test/good/2.png test/crack/3.png ground_truth/crack/4.png", {}, "1", None, "masks left out"),
-        ("images/1.png masks/1.png", {}, "1", None, "masks left out: masks"),
+        ("images/1.png masks/1.png", {}, "1", None, "masks left out (--split_folders false keeps them): masks"),
         (
             "covid/images/1.png covid/masks/1.png ok/images/2.png ok/masks/2.png",
             {},
@@ -36,7 +38,27 @@ def make(root, names):
         ("images/1.png masks/2.png", {"split_folders": False}, "12", "01", ""),
         ("images/1.png masks/2.png", {"include": "masks"}, "2", None, ""),
         ("1.png @eaDir/1.png/thumb.jpg a/Thumbnails/2.png", {}, "1", None, "thumbnails left out: @eaDir, a/Thumbnails"),
-        ("a/1.png a/1_mask.png b/2.PNG", {"exclude": "*_mask.png"}, "13", "01", "1 left out by include and exclude"),
+        ("a/1.png a/x_mask.png b/2.PNG", {"exclude": "*_mask.png"}, "13", "01", "1 left out by include and exclude"),
+        (
+            "a/1.png a/1_mask.png a/1_mask_2.png b/2_mask.png",
+            {},
+            "14",
+            "01",
+            "keeps them): a/1_mask.png, a/1_mask_2.png",
+        ),
+        ("1.png 1_mask.png", {"split_folders": False}, "12", None, ""),
+        ("1.png 1_mask.png", {"include": "*_mask.png"}, "2", None, ""),
+        ("1.png masks/1.png", {}, "1", None, "keeps them): masks"),
+        ("JPEGImages/1.jpg SegmentationClass/1.png", {}, "1", None, "keeps them): SegmentationClass"),
+        ("x/train/a/1.png x/train/b/2.png x/test/a/3.png", {}, "12", "01", "test (1)"),
+        ("images/training/1.png images/validation/2.png annotations/training/1.png", {}, "1", None, "validation (1)"),
+        ("cup/train/1.png box/train/2.png box/test/3.png cup/ground_truth/4.png", {}, "12", "01", "test (1)"),
+        ("a/test/1.png b/2.png", {}, "12", "01", "not a split: a/test"),
+        ("train2017/1.png val2017/2.png", {}, "1", None, "val (1)"),
+        ("train_images/1.png test_images/2.png", {}, "1", None, "test (1)"),
+        ("train/1.png dev/2.png", {}, "1", None, "validation (1)"),
+        ("a/1.png b/2.png", {"exclude": "B?"}, "12", "01", "no image matches the pattern b?"),
+        ("a/1.png b/2.png c/3.png", {"include": "a,bb"}, "1", None, "no image matches the pattern bb"),
         ("a/1.png b/2.png c/d/3.png", {"include": "a/*,d"}, "13", "01", ""),
         ("a/1.png b/2.png c/3.png", {"include": ["a", "b"], "exclude": ["b"]}, "1", None, ""),
         ("1.jfif 2.JPE 3.pnm 4.j2k", {}, "1234", None, ""),
@@ -112,13 +134,34 @@ def test_links_in_the_cache_of_the_hub_are_followed_and_others_on_request(tmp_pa
     assert len(load(train_data_dir=snapshot, follow_links=True)) == 4
 
 
+def test_a_run_is_said_and_left_out_although_the_images_are_in_the_cache(folder, load):
+    make(folder, ["a.png"])
+    assert "run" not in load().source
+    make(folder, ["samples/step-10.png", "mine/samples/step-10.png"])
+    for run in (folder, folder / "mine"):  # the folder of the images is that of a run, and has another
+        (run / "config.yaml").write_text("{}")
+        (run / "metrics.jsonl").write_text("{}")
+    data = load()
+    assert len(data) == 1
+    assert "written by a run and left out: mine, samples" in data.source
+
+
+def test_a_link_to_a_hidden_folder_in_the_folder_is_a_class(folder, load):
+    make(folder, [".store/cats/1.png", "dogs/2.png"])
+    (folder / "cats").symlink_to(".store/cats")
+    (folder / "again").symlink_to("dogs")
+    (folder / "loop").symlink_to(".")
+    os.mkfifo(folder / "pipe.png")  # which would never end
+    data = load()
+    assert data.images[:, 0, 0, 0].tolist() == [100, 101]
+    assert data.labels().tolist() == [0, 1]
+
+
 def test_dark_data_is_said_with_its_range(folder, load):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 3).save(folder / "a.png")
     for _ in range(2):
-        with pytest.warns(UserWarning, match="no pixel is brighter than 2 of 255"):
-            load()
+        assert "; no pixel is brighter than 2 of 255," in load().source
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(folder / "a.png")
-    with pytest.warns(UserWarning, match="no pixel is brighter than 4095 of 65535"):
-        load()
+    assert "; no pixel is brighter than 4095 of 65535," in load().source
     Image.fromarray(np.full((8, 8), 26, np.uint8)).save(folder / "a.png")
-    load()
+    assert "brighter" not in load().source

@@ -70,7 +70,9 @@ class ImageSet:
         with open(self.names_file, encoding="ascii") as lines:
             records = [json.loads(line) for line in lines]
         labels = [label[0] if label else name.rpartition("/")[0].split("/")[0] for name, *label in records]
-        distinct = sorted(set(labels), key=str)
+        distinct = sorted(
+            set(labels), key=lambda label: (label is None, isinstance(label, str), label or (label == "" and label))
+        )
         if len(distinct) < 2:
             return None
         numbers = {label: i for i, label in enumerate(distinct)}
@@ -202,15 +204,15 @@ def load_images(
         images = np.load(folder / "images.npy", mmap_mode="r")
         if "digest" not in meta:  # a cache of an earlier version
             meta["digest"] = _digest(images.shape, images.dtype, hashlib.sha256(np.ascontiguousarray(images).data))
+        notes = [meta["source"], *(() if isinstance(source, Moons) else source.notes)]  # of the folder as it is now
         if meta.get("max") is not None and meta["max"] * 10 <= np.iinfo(images.dtype).max:
-            warnings.warn(
-                f"{meta['source'].partition(';')[0]}: no pixel is brighter than {meta['max']} of "
-                f"{np.iinfo(images.dtype).max}: if these are masks or have fewer bits, scale them to the whole range",
-                stacklevel=2,
+            notes.append(
+                f"no pixel is brighter than {meta['max']} of {np.iinfo(images.dtype).max}, if these are masks or have "
+                "fewer bits, scale them to the whole range"
             )
         return ImageSet(
             images,
-            meta["source"],
+            "; ".join(notes),
             tuple(meta["skipped"]),
             folder / "names.txt",
             tuple(meta["splits"]),
@@ -298,7 +300,7 @@ def write_decoded(
         (headers.num_animated, "with several frames, only the first is used"),
         (len(skipped), "unreadable and left out"),
     ]
-    description = [f"{count} images of {source.description}", *source.notes]
+    description = [f"{count} images of {source.description}"]
     description += [f"{number} {note}" for number, note in notes if number]
     return {
         "source": "; ".join(description),

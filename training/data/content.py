@@ -20,7 +20,8 @@ from training.progress import progress
 
 WHOLE = 64 * 2**20  # bytes; a file up to this size is read whole
 ENDS, SAMPLE, NUM_SAMPLES = 4 * 2**20, 2**18, 64  # of a larger one: head and tail, and samples spread over the rest
-CLOCK_NS = 3 * 10**9  # a file changed this shortly before it was read may change again within the same clock tick
+SECOND = 10**9  # ns
+COARSE_TICK, FINE_TICK = 3 * SECOND, SECOND // 10  # longer than a tick of any file system's clock
 
 Stat = tuple[int, ...]  # size, mtime, ctime, inode, device
 
@@ -47,9 +48,16 @@ def hash_content(root: Path, files: Sequence[tuple[str, Stat]], index_dir: Path)
     content = hashlib.sha256()
     for name, stat in progress(files, "hashing files", len(files), unit=" files"):
         content.update(json.dumps([name, hash_file(root / name, stat[0])]).encode())
-    if all(max(stat[1], stat[2]) < begin - CLOCK_NS for _, stat in files):
+    if all(_is_settled(stat, begin) for _, stat in files):
         _remember(index, fingerprint, content.hexdigest())
     return content.hexdigest()
+
+
+def _is_settled(stat: Stat, now: int) -> bool:
+    """Whether a change after `now` gives a file other times than these: not within the same tick of the clock."""
+    _, mtime, ctime, *_ = stat
+    tick = FINE_TICK if mtime % SECOND and ctime % SECOND else COARSE_TICK  # some file systems have whole seconds only
+    return max(mtime, ctime) < now - tick
 
 
 def hash_file(path: Path, size: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +30,16 @@ SUFFIXES: tuple[str, ...] = (
 SUFFIXES += (".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")
 
 # Names of folders, in lower case.
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "valid", "validation": "validation"}
-SPLITS |= {"test": "test", "testing": "test"}
-THUMBNAILS = {"@eadir", "__macosx", "thumbnails", "thumbs", "_thumbs", "#recycle", "$recycle.bin", "lost+found"}
+SPLIT = re.compile(
+    r"(train|val|valid|validation|test|dev|eval)(ing)?([-_ ]?(set|data|images|imgs))?([-_ ]?\d+)?"
+)  # val2017, too
+SPLITS = ("train", "val", "valid", "validation", "test")
+THUMBNAILS = {"@eadir", "__macosx", "thumbnail", "thumbnails", "thumb", "thumbs", "_thumbs"}
+THUMBNAILS |= {"#recycle", "$recycle.bin", "lost+found"}
 MASKS = {"mask", "masks", "ground_truth", "groundtruth", "gt", "annotation", "annotations", "segmentation"}
-MASKS |= {"segmentations", "label", "labels"}
-IMAGES = {"image", "images", "img", "imgs"}
+MASKS |= {"segmentations", "label", "labels", "segmentationclass", "segmentationobject"}
+IMAGES = {"image", "images", "img", "imgs", "jpegimages"}
+MASK_FILE = re.compile(r"(.+)[-_. ](masks?|gt|ground_?truth|segmentation|seg|label)([-_ ]?\d+)?")  # (1): its image
 # What a run, a model, an evaluation and a cache of this project hold: folders of images that no one took.
 OUTPUTS: tuple[set[str], ...] = (
     {"config.yaml", "metrics.jsonl"},
@@ -42,6 +48,10 @@ OUTPUTS: tuple[set[str], ...] = (
     {"report.json", "report.md"},
 )
 OUTPUTS += ({"images.npy", "names.txt", "meta.json"},)
+
+# Why files and folders are left out.
+BY_RUN, THUMBNAILS_OUT = "written by a run and left out", "thumbnails left out"
+MASKS_OUT = "masks left out (--split_folders false keeps them)"
 
 
 @dataclass
@@ -88,10 +98,17 @@ def image_folder(
             f"{listed[0][0]}: give patterns such as cats/* or *_photo.png"
         )
     notes = [f"{reason}: {some(folders)}" for reason, folders in listing.left_out.items()]
+    if patterns := wanted + unwanted:
+        everything = [*(name for name, _ in listed), *(name for names in listing.left_out.values() for name in names)]
+        unused = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in everything)]
+    else:
+        unused = []
+    if unused:
+        notes.append(f"no image matches the pattern {some(unused)}")
     if len(files) < len(listed):
         notes.append(f"{len(listed) - len(files)} left out by include and exclude")
 
-    splits = _splits(files) if split_folders else {}
+    splits, labels_of = _splits(files) if split_folders else ({}, [])
     all_splits = tuple(name for name in splits if name)
     if split not in (all_splits or ("train",)):
         allowed = " or ".join(all_splits or ["train"])
@@ -100,17 +117,16 @@ def image_folder(
             hint = ", or split_folders=false to train on all"
         raise ValueError(f"split is {split!r}: give {allowed}{hint}")
     labels = None
-    if not splits and split_folders:
-        notes += [f"the folder {top} is taken for a class, not a split" for top in _taken_for_a_class(files)]
     if splits:
-        counts = {name: len(chosen) for name, chosen in splits.items()}
-        files = splits[split]
-        others = [f"{name} ({count})" for name, count in counts.items() if name not in (split, "")]
+        others = [f"{name} ({len(chosen)})" for name, chosen in splits.items() if name not in (split, "")]
         if others:
             notes.insert(0, f"other splits, not in this one: {some(others)} (--split_folders false: they are classes)")
-        if counts.get(""):
-            notes.insert(0, f"{counts['']} images beside the folder {split} left out")
-        labels = [_label(name) for name, _ in files]
+        if "" in splits:
+            notes.insert(0, f"{len(splits[''])} images beside the folder {split} left out")
+        labels = [labels_of[i] for i in splits[split]]
+        files = [files[i] for i in splits[split]]
+    elif split_folders and (classes := _taken_for_a_class(files)):
+        notes.append(f"taken for a class, not a split: {some(classes)} (--exclude leaves it out)")
     names = [name for name, _ in files]
     description = f"folder {root.resolve().name}" + (f", split {split}" if splits else "")
     description += f" ({listing.ignored} other files ignored)" if listing.ignored else ""
@@ -144,35 +160,57 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _splits(files: Sequence[tuple[str, Stat]]) -> dict[str, list[tuple[str, Stat]]]:
-    """The images of each split, {} if there are none. "" are those beside a folder train."""
-    tops = {name.partition("/")[0] for name, _ in files if "/" in name}
-    found = {SPLITS[top.lower()] for top in tops if top.lower() in SPLITS}
-    classes = [top for top in tops if top.lower() not in SPLITS]
-    if not found or (found == {"train"} and len(classes) > 1):  # buses, cars and trains
-        return {}
-    if found != {"train"} and len(tops) == 1 and all("/" in name for name, _ in files):  # nothing else to train on
-        return {}
-    splits: dict[str, list[tuple[str, Stat]]] = {}
-    for file in files:
-        top, slash, _ = file[0].partition("/")
-        beside = "" if "train" in found else "train"  # without a folder train, what is beside the others is it
-        splits.setdefault(SPLITS.get(top.lower(), beside) if slash else beside, []).append(file)
-    return dict(sorted(splits.items(), key=lambda item: list(SPLITS.values()).index(item[0]) if item[0] else -1))
+def _splits(files: Sequence[tuple[str, Stat]]) -> tuple[dict[str, list[int]], list[str]]:
+    """The indices of the images of each split, {} if there are none, and the label of each image.
+
+    "" are the images beside a folder train. The folders of the splits may be below one that holds everything, as in
+    data/train, or below each class, as in bottle/train and cable/train. The label is the outermost other folder.
+    """
+    folders = [name.split("/")[:-1] for name, _ in files]
+    depth = 0  # of the first folder that is a split, or that not all images are in
+    for first, last in zip(min(folders), max(folders)):
+        if first != last or split_name(first):
+            break
+        depth += 1
+    found, others = _splits_at(folders, depth)
+    if not found and others:  # below each class?
+        found, others = _splits_at(folders, depth + 1)
+        if others or not {"train"} < found:
+            return {}, []
+        return _by_split(folders, depth + 1, found), [parts[depth] for parts in folders]
+    if not found or (found == {"train"} and len(others - {""}) > 1):  # buses, cars and trains
+        return {}, []
+    if "train" not in found and not others and len(found) == 1:  # nothing else to train on
+        return {}, []
+    below = [parts[depth + (len(parts) > depth and split_name(parts[depth]) != "") :] for parts in folders]
+    return _by_split(folders, depth, found), [parts[0] if parts else "" for parts in below]
+
+
+def _splits_at(folders: Sequence[Sequence[str]], depth: int) -> tuple[set[str], set[str]]:
+    """The splits among the folders at this depth, and the other folders, "" if there are images beside them."""
+    names = {parts[depth] if len(parts) > depth else "" for parts in folders}
+    return {split for name in names if (split := split_name(name))}, {name for name in names if not split_name(name)}
+
+
+def _by_split(folders: Sequence[Sequence[str]], depth: int, found: set[str]) -> dict[str, list[int]]:
+    beside = "" if "train" in found else "train"  # without a folder train, what is beside the others is it
+    names = {name: split_name(name) or beside for parts in folders for name in parts[depth : depth + 1]}
+    splits: dict[str, list[int]] = {name: [] for name in ("", *SPLITS)}
+    for i, parts in enumerate(folders):
+        splits[names[parts[depth]] if len(parts) > depth else beside].append(i)
+    return {name: indices for name, indices in splits.items() if indices}
+
+
+def split_name(folder: str) -> str:
+    """The split that a folder of this name holds; "" if it is none."""
+    found = SPLIT.fullmatch(folder.lower())
+    return {"dev": "validation", "eval": "validation"}.get(found[1], found[1]) if found else ""
 
 
 def _taken_for_a_class(files: Sequence[tuple[str, Stat]]) -> list[str]:
-    return sorted(
-        {top for top in (name.partition("/")[0] for name, _ in files if "/" in name) if top.lower() in SPLITS}
-    )
-
-
-def _label(name: str) -> str:
-    """The outermost folder that an image is in, within its split."""
-    folders = name.split("/")[:-1]
-    if folders and folders[0].lower() in SPLITS:
-        folders = folders[1:]
-    return folders[0] if folders else ""
+    folders = {name.rpartition("/")[0] for name, _ in files}
+    parts = [folder.split("/") for folder in folders]
+    return sorted({"/".join(p[: i + 1]) for p in parts for i, name in enumerate(p) if split_name(name)})
 
 
 # ---- Listing ---------------------------------------------------------------------------------------------------------
@@ -189,27 +227,34 @@ def list_images(
     listing, outside = Listing(), list[str]()
     real_root, real_cache = os.path.realpath(root), os.path.realpath(cache_dir)
     named = {part for pattern in include for part in pattern.split("/")}  # an include pattern that names it keeps it
-    visited = {real_root}  # followed links may form a cycle
-    folders = [""]
-    while folders:
-        prefix = folders.pop()
-        with os.scandir(root / prefix) as scan:
-            entries = list(scan)
-        if prefix and any(output <= {entry.name for entry in entries} for output in OUTPUTS):
-            listing.left_out.setdefault("written by a run and left out", []).append(prefix)
-            continue
-        is_folder = {entry.name: entry.is_dir() for entry in entries}
-        beside = {name.lower() for name, folder in is_folder.items() if folder}
-        has_masks = split_folders and bool(beside & (IMAGES | SPLITS.keys()))
-        for entry in entries:
-            name = f"{prefix}/{entry.name}" if prefix else entry.name
-            lower = entry.name.lower()
-            folder = is_folder[entry.name]
-            if entry.name.startswith(".") or not (folder or lower.endswith(SUFFIXES)):
+    visited = {real_root, real_cache}  # followed links may form a cycle; .npy files of the cache are not images
+    folders, links_inside = [""], list[str]()
+    while folders or links_inside:
+        if folders:
+            prefix = folders.pop()
+        else:  # links to folders inside the root, whose images are listed where they are, unless they are hidden there
+            prefix = links_inside.pop()
+            if (real := os.path.realpath(root / prefix)) in visited:
                 listing.ignored += 1
                 continue
-            if folder and lower not in named and (lower in THUMBNAILS or (has_masks and lower in MASKS)):
-                reason = "thumbnails left out" if lower in THUMBNAILS else "masks left out"
+            visited.add(real)
+        with os.scandir(root / prefix) as scan:
+            entries = {entry.name: entry for entry in scan}
+        if prefix and any(output <= entries.keys() for output in OUTPUTS):
+            listing.left_out.setdefault(BY_RUN, []).append(prefix)
+            continue
+        is_folder = {name: entry.is_dir() for name, entry in entries.items()}
+        beside = _Beside.find(is_folder) if split_folders else _Beside()
+        for base, entry in entries.items():
+            name = f"{prefix}/{base}" if prefix else base
+            folder = is_folder[base]
+            if base.startswith(".") or not (folder or base.lower().endswith(SUFFIXES)):
+                listing.ignored += 1
+                continue
+            reason = beside.reason(base.lower(), folder, named)
+            if folder and not prefix and base == "samples" and OUTPUTS[0] <= entries.keys():  # the run is in the root
+                reason = BY_RUN
+            if reason:
                 listing.left_out.setdefault(reason, []).append(name)
                 continue
             if entry.is_symlink():
@@ -218,16 +263,18 @@ def list_images(
                     if not follow_links and (folder or not _is_in_own_repository(entry.path, target)):
                         outside.append(name)
                         continue
-                elif folder:  # its images are listed where they are
-                    listing.ignored += 1
+                elif folder:
+                    links_inside.append(name)
                     continue
-            if not folder:
-                listing.files.append((name, _stat(entry)))
-                continue
-            real = os.path.realpath(entry.path)
-            if real != real_cache and real not in visited:  # whose .npy files are not images of the data set
-                visited.add(real)
-                folders.append(name)
+            if folder:
+                real = os.path.realpath(entry.path)
+                if real not in visited:
+                    visited.add(real)
+                    folders.append(name)
+            elif (found := _stat(entry)) is not None:
+                listing.files.append((name, found))
+            else:
+                listing.ignored += 1
     if outside:
         raise ValueError(
             f"train_data_dir is {str(root)!r}: symbolic links lead out of it: {some(sorted(outside))}: replace "
@@ -239,11 +286,37 @@ def list_images(
     return listing
 
 
-def _stat(entry: os.DirEntry[str]) -> Stat:
+@dataclass
+class _Beside:
+    """What is in the same folder, by which masks are known."""
+
+    stems: set[str] = field(default_factory=set)  # of image files, in lower case
+    has_masks: bool = False  # whether a folder with the name of masks has them
+
+    @classmethod
+    def find(cls, is_folder: dict[str, bool]) -> _Beside:
+        files = [name.lower() for name, folder in is_folder.items() if not folder]
+        stems = {name.rpartition(".")[0] for name in files if name.endswith(SUFFIXES) and not name.startswith(".")}
+        folders = [name.lower() for name, folder in is_folder.items() if folder]
+        return cls(stems, bool(stems) or any(name in IMAGES or split_name(name) for name in folders))
+
+    def reason(self, name: str, folder: bool, named: set[str]) -> str:
+        """Why a file or folder is left out; "" if it is not."""
+        if folder:
+            if name in named:
+                return ""
+            return THUMBNAILS_OUT if name in THUMBNAILS else MASKS_OUT if self.has_masks and name in MASKS else ""
+        mask = MASK_FILE.fullmatch(name.rpartition(".")[0]) if self.stems else None
+        return MASKS_OUT if mask and mask[1] in self.stems and not any(mask[2] in part for part in named) else ""
+
+
+def _stat(entry: os.DirEntry[str]) -> Stat | None:
+    """None for what is no file, such as a pipe, which would never end."""
     try:
-        return stat_of(entry.stat())
+        found = entry.stat()
     except OSError:  # a broken link, which is reported as unreadable when it is opened
         return -1, 0, 0, 0, 0
+    return stat_of(found) if stat.S_ISREG(found.st_mode) else None
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -85,7 +85,6 @@ def hub_dataset(
 def _commit(name: str, index_dir: Path) -> str | None:
     """The current commit of a data set on the Hub; without a connection the last that was seen; None: not known."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import HfHubHTTPError
 
     index = index_dir / "hub.json"
     known: dict[str, str] = {}
@@ -95,11 +94,7 @@ def _commit(name: str, index_dir: Path) -> str | None:
         return known.get(name)
     try:
         commit = HfApi().dataset_info(name, timeout=10).sha
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError):  # load_dataset says what is wrong
-        return known.get(name)
-    except Exception as error:  # the connection failed: of httpx or requests, which are no OSError
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
-            raise
+    except Exception:  # of several libraries, some of which are no OSError; load_dataset says what is wrong
         return known.get(name)
     if commit is not None and known.get(name) != commit:
         with contextlib.suppress(OSError):
