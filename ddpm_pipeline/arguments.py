@@ -58,7 +58,7 @@ def check_seeds(seeds: int | Sequence[int] | None, generator: Any) -> list[int] 
     """A list of seeds, or None if there are none."""
     if seeds is None:
         return None
-    single = isinstance(seeds, (int, float, str, np.generic)) or getattr(seeds, "ndim", 1) == 0
+    single = isinstance(seeds, (int, float, str, bytes, dict, set, np.generic)) or getattr(seeds, "ndim", 1) == 0
     values: list[Any] = [seeds]
     try:
         values = values if single else list(seeds)  # type: ignore[arg-type]  # no integer
@@ -141,8 +141,8 @@ def prepare_sampling(
     """
     check_scheduler(scheduler, unet)
     guidance_scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
-    if latents is not None and not isinstance(latents, Tensor):
-        raise ValueError(f"latents is a {type(latents).__name__}: give a tensor, (B, C, H, W)")
+    if latents is not None and not (isinstance(latents, Tensor) and latents.layout == torch.strided):
+        raise ValueError(f"latents is a {type(latents).__name__}: give a dense tensor, (B, C, H, W)")
     if image is not None:
         height, width = image.shape[2:]
     seeds = check_seeds(seeds, generator)
@@ -153,7 +153,7 @@ def prepare_sampling(
     shape = (batch_size, unet.config["in_channels"], *check_image_size(unet, height, width, latents))
     if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
         raise ValueError(f"latents are {latents.dtype} of shape {tuple(latents.shape)}: give floats of shape {shape}")
-    if latents is not None and not latents.isfinite().all():
+    if latents is not None and (latents.is_meta or not latents.float().isfinite().all()):
         raise ValueError("latents have values that are nan or infinite: give finite numbers, about N(0, I)")
     scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
     options = step_options(scheduler, generator, eta)

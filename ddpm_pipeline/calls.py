@@ -155,6 +155,8 @@ def checked_callback(pipe: Any, callback: Any, names: Any) -> StepCallback | Non
         if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.shape != x_t.shape:
             what = f"{latents.dtype} of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else repr(latents)
             raise ValueError(f"callback_on_step_end returned latents {what}: give floats of shape {tuple(x_t.shape)}")
+        if latents is not x_t and not latents.float().isfinite().all():
+            raise ValueError("callback_on_step_end returned latents that are nan or infinite: give finite numbers")
         return latents.to(x_t)
 
     return checked

@@ -126,6 +126,7 @@ def check_class_labels(
             raise ValueError(f'guidance_scale is {guidance_scale}, but this network has no class for "no label"')
         return labels
     integers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    labels = labels.long() if integers else labels  # torch does not compare uint16
     if not integers or labels.ndim != 1 or not ((labels >= 0) & (labels < number)).all():
         raise ValueError(f"class_labels is {class_labels!r}: give integers in [0, {number})")
-    return labels.long()
+    return labels

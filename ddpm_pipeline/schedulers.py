@@ -131,7 +131,8 @@ def set_schedule(
             raise ValueError(f"timesteps is given, but {name} does not take it: give num_inference_steps")
         if num_inference_steps is not None:
             raise ValueError(f"timesteps and num_inference_steps={num_inference_steps} are both given: give one")
-        if isinstance(timesteps, (str, bytes)) or not hasattr(timesteps, "__len__"):
+        has_order = hasattr(timesteps, "__len__") and getattr(timesteps, "ndim", 1) > 0
+        if isinstance(timesteps, (str, bytes, dict, set)) or not has_order:
             raise ValueError(f"timesteps is {timesteps!r}: give a list of integers in descending order")
         options = {"timesteps": check_timesteps(timesteps, scheduler.config.num_train_timesteps)}
     with _LOCK:

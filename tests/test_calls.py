@@ -1,6 +1,7 @@
 """Several calls of one pipeline at once, callbacks, interruption, and a network in training mode."""
 
 import copy
+import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,7 @@ def test_a_pipeline_that_was_called_can_be_copied(make):
         ({"latents": None}, "latents None"),
         ({"latents": normal(1, 1, 4, 4)}, r"\(1, 1, 4, 4\).*\(1, 1, 8, 8\)"),
         ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "torch.int64"),
+        ({"latents": torch.full((1, 1, 8, 8), math.nan)}, "latents that are nan"),
         (3, "returned 3"),
     ],
 )
