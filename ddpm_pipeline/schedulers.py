@@ -83,11 +83,18 @@ def takes_variance(scheduler: Any) -> bool:
 
 
 def to_ours(scheduler: BuiltInDDPMScheduler) -> Any:
-    """Our scheduler with the configuration of a built-in one, which lists positional arguments as left at a default."""
+    """Our scheduler with the configuration of a built-in one, which lists positional arguments as left at a default.
+
+    A table that was assigned to the built-in one, instead of that of its configuration, is kept.
+    """
     config, parameters = dict(scheduler.config), inspect.signature(BuiltInDDPMScheduler).parameters
     listed = config.pop("_use_default_values", [])
     defaulted = [name for name in listed if config[name] is parameters[name].default]
-    return DDPMScheduler.from_config({**config, "_use_default_values": defaulted})
+    ours: Any = DDPMScheduler.from_config({**config, "_use_default_values": defaulted})
+    table = scheduler.alphas_cumprod
+    if table.shape == ours.alphas_cumprod.shape and not table.cpu().float().allclose(ours.alphas_cumprod, rtol=1e-3):
+        ours.alphas_cumprod = table
+    return ours
 
 
 def match_betas(scheduler: Any, model: Any) -> None:

@@ -91,6 +91,13 @@ def test_same_numbers_as_the_built_in_pipeline(steps, output_type, options):
             assert 0.2 < torch.as_tensor(actual).std() < 0.5  # neither grey nor black and white
 
 
+def test_a_table_assigned_to_a_built_in_scheduler_is_kept():
+    built_in = BuiltInDDPMScheduler(num_train_timesteps=20)
+    built_in.alphas_cumprod = built_in.alphas_cumprod**3
+    kept = DDPMPipeline(tiny_unet(), built_in).scheduler.alphas_cumprod
+    assert torch.allclose(kept, built_in.alphas_cumprod, rtol=1e-6)
+
+
 def test_only_a_built_in_ddpm_scheduler_is_replaced_by_ours():
     options = {"num_train_timesteps": 30, "beta_end": 0.03, "variance_type": "fixed_large", "steps_offset": 1}
     built_in = BuiltInDDPMScheduler(**options)

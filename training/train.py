@@ -459,7 +459,8 @@ def finish(run: Run, state: TrainingState, samples: Tensor | None) -> None:
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"
-        f'    image = DDPMPipeline.from_pretrained("{folder}")(num_inference_steps=50).images[0]'
+        f'    image = DDPMPipeline.from_pretrained("{folder}")(num_inference_steps='
+        f"{run.config.ddpm_num_inference_steps}).images[0]"
     )
 
 
