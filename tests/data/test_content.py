@@ -138,6 +138,12 @@ def test_the_column_of_the_images_is_chosen(folder, load):
         load(dataset_name=str(folder), image_column="text")
 
 
+def test_a_parquet_link_that_leads_nowhere_is_one_error(folder, load):
+    (folder / "a.parquet").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"links that lead nowhere: a\.parquet"):
+        load(dataset_name=str(folder))
+
+
 def test_a_loading_script_beside_parquet_is_one_error(folder, load):
     write_parquet(folder / "train.parquet", photo=[cell(random_images(8, 8, 3))])
     (folder / f"{folder.name}.py").write_text("raise SystemExit(3)")

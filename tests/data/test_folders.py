@@ -93,6 +93,8 @@ def test_the_test_folder_is_held_out(folder, cache_dir):
         ({"include": "x*"}, r"include is 'x\*'.*none of the 2 images"),
         ({"exclude": "*"}, r"exclude is '\*'.*none of the 2 images"),
         ({"include": "a,,b"}, "include is 'a,,b'"),
+        ({"exclude": 3}, "exclude is 3"),
+        ({"train_data_dir": ""}, "train_data_dir is ''"),
         ({"image_column": "photo"}, "image_column is 'photo'"),
         ({"dataset_name": "moons", "include": "x"}, "include is 'x'"),
     ],

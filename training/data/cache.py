@@ -166,6 +166,8 @@ def load_images(
         raise ValueError(f"num_workers is {num_workers!r}: give an integer of at least 0")
     colour = parse_colour(background)
     cache_dir = Path(cache_dir).expanduser()
+    if train_data_dir == "":  # as of a variable that is not set; a Path of it would be the working directory
+        raise ValueError("train_data_dir is '': give a folder of images")
     size = None
     if resolution is not None:
         from ddpm_pipeline.pixels import height_width  # imports torch, which a cache does not need

@@ -141,7 +141,7 @@ def image_folder(
 def _patterns(name: str, value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
-    patterns = value.split(",") if isinstance(value, str) else list(value)
+    patterns = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, Sequence) else [value]
     if not all(isinstance(pattern, str) and pattern.strip() for pattern in patterns):
         raise ValueError(f"{name} is {value!r}: give patterns such as cats/* or *_photo.png, separated by commas")
     return [pattern.strip().removeprefix("./").rstrip("/").lower() for pattern in patterns]
