@@ -77,6 +77,8 @@ def check_weights(weight: Any, num_images: int, several: bool) -> Tensor:
     """
     allowed = f"{num_images} numbers of at least 0 with sum 1, or lists of them" if several else "numbers from 0 to 1"
     try:
+        if np.array(weight).dtype.kind not in "iuf":  # numpy reads a text as a number
+            raise ValueError
         values = torch.as_tensor(np.array(weight, dtype=np.float64))
     except (TypeError, ValueError):
         raise ValueError(f"weight is {weight!r}: give {allowed}") from None

@@ -192,6 +192,7 @@ def test_a_network_without_sample_size_needs_height_and_width():
         ),
         (lambda p, x: p.fuse(x[0], x[1], fixed_point_iterations=-1), "fixed_point_iterations"),
         (lambda p, x: p.fuse(list(x), weight=[0.5, 0.6]), "2 numbers of at least 0 with sum 1"),
+        (lambda p, x: p.fuse(x[:1], x[1:], weight="0.5"), "weight is '0.5'"),
         (lambda p, x: p.fuse(list(x), weight=[0.5, 0.5], balance=True), "balance needs two images"),
         (lambda p, x: p.fuse(x[0], x[1], output_type="tensor"), "output_type is 'tensor'"),
         (lambda p, x: p.vary(x, 1.5), "strength is 1.5"),

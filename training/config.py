@@ -38,8 +38,9 @@ class Config:
             one without a slash is compared with each part of a path. Default: all images.
         exclude: patterns of the paths to leave out of train_data_dir; default: none.
         follow_links: follow symbolic links that lead out of train_data_dir.
-        split_folders: folders train, val, valid, validation and test at the top of train_data_dir are splits, and
-            folders of masks beside images are left out; false: each of them is a class.
+        split_folders: folders train, val, valid, validation and test at the top of train_data_dir, below its only
+            folder, or in each class are splits, and folders of masks beside images are left out; false: each of them is
+            a class.
         resolution: size of the training images in pixels, one side or HEIGHTxWIDTH; default: the most common size in
             the data.
         center_crop: resize an image of another size until it covers the target, then crop its centre; false: stretch it

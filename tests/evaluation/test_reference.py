@@ -94,6 +94,8 @@ def test_notes_in_the_description_of_the_data_are_not_compared():
     split.data.source = "40 images of folder wall; 3 unreadable"
     model = Model(None, "EMA", "", "", run_record(source="40 images of folder wall; an old note", num_images=40))
     assert was_trained_on(model, split)
+    split.data.source = "40 images of folder wall (12 other files ignored); 3 unreadable"  # no part of the data
+    assert was_trained_on(model, split)
     assert not was_trained_on(model._replace(record=run_record(source=split.data.source, num_images=38)), split)
     assert not was_trained_on(model._replace(record=run_record(source="40 images of folder w", num_images=40)), split)
     assert not was_trained_on(model._replace(record=None), split)

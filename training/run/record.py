@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,10 @@ class RunRecord:
 def data_set(source: str) -> str:
     """The part of a source that identifies the data set. Notes on its preparation follow the first ";".
 
-    Compare only this part: the wording of the notes changes between versions of this project.
+    Compare only this part: the wording of the notes changes between versions of this project. The number of files that
+    are no images does not belong to the data either.
     """
-    return source.partition(";")[0]
+    return re.sub(r" \(\d+ other files ignored\)", "", source.partition(";")[0])
 
 
 def bits_caveat(prediction_type: str, variance_type: str) -> str | None:
