@@ -180,7 +180,9 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
             with open(args.latents, "wb") as file:  # np.save appends .npy to the name l.NPY
                 np.save(file, latents.cpu().numpy())
-        x_0 = pipe(latents=latents, eta=0.0, output_type="latent", **common).images
+        # inversion does not clip: only sampling without clipping returns to the images
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
+        x_0 = pipe(latents=latents, eta=0.0, output_type="latent", **common).images.clamp(-1, 1)
     elif args.command == "fuse":
         strip = args.strip
         weights = [i / (strip - 1) for i in range(strip)] if strip else args.weight
@@ -227,10 +229,15 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
 def load_pipeline(args: argparse.Namespace) -> Any:
     import torch
+    from diffusers.utils.logging import disable_progress_bar
 
     from . import DDPMPipeline
 
+    has_terminal = sys.stderr.isatty()
+    if not has_terminal:  # a bar would fill a log file
+        disable_progress_bar()
     pipe = DDPMPipeline.from_pretrained(args.model, **({"revision": args.revision} if args.revision else {}))
+    pipe.set_progress_bar_config(disable=not has_terminal)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return pipe.to(args.device or accelerator)

@@ -10,6 +10,7 @@ distance-balanced weight is the one that gives a wanted ratio of distances to th
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -202,6 +203,26 @@ def is_double_exposure(images: Tensor, endpoints: Tensor, weights: Tensor) -> li
     return (between & (2 * to_mean < to_one_of_them)).tolist()
 
 
+def _warn_if_outside(images: Tensor, endpoints: Tensor) -> None:
+    """Warn of images on a latent path between two that are farther from both than these are from each other.
+
+    Noise is such an image, at a distance ratio of about one half.
+
+    Args:
+        images: K for each of P pairs, (P K, C, H, W).
+        endpoints: (P, 2, C, H, W).
+    """
+    a, b = endpoints.repeat_interleave(len(images) // len(endpoints), dim=0).unbind(1)
+    apart = squared_pixel_distance(a, b)
+    outside = (squared_pixel_distance(images, a) > apart) & (squared_pixel_distance(images, b) > apart) & (apart > 0)
+    if outside.any():
+        warnings.warn(
+            f"{int(outside.sum())} of {len(images)} images are farther from both endpoints than these are from each "
+            "other, so they are not between them: the model may be trained too little, or the steps too few",
+            stacklevel=5,
+        )
+
+
 def interpolate(
     image_at: ImageAt,
     endpoints: Tensor,
@@ -210,6 +231,7 @@ def interpolate(
     balance: bool = False,
     distance: Distance = squared_pixel_distance,
     tolerance: float = 0.005,
+    deterministic: bool = False,
 ) -> Interpolation:
     """K images for each of P sets of endpoints, at given weights or, with balance, at given distance ratios.
 
@@ -218,6 +240,7 @@ def interpolate(
         endpoints: (P, N, C, H, W).
         weights: (K, N), float64, on the CPU; with balance N is 2 and weights[:, 1] are the wanted ratios.
         tolerance: of the distance ratio, with balance.
+        deterministic: the path adds no noise, so its images should lie between two endpoints: if not, this warns.
     """
     num_sets, num_endpoints = endpoints.shape[:2]
     set_index = torch.arange(num_sets).repeat_interleave(len(weights))
@@ -236,6 +259,8 @@ def interpolate(
     else:
         images = image_at(set_index, weights)
     all_indices = torch.arange(len(weights))
+    if deterministic and num_endpoints == 2:
+        _warn_if_outside(images, endpoints)
     ratios = ratio_of(all_indices, images) if num_endpoints == 2 else None
     return Interpolation(images, weights, ratios, is_double_exposure(images, endpoints, weights))
 

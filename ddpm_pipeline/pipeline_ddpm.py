@@ -308,7 +308,10 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
                 return self._sample(prepare_sdedit(scheduler, denoiser, images, t, seeds=seeds, eta=eta))
 
             image_at = noise_path(image_to_image, endpoints, image_seeds(generator, seeds, len(endpoints)))
-        result = interpolate(image_at, endpoints, weights, balance=balance, distance=distance, tolerance=tolerance)
+        result = interpolate(
+            image_at, endpoints, weights, balance=balance, distance=distance, tolerance=tolerance,
+            deterministic=path == "latent",
+        )  # fmt: skip
         self.maybe_free_model_hooks()
         images, ratios = to_output(result.images, output_type), result.distance_ratios
         used_weights = (result.weights if several else result.weights[:, 1]).tolist()

@@ -24,6 +24,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
     NaN is black.
     """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        what = f"of shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise ValueError(f'images are {what}: give a tensor (B, C, H, W), as pipe(..., output_type="latent") has')
     visible = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
     return to_pixels(visible.nan_to_num(nan=-1.0).permute(0, 2, 3, 1))
 

@@ -1,11 +1,14 @@
 """`python -m ddpm_pipeline`: each command on files, compared with the methods that it calls."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_pipeline import DDPMPipeline, visualize
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
 from ddpm_pipeline.__main__ import main
+from ddpm_pipeline.pixels import from_pixels
 from tests.models import quiet, tiny_pipe
 
 STEPS = ["--num_inference_steps", "4", "--device", "cpu"]
@@ -91,6 +94,17 @@ def test_a_trajectory_as_an_animation(work, kind):
     with Image.open(work / f"trajectory.{kind}") as animation:
         assert animation.n_frames == 5  # 4 steps and the generated image
         assert animation.width == animation.height
+
+
+def test_invert_writes_the_image_whose_error_it_prints(work, pipe, capsys):
+    """Inversion does not clip x_0; sampling that clips, as that of a trained model, leads elsewhere."""
+    clipping = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=True, clip_sample_range=0.2)
+    DDPMPipeline(pipe.unet, clipping).save_pretrained(work / "clips")
+    argv = ["invert", work / "clips", work / "a.png", "--fixed_point_iterations", "3", "-o", work / "back.png", *STEPS]
+    assert main([*map(str, argv)]) == 0
+    error = float(re.search(r"inversion error ([\d.]+)", capsys.readouterr().out)[1])
+    images = [from_pixels(np.asarray(Image.open(work / name)).copy()) for name in ("a.png", "back.png")]
+    assert error < 0.01 and abs((images[0] - images[1]).square().mean().item() - error) < 1e-3
 
 
 def test_latents_are_written_to_the_file_that_is_named(work, pipe):

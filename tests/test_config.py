@@ -444,3 +444,16 @@ def test_resuming_with_the_folder_alone_takes_the_settings_of_its_run(tmp_path, 
         parse([f"--output_dir={tmp_path / 'new'}", "--resume_from_checkpoint", "latest"])
     printed = capsys.readouterr().err
     assert exit_.value.code == 2 and "new'" in printed and "no config.yaml" in printed and printed.count("\n") == 1
+
+
+def test_a_run_on_other_data_is_not_replaced_by_the_moons(tmp_path, capsys):
+    """Only --output_dir, without data: what a user types who wants to go on."""
+    arguments = ["--output_dir", str(tmp_path), "--max_train_steps", "2"]
+    assert parse(arguments).dataset_name == "moons"
+    (tmp_path / "config.yaml").write_text("dataset_name: moons\n")
+    assert parse(arguments).dataset_name == "moons"
+    (tmp_path / "config.yaml").write_text("dataset_name: null\ntrain_data_dir: cats\n")
+    with pytest.raises(SystemExit) as exit_info:
+        parse(arguments)
+    assert exit_info.value.code == 2 and "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert parse([*arguments, "--dataset_name", "moons"]).dataset_name == "moons"

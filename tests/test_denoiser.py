@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.images import record_background
 from tests.models import tiny_pipe, tiny_unet
 from training.denoiser import PRESETS, choose_attention, find_preset, load_initial_weights, make_denoiser
 
@@ -167,6 +168,9 @@ def test_initial_weights_of_a_saved_model(saved):
     assert lines == [f"initial weights: {saved}"]
     load_initial_weights(saved, unet, DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"), lines.append)
     assert "another noise schedule" in lines[1]
+    record_background(unet, "black")
+    load_initial_weights(saved, unet, DDPMScheduler(20), lines.append)
+    assert "was trained with the background white, but now it is black" in lines[3]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Interpolation: spherical means, distance-balanced weights, and `fuse` against closed forms of Gaussian data."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from ddpm_pipeline import pipeline_ddpm
 from ddpm_pipeline.images import squared_pixel_distance
 from ddpm_pipeline.interpolation import MAX_BISECTIONS, bisect_weights, is_double_exposure, spherical_mean
 from ddpm_pipeline.moons import render
@@ -188,3 +190,20 @@ def test_fuse_says_which_images_are_double_exposures():
     fused = pipe.fuse(a, b, [0, 0.5, 1], num_inference_steps=20)
     assert len(fused.double_exposures) == 3 and not fused.double_exposures[0] and not fused.double_exposures[2]
     assert len(pipe.fuse(a, b, num_inference_steps=5, return_dict=False)) == 4
+
+
+def test_noise_is_not_between_two_moons(monkeypatch):
+    """Its distance ratio is about one half, as that of an image in the middle would be."""
+    half, full, between = render([math.pi / 2, math.pi, 0.75 * math.pi], 8).split(1)
+    noise = torch.randn(half.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+    def fuse(image):
+        monkeypatch.setattr(pipeline_ddpm, "latent_path", lambda *args: lambda index, weights: image)
+        return tiny_pipe().fuse(half, full, num_inference_steps=2)
+
+    with pytest.warns(UserWarning, match="1 of 1 images are farther from both endpoints"):
+        assert fuse(noise).distance_ratios[0] == pytest.approx(0.5, abs=0.1)
+    for image in (half, full, between, (half + full) / 2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fuse(image)

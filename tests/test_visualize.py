@@ -112,3 +112,10 @@ def test_invalid_trajectories_and_files(tmp_path):
         animate(steps, tmp_path / "trajectory.png")
     with pytest.raises(ValueError, match="steps is empty"):
         animate([], tmp_path / "trajectory.gif")
+
+
+@pytest.mark.parametrize("images", [[Image.new("L", (4, 4))], torch.zeros(1, 4, 4), np.zeros((2, 1, 4, 4))])
+def test_images_of_another_kind_are_named(images):
+    """Such as what pipe(...).images is by default."""
+    with pytest.raises(ValueError, match=r"give a tensor \(B, C, H, W\)"):
+        grid(images)

@@ -309,9 +309,14 @@ def _settings_of_resumed_run(arguments: list[str]) -> list[str]:
     which, output_dir = given.get("--resume_from_checkpoint", "null"), given.get("--output_dir")
     if which not in ("null", "latest", "auto") and output_dir is None and Path(which).name != which:
         output_dir = str(Path(which).parent)
+    file = Path(output_dir or "").expanduser() / "config.yaml"  # the run may have been moved since it was written
+    if which == "null" and output_dir is not None and _is_of_other_data(file):
+        message = "continue it with --resume_from_checkpoint latest, or name the data of a new run"
+        print(f"{Path(sys.argv[0]).name}: output_dir is {output_dir!r}, which has a run on other data than the moons: "
+              f"{message}", file=sys.stderr)  # fmt: skip
+        raise SystemExit(2)
     if which == "null" or output_dir is None:
         return []
-    file = Path(output_dir).expanduser() / "config.yaml"  # the run may have been moved since it was written
     if file.is_file():
         return ["--config", str(file), "--output_dir", output_dir]
     if which == "auto":
@@ -322,3 +327,14 @@ def _settings_of_resumed_run(arguments: list[str]) -> list[str]:
         file=sys.stderr,
     )
     raise SystemExit(2)
+
+
+def _is_of_other_data(file: Path) -> bool:
+    """Whether a config.yaml is that of a run on other data than the moons, which are trained on if none is named."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or it is not of a run
+        return False
+    return isinstance(settings, dict) and settings.get("dataset_name") != "moons"

@@ -107,7 +107,7 @@ def check_size(name: str, height: int, width: int) -> None:
             )
 
 
-def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, log: Callable[[str], object]) -> None:
+def load_initial_weights(name: str, unet: UNet2DModel, scheduler: DDPMScheduler, log: Callable[[str], object]) -> None:
     """Copy the weights of a saved or published model into `unet`.
 
     Args:
@@ -120,6 +120,8 @@ def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, l
             `unet` is unchanged.
     """
     from ddpm_pipeline import DDPMPipeline
+    from ddpm_pipeline.decode import parse_colour
+    from ddpm_pipeline.images import background_of
 
     try:
         pipe = DDPMPipeline.from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name)
@@ -144,6 +146,11 @@ def load_initial_weights(name: str, unet: nn.Module, scheduler: DDPMScheduler, l
             )
     if not pipe.scheduler.alphas_cumprod.allclose(scheduler.alphas_cumprod):
         log(f"WARNING: {name} was trained with another noise schedule than this ddpm_beta_schedule")
+    if parse_colour(background_of(pipe.unet)) != parse_colour(background_of(unet)):
+        log(
+            f"WARNING: {name} was trained with the background {background_of(pipe.unet)}, but now it is "
+            f"{background_of(unet)} (--background)"
+        )
     unet.load_state_dict(weights)
     log(f"initial weights: {name}")
 

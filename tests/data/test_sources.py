@@ -60,6 +60,10 @@ def test_empty_and_missing_folders_are_errors(folder, load, tmp_path):
         load(train_data_dir=tmp_path / "gone")
     with pytest.raises(ValueError, match=r"photos.*no parquet file.*train_data_dir"):
         load(dataset_name=str(folder))
+    (folder / "data").mkdir()
+    (folder / "data" / "train.parquet").touch()
+    with pytest.raises(ValueError, match=r"photos.*has parquet files: give it as dataset_name"):
+        load()
 
 
 # ---- Parquet files and the Hub ---------------------------------------------------------------------------------------

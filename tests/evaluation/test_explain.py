@@ -3,11 +3,13 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ddpm_pipeline.moons import render
 from training.evaluation import moons
+from training.evaluation.evaluator import weak_classifier
 from training.evaluation.explain import MEANINGS, in_short, meanings
 from training.evaluation.measures import Measurement
 
@@ -51,6 +53,25 @@ def test_every_measure_of_a_report_is_explained(first_report, run):
     text = (run / "report.md").read_text()
     assert all(MEANINGS[measure] in text for measure in measures)
     assert "**In short:** The samples are" in text  # of an untrained network, far from real images
+
+
+@pytest.mark.parametrize(
+    ("labels", "accuracy", "is_weak"),
+    [
+        (np.arange(60) % 2, 0.33, True),  # worse than a coin
+        (np.arange(60) % 2, 0.9, False),
+        (None, 0.3, True),  # of four rotations
+        (None, 0.6, False),
+        (np.arange(60) % 10, 0.5, False),
+        (None, None, False),  # no classifier
+    ],
+)
+def test_a_classifier_that_guesses_is_a_warning(labels, accuracy, is_weak):
+    real = SimpleNamespace(split=SimpleNamespace(train_labels=lambda: labels))
+    warning = weak_classifier(SimpleNamespace(accuracy=accuracy, name="classifier"), real)
+    assert (warning is not None) == is_weak
+    if is_weak:
+        assert f"right for {accuracy:.0%} of new images" in warning
 
 
 @pytest.mark.parametrize("is_weak", [True, False])

@@ -85,6 +85,8 @@ def image_folder(
     listing = list_images(root, cache_dir, wanted, follow_links, split_folders)
     listed = listing.files
     if not listed:
+        if next(root.rglob("*.parquet"), None):
+            raise ValueError(f"{where}: this folder has parquet files: give it as dataset_name")
         left_out = "".join(f"; {reason}: {some(folders)}" for reason, folders in listing.left_out.items())
         raise ValueError(
             f"{where}: give a folder with images; their names end in {' '.join(sorted(SUFFIXES))}{left_out}"

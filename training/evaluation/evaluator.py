@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_pipeline.features import Extractor, make_extractor
 from training.evaluation import measures, report
 from training.evaluation.config import EvalConfig
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
 from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
 from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
+from training.progress import quiet_libraries
 from training.run.record import bits_caveat, precision_name
 from training.run.runtime import Runtime, commit, device_name, versions
 
@@ -26,6 +29,7 @@ class Evaluator:
         self.config = config
         self.started = time.monotonic()
         self.runtime = Runtime(config.mixed_precision, config.cpu_threads)
+        quiet_libraries()
         self.precision = precision_name(self.runtime.mixed_precision)
         # rank 0 downloads for all
         self.models = self.runtime.in_turn(lambda: load_models(config.model, config.weights, config.revision))
@@ -93,7 +97,9 @@ class Evaluator:
                 for which in self.config.extractor
             ]
 
-        return self.runtime.in_turn(make_all)  # rank 0 trains the classifier for all
+        extractors = self.runtime.in_turn(make_all)  # rank 0 trains the classifier for all
+        self.warnings += [weak for extractor in extractors if (weak := weak_classifier(extractor, real))]
+        return extractors
 
     def measure_samples(self, real: RealImages, extractors: list[Extractor]) -> list[Measurement]:
         """Draw the missing samples and compare them with the real images. Ranks above 0 return [].
@@ -216,6 +222,20 @@ class Evaluator:
             self.runtime.print(f"WARNING: {warning}.")
         names = f"{self.output_dir / 'report.json'} and {self.output_dir / 'report.md'}"
         self.runtime.print(f"\nThe report: {names}; its plots: {self.folder}.")
+
+
+def weak_classifier(extractor: Extractor, real: RealImages) -> str | None:
+    """A warning about a classifier that tells its classes apart hardly better than chance; None if it does."""
+    if extractor.accuracy is None:
+        return None
+    labels = real.split.train_labels()
+    chance = 1 / (4 if labels is None else len(np.unique(labels)))  # without labels: four rotations
+    if extractor.accuracy > chance + 0.25 * (1 - chance):
+        return None
+    return (
+        f"the {extractor.name} is right for {extractor.accuracy:.0%} of new images, where chance gives {chance:.0%}: "
+        "its features, and distances in them, mean little. Use --extractor pixels or a network of your own"
+    )
 
 
 def check_fits_model(config: EvalConfig, model: Model) -> None:
