@@ -14,20 +14,8 @@ from training.data.content import Stat, hash_content, stat_of
 from training.data.sources import Records, Source
 from training.messages import some
 
-SUFFIXES: tuple[str, ...] = (
-    ".png",
-    ".apng",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".webp",
-    ".avif",
-    ".gif",
-    ".bmp",
-    ".tif",
-)
-SUFFIXES += (".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")
+SUFFIXES: tuple[str, ...] = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp")
+SUFFIXES += (".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")
 
 # Names of folders, in lower case.
 SPLIT = re.compile(
