@@ -300,7 +300,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 def _settings_of_resumed_run(arguments: list[str]) -> list[str]:
     """`--config runs/mine/config.yaml` if the run in this folder is to be resumed; else nothing.
 
-    A folder without config.yaml prints one line and exits with code 2, except with "auto", which may begin a new run.
+    A folder without config.yaml prints one line and exits with code 2, except with "auto", which may begin a new run;
+    and so does one that has a run on other data, if it is not to be resumed.
     """
     given: dict[str, str] = {}
     for argument, following in zip(arguments, [*arguments[1:], ""]):
@@ -310,22 +311,20 @@ def _settings_of_resumed_run(arguments: list[str]) -> list[str]:
     if which not in ("null", "latest", "auto") and output_dir is None and Path(which).name != which:
         output_dir = str(Path(which).parent)
     file = Path(output_dir or "").expanduser() / "config.yaml"  # the run may have been moved since it was written
-    if which == "null" and output_dir is not None and _is_of_other_data(file):
-        message = "continue it with --resume_from_checkpoint latest, or name the data of a new run"
-        print(f"{Path(sys.argv[0]).name}: output_dir is {output_dir!r}, which has a run on other data than the moons: "
-              f"{message}", file=sys.stderr)  # fmt: skip
-        raise SystemExit(2)
-    if which == "null" or output_dir is None:
+    if output_dir is None:
         return []
-    if file.is_file():
+    if which == "null":
+        if not _is_of_other_data(file):
+            return []
+        problem = "a run on other data than the moons: continue it with --resume_from_checkpoint latest, or name the "
+        problem += "data of a new run"
+    elif file.is_file():
         return ["--config", str(file), "--output_dir", output_dir]
-    if which == "auto":
+    elif which == "auto":
         return []
-    print(
-        f"{Path(sys.argv[0]).name}: output_dir is {output_dir!r}, which has no config.yaml: give --config, or the data "
-        "set of the run to resume",
-        file=sys.stderr,
-    )
+    else:
+        problem = "no config.yaml: give --config, or the data set of the run to resume"
+    print(f"{Path(sys.argv[0]).name}: output_dir is {output_dir!r}, which has {problem}", file=sys.stderr)
     raise SystemExit(2)
 
 

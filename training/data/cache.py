@@ -70,9 +70,7 @@ class ImageSet:
         with open(self.names_file, encoding="ascii") as lines:
             records = [json.loads(line) for line in lines]
         labels = [label[0] if label else name.rpartition("/")[0].split("/")[0] for name, *label in records]
-        distinct = sorted(
-            set(labels), key=lambda label: (label is None, isinstance(label, str), label or (label == "" and label))
-        )
+        distinct = sorted(set(labels), key=lambda label: (label is None, isinstance(label, str), label))
         if len(distinct) < 2:
             return None
         numbers = {label: i for i, label in enumerate(distinct)}
@@ -179,19 +177,10 @@ def load_images(
         )
     if image_column is not None and dataset_name in (None, "moons"):
         raise ValueError(f"image_column is {image_column!r}: it is for a data set with columns, leave it out")
-    source: Source | Moons
-    if train_data_dir is not None and dataset_name is None and isinstance(split, str) and not dataset_config_name:
-        source = image_folder(
-            Path(train_data_dir).expanduser(),
-            cache_dir,
-            split,
-            include=include,
-            exclude=exclude,
-            follow_links=follow_links,
-            split_folders=split_folders,
-        )
-    else:
-        source = _find_source(dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column)
+    source = _find_source(
+        dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column,
+        include=include, exclude=exclude, follow_links=follow_links, split_folders=split_folders,
+    )  # fmt: skip
     size = source.size if isinstance(source, Moons) else size
     settings = DecodeSettings(size, bool(center_crop), colour, on_bad_image, min_side)
 
@@ -237,6 +226,7 @@ def _find_source(
     size: tuple[int, int] | None,
     cache_dir: Path,
     image_column: str | None,
+    **folder_options: Any,
 ) -> Source | Moons:
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(f"dataset_name is {dataset_name!r} and train_data_dir is {train_data_dir!r}: give one of them")
@@ -248,6 +238,8 @@ def _find_source(
     if config:
         kind = "the moons" if train_data_dir is None else "a folder of images"
         raise ValueError(f"dataset_config_name is {config!r}: {kind} has no configurations, leave it out")
+    if train_data_dir is not None:
+        return image_folder(Path(train_data_dir).expanduser(), cache_dir, split, **folder_options)
     if split not in NUM_MOONS:
         raise ValueError(f"split is {split!r}: give {' or '.join(NUM_MOONS)}, the moons have no other split")
     return Moons(split, size or MOON_SIZE)

@@ -138,7 +138,8 @@ def _acquire(path: Path, wait: float = 0) -> BaseFileLock | None:
     """A lock that ends with the process that holds it; None if another holds it, or there are no locks here."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path, timeout=wait)
+    # As for the lock of a run, never a SoftFileLock: its file outlives a killed process.
+    lock = FileLock(path, timeout=wait, fallback_to_soft=False)
     try:
         lock.acquire()
     except (Timeout, NotImplementedError):

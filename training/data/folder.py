@@ -91,10 +91,8 @@ def image_folder(
     if patterns := wanted + unwanted:
         everything = [*(name for name, _ in listed), *(name for names in listing.left_out.values() for name in names)]
         unused = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in everything)]
-    else:
-        unused = []
-    if unused:
-        notes.append(f"no image matches the pattern {some(unused)}")
+        if unused:
+            notes.append(f"no image matches the pattern {some(unused)}")
     if len(files) < len(listed):
         notes.append(f"{len(listed) - len(files)} left out by include and exclude")
 
@@ -142,11 +140,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     parts = name.lower().split("/")
     paths = ["/".join(parts[: i + 1]) for i in range(len(parts))]
     return any(
-        any(
-            fnmatch.fnmatchcase(text, pattern)
-            for text in ([paths[-1], *paths] if "/" in pattern else [*parts, paths[-1]])
-        )
+        fnmatch.fnmatchcase(text, pattern)
         for pattern in patterns
+        for text in (paths if "/" in pattern else [*parts, paths[-1]])
     )
 
 
@@ -315,7 +311,6 @@ def _is_inside(path: str, folder: str) -> bool:
 
 def _is_in_own_repository(link: str, target: str) -> bool:
     """Whether a link in REPOSITORY/snapshots/COMMIT/ leads to REPOSITORY/blobs/, as in the cache of the Hub."""
-    parents = Path(os.path.realpath(os.path.dirname(link))).parents
     place = Path(os.path.realpath(os.path.dirname(link)))
-    repositories = [folder.parent for folder in [place, *parents] if folder.name == "snapshots"]
+    repositories = [folder.parent for folder in (place, *place.parents) if folder.name == "snapshots"]
     return any(_is_inside(target, str(repository / "blobs")) for repository in repositories)

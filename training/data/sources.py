@@ -74,10 +74,10 @@ def hub_dataset(
         content: str | None = hash_content(local, files, index_dir)
     else:
         content = revision = _commit(name, index_dir)
-    description = f"data set {local.resolve().name if local.is_dir() else name}"
+    known_as = local.resolve().name if local.is_dir() else name
+    description = f"data set {known_as}"
     description += f", config {config}" if config else ""
     description += f", column {image_column}" if image_column else ""
-    known_as = local.resolve().name if local.is_dir() else name
     return Source(
         ["dataset", known_as, content, config, split, image_column],
         f"{description}, split {split}",

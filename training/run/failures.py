@@ -58,11 +58,10 @@ def check_same_run(
     compared = [(name, manifest["config"].get(name, getattr(config, name)), getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
-    if digest_before is None or data_digest is None:
+    if digest_before is None or data_digest is None or digest_before != data_digest:
         compared.append(("data set", data_set(manifest["source"]), data_set(source)))
-    elif digest_before != data_digest:
-        compared.append(("data set", data_set(manifest["source"]), data_set(source)))
-        compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
+        if digest_before is not None and data_digest is not None:  # a data set may have the same name
+            compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
     for name, before, now in compared:
         if _meaning(name, before) != _meaning(name, now):
             raise CheckpointError(
