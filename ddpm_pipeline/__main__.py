@@ -204,15 +204,14 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         x_0 = fused.images
     elif args.command == "inpaint":
         x_0 = pipe.inpaint(
-            images * len(seeds), args.mask, jump_length=args.jump_length, resamples=args.resamples,
+            images, args.mask, jump_length=args.jump_length, resamples=args.resamples,
             **common, **sampling,
         ).images  # fmt: skip
     elif args.command == "vary":
-        x_0 = pipe.vary(images * len(seeds), args.strength, **common, **sampling).images
+        x_0 = pipe.vary(images, args.strength, **common, **sampling).images
     else:
         del sampling["output_type"]
-        image = None if args.image is None else [args.image] * len(seeds)
-        trajectory = list(pipe.trajectory(image=image, **common, **sampling))
+        trajectory = list(pipe.trajectory(image=args.image, **common, **sampling))
         if args.output.suffix.lower() in visualize.ANIMATED:
             visualize.animate(trajectory, args.output)
         else:

@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 
 from .betas import MAX_TRAIN_TIMESTEPS
-from .scheduling_ddpm import OLD_FIELDS, DDPMScheduler, check_int, known_fields
+from .scheduling_ddpm import OLD_FIELDS, DDPMScheduler, check_int, fields_without_effect, known_fields
 
 MAX_JSON_BYTES = 10 * 2**20  # a configuration has a few thousand; the longest trained_betas have 3 million
 MAX_SIDE, MAX_CHANNELS, MAX_BLOCKS, MAX_LAYERS = 2**16, 2**16, 16, 64  # far above any trained U-Net
@@ -237,11 +237,6 @@ def _check_fields(file: Path, config: Mapping[str, Any], known: set[str]) -> Non
         raise ValueError(
             f"{file} has the field {_quoted(unknown[0])}, which diffusers {diffusers.__version__} does not know{origin}"
         )
-
-
-def fields_without_effect(config: Mapping[str, Any], known: Collection[str]) -> set[str]:
-    """Fields that diffusers does not know and that change nothing: without a value, or of 2022."""
-    return {name for name, value in config.items() if name not in known and (value is None or name == "tensor_format")}
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import diffusers
 
-from .loading import WEIGHTS, fields_without_effect, read_json, variant_tag, weight_files, weight_index
-from .scheduling_ddpm import DDPMScheduler, known_fields
+from .loading import WEIGHTS, read_json, variant_tag, weight_files, weight_index
+from .scheduling_ddpm import DDPMScheduler, fields_without_effect, known_fields
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (

@@ -16,7 +16,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -792,15 +792,17 @@ def known_fields(kind: Any) -> set[str]:
     return {name for each in (kind, *compatible) for name in inspect.signature(each.__init__).parameters}
 
 
+def fields_without_effect(config: Mapping[str, Any], known: Collection[str]) -> set[str]:
+    """Fields that diffusers does not know and that change nothing: without a value, or of 2022."""
+    return {name for name, value in config.items() if name not in known and (value is None or name == "tensor_format")}
+
+
 def _without_old_fields(config: dict[str, Any], known: set[str]) -> dict[str, Any]:
     """A configuration with the current fields instead of those of 2022, and without unknown ones that have no value."""
     if config.get("timestep_values") is not None:
         raise ValueError(f"timestep_values is {config['timestep_values']!r}: give null, and use set_timesteps")
-    kept = {
-        name: value
-        for name, value in config.items()
-        if name not in OLD_FIELDS and (value is not None or name in known or name.startswith("_"))
-    }
+    dropped = OLD_FIELDS | fields_without_effect(config, known)
+    kept = {name: value for name, value in config.items() if name not in dropped or name.startswith("_")}
     predict_epsilon = config.get("predict_epsilon")
     if predict_epsilon is not None:
         if not isinstance(predict_epsilon, bool):

@@ -1,5 +1,6 @@
 """What all tests share. The environment is set before anything imports torch or huggingface_hub, which read it once."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -19,3 +20,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data sets are not here: no folder ../shared/data beside the project")
     return folder
+
+
+@pytest.fixture
+def diffusers_log(caplog):
+    """Records of diffusers' logger, which does not propagate."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -1,7 +1,6 @@
 """The colour behind transparent pixels belongs to the model: saved, loaded and published with it, and used."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ WAYS = {
         folder, custom_pipeline="pipeline", trust_remote_code=True
     ),
 }
-
-
-@pytest.fixture
-def diffusers_log(caplog):
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("way", WAYS)

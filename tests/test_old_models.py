@@ -2,7 +2,6 @@
 2022, and a network without a size."""
 
 import json
-import logging
 import shutil
 import warnings
 
@@ -21,15 +20,6 @@ WEIGHTS = "diffusion_pytorch_model"
 
 def images_of(pipe):
     return quiet(pipe)(2, torch.Generator().manual_seed(0), 20, "np").images
-
-
-@pytest.fixture
-def diffusers_log(caplog):
-    """Records of diffusers' logger, which does not propagate."""
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------

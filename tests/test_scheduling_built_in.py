@@ -1,7 +1,6 @@
 """The scheduler against diffusers' schedulers, where those are right, and as one of them: configuration and loading."""
 
 import copy
-import logging
 import pickle
 import warnings
 
@@ -145,15 +144,6 @@ def test_starting_in_the_middle_of_the_schedule_warns():
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def diffusers_log(caplog):
-    """Records of diffusers' logger, which does not propagate."""
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("other", [BuiltInDDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
