@@ -1,0 +1,66 @@
+"""FAST U-NET: the blocks of diffusers' UNet2DModel computed with fewer passes over memory.
+
+`speed_up` gives the layers of a network other classes, with the same weights and the same results up to rounding. What
+is saved is the plain UNet2DModel: neither weights nor configuration know of it.
+"""
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from .attention import ChunkedAttnProcessor
+from .group_norm import group_norm, kernel
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """GroupNorm in one pass, see group_norm.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self, silu=False)
+
+
+class FastResnetBlock2D(ResnetBlock2D):
+    """The residual block of DDPM's U-net (appendix B), with GroupNorm and SiLU in one pass.
+
+    For blocks without up- or downsampling of their own, and with a time embedding that is added.
+    """
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: object, **kwargs: object) -> Tensor:
+        hidden_states = self.conv1(group_norm(input_tensor, self.norm1, silu=True))
+        if self.time_emb_proj is not None:
+            embedding = temb if self.skip_time_act else nn.functional.silu(temb)
+            hidden_states = hidden_states + self.time_emb_proj(embedding)[:, :, None, None]
+        hidden_states = self.conv2(self.dropout(group_norm(hidden_states, self.norm2, silu=True)))
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        output = shortcut + hidden_states
+        return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def speed_up(network: nn.Module) -> None:
+    """Replace what the layers of a network compute with; a second call changes nothing.
+
+    Layers of other kinds, classes derived from diffusers', and attention processors that a user has set stay.
+    """
+    for module in network.modules():
+        if type(module) is ResnetBlock2D and _is_plain(module):
+            module.__class__ = FastResnetBlock2D
+        elif type(module) is nn.GroupNorm:
+            module.__class__ = FastGroupNorm
+        elif isinstance(module, Attention) and type(module.processor) in (AttnProcessor, AttnProcessor2_0):
+            module.set_processor(ChunkedAttnProcessor())  # type: ignore[arg-type]  # annotated for diffusers' own classes
+
+
+def best_format(x: Tensor) -> torch.memory_format:
+    """The memory format in which such images, the input of the network, go through it fastest."""
+    computes_fast = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and x.ndim == 4
+    return torch.channels_last if computes_fast and kernel() is not None else torch.contiguous_format
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    return (
+        block.time_embedding_norm == "default"
+        and block.upsample is None
+        and block.downsample is None
+        and isinstance(block.nonlinearity, nn.SiLU)
+    )

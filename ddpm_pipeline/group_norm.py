@@ -1,0 +1,101 @@
+"""GROUP NORM: and the SiLU after it, in one pass over channels-last images on a CPU.
+
+Convolutions on a CPU are fastest on channels-last images, but there torch's GroupNorm is slow, its backward pass five
+times as slow as on contiguous ones. So this one operation has loops of its own: group_norm.c, see kernels.py. Where
+they cannot be had, and for all other tensors, torch computes the same, up to rounding.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
+    """GroupNorm (Wu and He 2018), then SiLU if `silu`: mean and variance are float32, whatever the dtype of x.
+
+    Args:
+        x: (B, C, H, W).
+        norm: the layer with weight and bias.
+    Returns:
+        (B, C, H, W) in the dtype of x.
+    """
+    if norm.weight is not None and norm.bias is not None and has_kernel(x):
+        y: Tensor = _GroupNorm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
+        return y
+    return _by_torch(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether GroupNorm of these images is a single pass here."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and x.ndim == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.compiler.is_compiling()
+        and kernel() is not None
+    )
+
+
+def kernel() -> Any:
+    """The functions of group_norm.c, or None: also where this file is remote code and the package is not installed."""
+    try:
+        from ddpm_pipeline.kernels import group_norm_kernel
+    except ImportError:
+        return None
+    return group_norm_kernel()
+
+
+def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> Tensor:
+    if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype != torch.float32:
+        # Autocast would read and write the images as float32; inside, torch sums in float32 anyway.
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
+            y = functional.group_norm(x, groups, weight, bias, eps)
+    else:
+        y = functional.group_norm(x, groups, weight, bias, eps)
+    return functional.silu(y) if silu else y
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        images, channels, height, width = x.shape
+        library = kernel()
+        shape = library.Shape(images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16)
+        y = torch.empty_like(x)
+        mean, rstd = x.new_empty(2, images, groups, dtype=torch.float32)
+        sums = _workspace(library, shape)
+        library.group_norm_forward(shape, *map(_address, (x, y, weight, bias, mean, rstd, sums)))
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.shape, ctx.options = shape, (groups, eps, silu)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted, which the kernel has not
+            needed = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+            y = _by_torch(x, weight, bias, *ctx.options)
+            gradients = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
+            return *(next(gradients) if t.requires_grad else None for t in (x, weight, bias)), None, None, None
+        shape, library = ctx.shape, kernel()
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x)
+        dweight, dbias = mean.new_empty(2, shape.images, shape.channels)
+        slope, offset = mean.new_empty(2, shape.images, shape.groups)
+        sums = _workspace(library, shape)
+        tensors = (dy, x, dx, weight, bias, mean, rstd, dweight, dbias, slope, offset, sums)
+        library.group_norm_backward(shape, *map(_address, tensors))
+        return dx, dweight.sum(0), dbias.sum(0), None, None, None
+
+
+def _workspace(library: Any, shape: Any) -> Tensor:
+    return torch.empty(shape.images, library.group_norm_segments(shape.pixels), 2, shape.channels)
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,170 @@
+"""The faster layers of the U-net: the same function, gradients and saved folder as diffusers' own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d import UNet2DModel
+
+from ddpm_pipeline import fast_unet
+from ddpm_pipeline.attention import CHUNK, ChunkedAttnProcessor, chunked_attention
+from ddpm_pipeline.fast_unet import FastGroupNorm, FastResnetBlock2D, best_format, speed_up
+from training.denoiser import PRESETS, make_denoiser
+
+UNUSUAL = {
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "resnet_downsampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "skip_blocks": {
+        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    },
+    "relu": {"act_fn": "relu"},
+    "classes": {"num_class_embeds": 4},
+    "output_scale_factor": {"mid_block_scale_factor": 2**0.5},
+}
+
+
+def unusual(name: str) -> UNet2DModel:
+    usual = {
+        "sample_size": 8, "block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return UNet2DModel(**usual | UNUSUAL[name])
+
+
+def predictions_and_gradients(model, x, t, **options):
+    prediction = model(x, t, return_dict=False, **options)[0]
+    model.zero_grad()
+    prediction.float().square().mean().backward()
+    return prediction.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *UNUSUAL])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_same_function_and_gradients(name, memory_format):
+    torch.manual_seed(0)
+    model = make_denoiser(name, height=16, width=16, in_channels=3, dropout=0) if name in PRESETS else unusual(name)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 700])
+    options = {"class_labels": torch.tensor([0, 3])} if name == "classes" else {}
+    expected, expected_gradient = predictions_and_gradients(model, x, t, **options)
+    speed_up(model)
+    x = x.contiguous(memory_format=memory_format)
+    found, gradient = predictions_and_gradients(model, x, t, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert (gradient - expected_gradient).norm() < 1e-4 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name):
+    """A layer that falls back would only cost time, so nothing else would notice it."""
+    model = make_denoiser(name, height=16, width=16, in_channels=3)
+    speed_up(model)
+    types = {type(module).__name__ for module in model.modules()}
+    assert {"FastResnetBlock2D", "FastGroupNorm"} <= types and not {"ResnetBlock2D", "GroupNorm"} & types
+    formats = []
+    for module in model.modules():
+        if isinstance(module, (FastResnetBlock2D, FastGroupNorm, Attention)):
+            module.register_forward_hook(
+                lambda module, inputs, output: formats.append(
+                    output.is_contiguous(memory_format=torch.channels_last)
+                    and inputs[0].is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+    with torch.no_grad():
+        model(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5)
+    assert len(formats) > 20 and all(formats)
+
+
+def test_layers_of_other_classes_and_processors_of_the_user_stay():
+    class OwnProcessor(AttnProcessor2_0):
+        pass
+
+    model, own = make_denoiser("tiny", height=8, width=8, in_channels=1), OwnProcessor()
+    first = next(module for module in model.modules() if isinstance(module, Attention))
+    first.set_processor(own)
+    speed_up(model)
+    speed_up(model)
+    assert first.processor is own
+    others = [module.processor for module in model.modules() if isinstance(module, Attention) and module is not first]
+    assert others and all(type(processor) is ChunkedAttnProcessor for processor in others)
+
+
+def test_a_fast_network_is_saved_copied_and_pickled_as_before(tmp_path):
+    torch.manual_seed(0)
+    plain = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    plain.save_pretrained(str(tmp_path / "plain"))
+    fast.save_pretrained(str(tmp_path / "fast"))
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "fast" / file.name).read_bytes()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = fast(x, 3, return_dict=False)[0]
+        for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert torch.equal(other(x, 3, return_dict=False)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize(("heads", "tokens", "d"), [(3, 40, 8), (1, 9, 16), (5, 64, 1)])
+@pytest.mark.parametrize("chunk", [CHUNK, 5000, 1])
+def test_attention_in_chunks_equals_its_definition(monkeypatch, chunk, heads, tokens, d, dtype, tolerance):
+    monkeypatch.setattr("ddpm_pipeline.attention.CHUNK", chunk)
+    torch.manual_seed(0)
+    q, k, v, dmixed = (torch.randn(2, heads, tokens, d, dtype=dtype) for _ in range(4))
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    mixed = chunked_attention(*inputs)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = torch.softmax(exact[0] @ exact[1].mT / d**0.5, dim=-1) @ exact[2]
+    pairs = [(mixed, expected)]
+    pairs += zip(torch.autograd.grad(mixed, inputs, dmixed), torch.autograd.grad(expected, exact, dmixed.double()))
+    for value, truth in pairs:
+        assert value.dtype == dtype and value.shape == truth.shape
+        assert (value.double() - truth).norm() <= tolerance * max(1.0, float(truth.norm()))
+
+
+def test_attention_in_chunks_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradgradcheck(chunked_attention, inputs)
+
+
+def test_attention_in_chunks_keeps_no_scores():
+    """Memory grows with the pixels: what is saved for the backward pass are q, k and v alone."""
+    saved: list[int] = []
+    q, k, v = (torch.randn(2, 4, 512, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        chunked_attention(q, k, v)
+    assert max(saved) == q.numel()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "in_chunks"),
+    [("auto", torch.bfloat16, True), ("auto", torch.float32, False), ("chunks", torch.float32, True),
+     ("fused", torch.bfloat16, False)],
+)  # fmt: skip
+def test_which_implementation_of_attention_runs(monkeypatch, implementation, dtype, in_chunks):
+    called = []
+    monkeypatch.setattr(
+        "ddpm_pipeline.attention.chunked_attention", lambda *qkv: called.append(1) or chunked_attention(*qkv)
+    )
+    layer = Attention(16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True, bias=True).to(dtype)
+    layer.set_processor(ChunkedAttnProcessor(implementation))
+    x = torch.randn(2, 16, 4, 4, dtype=dtype)
+    found = layer(x)
+    layer.set_processor(AttnProcessor())
+    torch.testing.assert_close(found, layer(x), rtol=2e-2, atol=2e-2)
+    assert bool(called) == in_chunks
+
+
+def test_best_format_where_there_is_no_kernel(monkeypatch):
+    x = torch.randn(2, 3, 8, 8)
+    monkeypatch.setattr(fast_unet, "kernel", lambda: None)
+    assert best_format(x) == torch.contiguous_format
+    monkeypatch.setattr(fast_unet, "kernel", lambda: object())
+    assert best_format(x) == torch.channels_last
+    assert best_format(x.double()) == torch.contiguous_format

@@ -1,0 +1,179 @@
+"""GroupNorm and SiLU in one pass: against torch in float64, closed forms, and torch where there is no kernel."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from ddpm_pipeline import kernels
+from ddpm_pipeline.group_norm import group_norm, has_kernel
+
+needs_kernel = pytest.mark.skipif(kernels.load()[0] is None, reason=f"no kernel: {kernels.load()[1]}")
+
+
+def make_norm(groups: int, channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, channels, eps=eps)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    return norm
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype).to(memory_format=torch.channels_last)
+
+
+def in_float64(x: torch.Tensor, norm: nn.GroupNorm, use_silu: bool, dy: torch.Tensor) -> list[torch.Tensor]:
+    """y and the gradients of x, weight and bias, by torch's own operations."""
+    exact = make_norm(norm.num_groups, norm.num_channels, norm.eps).double()
+    exact.load_state_dict(norm.state_dict())
+    x = x.detach().double().contiguous().requires_grad_()
+    y = silu(exact(x)) if use_silu else exact(x)
+    return [y, *torch.autograd.grad(y, (x, exact.weight, exact.bias), dy.double())]
+
+
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+@needs_kernel
+@pytest.mark.parametrize("use_silu", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((4, 16, 8, 8), 4),
+        ((3, 64, 5, 7), 32),  # an odd number of pixels
+        ((1, 8, 40, 40), 2),  # one image: its segments are shared between the threads
+        ((2, 3, 17, 19), 3),  # few channels, one a group
+        ((5, 96, 4, 4), 1),
+        ((2, 130, 3, 3), 5),
+        ((2, 32, 1, 1), 8),
+    ],
+)
+def test_one_pass_equals_torch_in_float64(shape, groups, dtype, tolerance, use_silu):
+    torch.manual_seed(0)
+    norm, x, dy = make_norm(groups, shape[1]), channels_last(*shape, dtype=dtype), channels_last(*shape, dtype=dtype)
+    x.requires_grad_()
+    assert has_kernel(x)
+    y = group_norm(x, norm, silu=use_silu)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    found = [y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)]
+    for value, exact in zip(found, in_float64(x, norm, use_silu, dy)):
+        assert relative_error(value, exact) < tolerance
+
+
+@needs_kernel
+@pytest.mark.parametrize("mean", [1e3, -3e4])
+def test_a_mean_far_larger_than_the_deviation_costs_no_accuracy(mean):
+    torch.manual_seed(0)
+    norm, x, dy = make_norm(2, 8), channels_last(2, 8, 16, 16) + mean, channels_last(2, 8, 16, 16)
+    x.requires_grad_()
+    y = group_norm(x, norm, silu=True)
+    found = [y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)]
+    for value, exact in zip(found, in_float64(x, norm, True, dy)):
+        assert relative_error(value, exact) < 1e-6 * abs(mean)  # as far as float32 holds the deviations
+
+
+@needs_kernel
+def test_means_that_differ_between_the_channels_of_a_group():
+    torch.manual_seed(0)
+    norm, x = make_norm(2, 8), channels_last(2, 8, 16, 16) + 1e3 * torch.arange(8.0)[:, None, None]
+    y = group_norm(x, norm, silu=False)
+    assert relative_error(y, in_float64(x, norm, False, torch.ones_like(x))[0]) < 1e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [-200.0, -90.0, -87.5, -1e-3, 0.0, 88.5, 200.0, 3e4])
+def test_silu_far_from_zero(value):
+    """The normalised image is 0, so z is the bias, and y = z / (1 + exp(-z)); its slope is in the gradient."""
+    norm = nn.GroupNorm(1, 4)
+    nn.init.constant_(norm.bias, value)
+    y = group_norm(channels_last(2, 4, 8, 8) * 0, norm, silu=True)
+    torch.testing.assert_close(y, torch.full_like(y, value / (1 + math.exp(min(-value, 700)))), rtol=1e-6, atol=1e-30)
+    (slope,) = torch.autograd.grad(y.sum(), norm.bias)
+    z = torch.tensor(value, dtype=torch.float64)
+    expected = y[:, 0].numel() * (z.sigmoid() * (1 + z * (1 - z.sigmoid())))
+    torch.testing.assert_close(slope, expected.float().expand(4), rtol=1e-5, atol=1e-30)
+
+
+@needs_kernel
+def test_bfloat16_is_rounded_to_the_nearest_and_non_finite_values_stay_visible():
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, 16)
+    x = channels_last(4, 16, 8, 8, dtype=torch.bfloat16)
+    exact = in_float64(x, norm, False, torch.ones_like(x))[0]
+    y = group_norm(x, norm, silu=False)
+    wrong = y != exact.to(torch.bfloat16)
+    assert wrong.float().mean() < 1e-3  # float32 may fall on the other side of a tie
+    for bad in (math.nan, math.inf):
+        broken = x.clone()
+        broken[1, 2, 3, 4] = bad
+        y = group_norm(broken, norm, silu=True)
+        assert not y[1, :4].isfinite().any() and y[0].isfinite().all() and y[1, 4:].isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(1, 16, 40, 40), (3, 16, 40, 40), (8, 64, 16, 16)])
+def test_the_number_of_threads_changes_no_bit(shape):
+    torch.manual_seed(0)
+    norm, x, dy = make_norm(4, shape[1]), channels_last(*shape).requires_grad_(), channels_last(*shape)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            y = group_norm(x, norm, silu=True)
+            results.append([y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@needs_kernel
+def test_a_gradient_of_the_gradient_is_torchs():
+    torch.manual_seed(0)
+    norm, x = make_norm(2, 4), channels_last(2, 4, 4, 4).requires_grad_()
+    seconds = []
+    for y in (group_norm(x, norm, silu=True), silu(norm(x))):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), (x, norm.weight)))
+    torch.testing.assert_close(seconds[0], seconds[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 4, 6, 6),  # contiguous
+        channels_last(2, 4, 6, 6).double(),
+        channels_last(2, 4, 6, 6).half(),
+        torch.randn(2, 4, 6),
+    ],
+)
+def test_other_tensors_are_left_to_torch(x):
+    norm = make_norm(2, 4).to(x.dtype)
+    assert not has_kernel(x)
+    assert torch.equal(group_norm(x, norm, silu=True), silu(norm(x)))
+
+
+def test_without_a_compiler_torch_computes(tmp_path):
+    """In a process of its own, for the library is loaded once."""
+    code = (
+        "import torch; from ddpm_pipeline import kernels; from ddpm_pipeline.group_norm import group_norm, has_kernel\n"
+        "x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last); norm = torch.nn.GroupNorm(2, 4)\n"
+        "print(has_kernel(x), torch.equal(group_norm(x, norm, silu=False), norm(x)), kernels.load()[1])\n"
+    )
+    for variables, reason in (
+        ({"CC": "no-such-compiler"}, "there is no C compiler"),
+        ({"CC": "false"}, "false failed"),
+        ({kernels.VARIABLE: "0"}, f"{kernels.VARIABLE} is 0"),
+    ):
+        environment = os.environ | variables | {"HOME": str(tmp_path)}
+        output = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert output.startswith("False True ") and reason in output
