@@ -103,6 +103,14 @@ class SharedCores:
         self._counted: tuple[float, float, float] | None = None  # time, busy seconds of the CPUs, own CPU seconds
         self._direction, self._since, self._free, self._others_seconds = 0, 0.0, most, 0.0
 
+    def begin(self, threads: int) -> None:
+        """Set the number, such as that of an earlier part of the run; one that is too large becomes `most`."""
+        if threads < 1:
+            raise ValueError(f"threads is {threads}: give at least 1")
+        self.threads = min(threads, self.most)
+        self._begin_streak(0, self._clock(), self.threads)
+        self._set_threads(self.threads)
+
     def update(self) -> int | None:
         """The new number of threads if it has changed, else None. Costs nothing until INTERVAL has passed."""
         now = self._clock()

@@ -181,6 +181,15 @@ def test_a_pause_of_the_neighbour_raises_nothing():
     assert machine.changes == [1]
 
 
+def test_it_rises_to_what_is_free_all_the_time():
+    machine = Machine(cores=4)
+    machine.run(8, others=3)
+    for _ in range(10):
+        machine.run(1.5, others=1)
+        machine.run(1.5, others=2)
+    assert machine.changes == [1, 2]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_flickering_neighbour_changes_little(seed):
     """Busy or not at random, for half a second to three seconds: the number never leaves its bounds, and changes at
@@ -254,6 +263,19 @@ def test_between_two_intervals_nothing_is_read():
     machine = Machine(cores=2)
     machine.run(10, step=0.01)
     assert 10 <= machine.reads <= 11
+
+
+def test_it_can_begin_with_fewer_threads():
+    machine = Machine(cores=4)
+    machine.shared.begin(2)
+    machine.run(5)
+    assert machine.changes == [2]
+    machine.run(5)
+    assert machine.changes == [2, 4]
+    machine.shared.begin(9)
+    assert machine.changes == [2, 4, 4]
+    with pytest.raises(ValueError, match="threads is 0: give at least 1"):
+        machine.shared.begin(0)
 
 
 @pytest.mark.parametrize("text", ["", "cpu 1 2 3\n", "cpu0 1 2 3\n", "cpu0 a b c d e f g h\n", OSError("no /proc")])

@@ -69,7 +69,8 @@ class Run:
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
 
     def record_at(self, state: TrainingState) -> RunRecord:
-        return replace(self.record, step=state.step, seconds=round(state.clock.total_seconds, 1))
+        seconds = round(state.clock.total_seconds, 1)
+        return replace(self.record, step=state.step, seconds=seconds, threads=self.runtime.threads)
 
 
 def main(config: Config, stop: StopSignal) -> int:
@@ -283,6 +284,7 @@ def train(run: Run, state: TrainingState) -> bool:
     logged_at = clock.seconds
     run.stop.in_loop = True
     while state.step < config.max_train_steps and not (stopping or out_of_time):
+        runtime.adapt_threads()
         # ---- Loss and gradients
         learning_rate = config.learning_rate_at(state.step + 1)
         for group in run.optimizer.param_groups:

@@ -21,6 +21,7 @@ class RunRecord:
         global_batch: images per optimizer step.
         num_processes: world size.
         device: name of the processor or GPU.
+        threads: CPU threads that rank 0 computes with at this step; None on another device and in older records.
         mixed_precision: what the network computed in: no, fp16 or bf16.
         num_images: images trained on.
         source: where they come from, see `data_set`.
@@ -37,6 +38,7 @@ class RunRecord:
     global_batch: int
     num_processes: int
     device: str
+    threads: int | None = None
     mixed_precision: str
     num_images: int
     source: str

@@ -89,6 +89,7 @@ def restore(
     scaler_state = manifest.get("scaler")  # None if the checkpoint is of a run without fp16
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
+    runtime.begin_threads(manifest.get("threads"))
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
     if changes := describe_changes(manifest, config, runtime.mixed_precision):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ddpm_pipeline.cpu import SharedCores, keep_memory
 from training.run.environment import check_environment, launched_precision
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ PATIENCE_WITH_MISTAKE = timedelta(minutes=1)  # for the others to join it, to be
 class Runtime:
     """One process of the run, and how it works with the others: a typed layer over accelerate's Accelerator.
 
-    On a CPU this also sets the number of threads: `accelerate launch` sets one, which wastes the other cores.
+    On a CPU this also sets the number of threads: `accelerate launch` sets one, which wastes the other cores. And freed
+    memory is kept for the next step.
 
     Args:
         mixed_precision: no, fp16, bf16 or auto, see `resolve_mixed_precision`.
-        cpu_threads: threads per process on a CPU; None: the processes of this machine share its cores.
+        cpu_threads: threads per process on a CPU; None: the processes of this machine share its cores, and a single one
+            leaves other programs theirs, see `adapt_threads`.
         mistake: of this process. It joins the others only to tell them, and all raise it: else they would wait for it.
     Attributes:
         rank, world_size: index of this process and number of processes. `is_main` is true on rank 0.
@@ -78,8 +81,13 @@ class Runtime:
         self.name = f"rank {self.rank} on node {node} ({socket.gethostname()})"
         self.mixed_precision: str = self.accelerator.mixed_precision
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
+        self._shared_cores: SharedCores | None = None
         if self.device.type == "cpu":
-            torch.set_num_threads(cpu_threads or max(1, cpu_cores() // processes_per_node))
+            keep_memory()
+            cores = cpu_cores()
+            torch.set_num_threads(cpu_threads or max(1, cores // processes_per_node))
+            if cpu_threads is None and processes_per_node == 1:
+                self._shared_cores = SharedCores(cores, cores)
         with self.together():
             check_world_size(self.world_size)
             if mistake is not None:
@@ -90,6 +98,27 @@ class Runtime:
     def autocast(self) -> AbstractContextManager[None]:
         """A context in which the network computes in `dtype`. Models from `accelerator.prepare` do so by themselves."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that this process computes with on a CPU; None on another device."""
+        return torch.get_num_threads() if self.device.type == "cpu" else None
+
+    def begin_threads(self, threads: int | None) -> None:
+        """Begin with the number of threads of an earlier part of the run: results depend on it. cpu_threads wins."""
+        if self._shared_cores is not None and threads is not None:
+            self._shared_cores.begin(threads)
+
+    def adapt_threads(self) -> None:
+        """Once a step: compute with the cores that other programs leave. Prints a line when the number changes."""
+        if self._shared_cores is None or (threads := self._shared_cores.update()) is None:
+            return
+        plural = "thread" if threads == 1 else "threads"
+        if threads == self._shared_cores.most:
+            self.print(f"training with {threads} {plural} again")
+        else:
+            others, cores = self._shared_cores.others, self._shared_cores.cores
+            self.print(f"other programs keep {others:.1f} of {cores} cores busy: training with {threads} {plural}")
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set on any rank; all ranks get the same answer."""
