@@ -47,6 +47,12 @@ def keep_memory() -> bool:
     return sum(mallopt(parameter, value) for parameter, value in _MALLOPT) == len(_MALLOPT)  # each: 1 if it is set
 
 
+def _own_seconds() -> float:
+    """CPU time of this process, all its threads together, and of its children that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
 def _allocator_is_chosen(environment: Mapping[str, str]) -> bool:
     """Whether these variables set how memory is allocated."""
     return (
@@ -64,8 +70,9 @@ class SharedCores:
     the cores that others keep busy, and sets torch's number of threads to what they leave.
 
     It lowers the number once others have been there for DOWN seconds, and raises it after UP quiet seconds: a short
-    command changes nothing. It is never larger than `most`, nor smaller than 1. What containers beside this one do
-    counts, and what the hypervisor takes. Where there is no /proc/stat, as on macOS and Windows, nothing changes.
+    command changes nothing. The first `update()` judges the time since this object was made. The number is never larger
+    than `most`, nor smaller than 1. What containers beside this one do counts, and what the hypervisor takes. Where
+    there is no /proc/stat, as on macOS and Windows, nothing changes.
 
     Args:
         most: number of threads when nothing else runs.
@@ -73,12 +80,12 @@ class SharedCores:
         cpus: numbers of the CPUs it may use; default: those of its affinity. With hyperthreads they are more than
             cores, and a busy one counts as its part of a core.
         read_stat: text of /proc/stat.
-        own_seconds: CPU time of this process so far, all its threads together.
+        own_seconds: CPU time of this process and its children so far.
         clock: seconds from any point on.
         set_threads: called with the new number.
     Attributes:
         threads: current number.
-        others: cores that others kept busy, when the number changed last.
+        others: cores that others kept busy just before the number changed.
     """
 
     INTERVAL, DOWN, UP = 1.0, 2.5, 6.0  # seconds
@@ -90,7 +97,7 @@ class SharedCores:
         cpus: Collection[int] | None = None,
         *,
         read_stat: Callable[[], str] = Path("/proc/stat").read_text,
-        own_seconds: Callable[[], float] = time.process_time,
+        own_seconds: Callable[[], float] = _own_seconds,
         clock: Callable[[], float] = time.monotonic,
         set_threads: Callable[[int], None] = torch.set_num_threads,
     ) -> None:
@@ -99,16 +106,17 @@ class SharedCores:
         if cpus is None and hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
             self._cpus = os.sched_getaffinity(0)
         self._read_stat, self._own_seconds, self._clock, self._set_threads = read_stat, own_seconds, clock, set_threads
-        self._next = -math.inf  # when to count again; infinity: never
-        self._counted: tuple[float, float, float] | None = None  # time, busy seconds of the CPUs, own CPU seconds
-        self._direction, self._since, self._free, self._others_seconds = 0, 0.0, most, 0.0
+        self._counted = now, busy, _ = clock(), self._busy_seconds(), own_seconds()
+        self._begun = now  # when the number was set from outside
+        self._next = math.inf if math.isnan(busy) else now + self.INTERVAL  # when to count again; infinity: never
+        self._direction, self._since, self._free = 0, 0.0, most
 
     def begin(self, threads: int) -> None:
         """Set the number, such as that of an earlier part of the run; one that is too large becomes `most`."""
         if threads < 1:
             raise ValueError(f"threads is {threads}: give at least 1")
-        self.threads = min(threads, self.most)
-        self._begin_streak(0, self._clock(), self.threads)
+        self.threads, self._begun = min(threads, self.most), self._clock()
+        self._begin_streak(0, self._begun, self.threads)
         self._set_threads(self.threads)
 
     def update(self) -> int | None:
@@ -116,16 +124,10 @@ class SharedCores:
         now = self._clock()
         if now < self._next:
             return None
-        busy = self._busy_seconds()
-        if busy is None:
-            self._next = math.inf
-            return None
-        before, self._counted = self._counted, (now, busy, self._own_seconds())
+        before, self._counted = self._counted, (now, self._busy_seconds(), self._own_seconds())
         self._next = now + self.INTERVAL
-        if before is None:
-            return None
         seconds, busy, own = (after - earlier for after, earlier in zip(self._counted, before))
-        others = max(0.0, busy - own) / max(seconds, 1e-9)  # in CPUs
+        others = max(0.0, busy - own) / seconds  # in CPUs
         others *= self.cores / max(self.cores, len(self._cpus or ()))  # in cores
         return self._judge(now, seconds, others)
 
@@ -134,32 +136,30 @@ class SharedCores:
         free = min(self.most, max(1, self.cores - round(others)))
         direction = (free > self.threads) - (free < self.threads)
         if direction != self._direction:
-            self._begin_streak(direction, now - seconds, free)
+            since = now - seconds
+            self._begin_streak(direction, max(since, self._begun) if direction > 0 else since, free)
         # What was free all the time when there is more, what was free at some time when there is less.
         self._free = min(self._free, free) if direction > 0 else max(self._free, free)
-        self._others_seconds += others * seconds
-        length = now - self._since
-        if direction == 0 or length < (self.UP if direction > 0 else self.DOWN):
+        if direction == 0 or now - self._since < (self.UP if direction > 0 else self.DOWN):
             return None
-        self.others = self._others_seconds / length
-        self.threads = self._free
+        self.threads, self.others = self._free, others
         self._begin_streak(0, now, self.threads)
         self._set_threads(self.threads)
         return self.threads
 
     def _begin_streak(self, direction: int, since: float, free: int) -> None:
         """From now on more (1), as many (0) or fewer cores (-1) are free than there are threads."""
-        self._direction, self._since, self._free, self._others_seconds = direction, since, free, 0.0
+        self._direction, self._since, self._free = direction, since, free
 
-    def _busy_seconds(self) -> float | None:
-        """CPU time that the allowed CPUs have spent on anything since the machine started; None if that is unknown."""
+    def _busy_seconds(self) -> float:
+        """CPU time that the allowed CPUs have spent on anything since the machine started; NaN if that is unknown."""
         try:
             lines = [line.split() for line in self._read_stat().splitlines() if line.startswith("cpu")]
             times = {name: [int(value) for value in values] for name, *values in lines}
             ticks = os.sysconf("SC_CLK_TCK")
         except (AttributeError, OSError, ValueError):
-            return None
+            return math.nan
         # user nice system idle iowait irq softirq steal; guest time, which follows, is part of user time
         rows = [times.get(f"cpu{cpu}", [])[:8] for cpu in self._cpus or ()]
         busy = [sum(row) - row[3] - row[4] for row in rows if len(row) == 8]
-        return sum(busy) / ticks if busy else None
+        return sum(busy) / ticks if busy else math.nan

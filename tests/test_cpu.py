@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ddpm_pipeline.cpu import SharedCores, _allocator_is_chosen, keep_memory
+from ddpm_pipeline.cpu import SharedCores, _allocator_is_chosen, _own_seconds, keep_memory
 
 # ---- keep_memory -----------------------------------------------------------------------------------------------------
 
@@ -250,13 +250,29 @@ def test_steps_longer_than_the_interval():
     assert machine.changes == [1, 2]
 
 
-def test_no_time_before_the_first_step_counts():
-    """Processes that decode the images are others, and have ended before training begins."""
+def test_the_start_counts_for_fewer_threads():
+    """It takes seconds: with a neighbour the first step is one with fewer threads."""
     machine = Machine(cores=2)
-    machine.columns[0]["user"] += 300
+    machine.run(5, others=1, own=1, step=5)
+    assert machine.changes == [1]
+
+
+def test_the_start_does_not_count_for_more_threads_than_a_resumed_run_had():
+    machine = Machine(cores=2)
     machine.now += 100
-    machine.run(10)
-    assert machine.changes == []
+    machine.shared.begin(1)
+    machine.run(5, own=1)
+    assert machine.changes == [1]
+    machine.run(3)
+    assert machine.changes == [1, 2]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no /proc/stat")
+def test_children_that_have_ended_are_no_neighbours():
+    """Such as those that decode the images before training begins."""
+    before = _own_seconds()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
+    assert 0.4 < _own_seconds() - before < 5
 
 
 def test_between_two_intervals_nothing_is_read():
