@@ -11,6 +11,10 @@ The chapters, one file each:
     scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
     pipeline_ddpm.py     the pipeline for users, thin methods over the next five
     denoiser.py          the network as a function of x_t and t
+    fast_unet.py         the U-net's layers with fewer passes over memory
+    attention.py         attention in chunks
+    group_norm.py        GroupNorm and SiLU in one pass
+    kernels.py           compiles the loops of that pass, in group_norm.c
     sampling.py          the reverse process with any scheduler, and the forward process step by step
     calls.py             the calls of a pipeline, in several threads at once
     inversion.py         DDIM inversion: from an image to its latent

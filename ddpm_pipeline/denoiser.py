@@ -14,7 +14,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from .fast_unet import best_format, speed_up
+from .fast_unet import in_best_format, speed_up
 from .precision import compute_dtype
 
 
@@ -72,8 +72,7 @@ class UNetDenoiser:
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         with evaluating(self.unet):
-            x = x_t.to(self.unet.dtype)
-            x = x.contiguous(memory_format=best_format(x))
+            x = in_best_format(x_t.to(self.unet.dtype))
             output = self._guided(x, torch.as_tensor(t, device=x.device)).to(x_t.dtype).contiguous()
         self.num_calls += 1
         if self.progress_bar is not None:

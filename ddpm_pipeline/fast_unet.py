@@ -51,10 +51,17 @@ def speed_up(network: nn.Module) -> None:
             module.set_processor(ChunkedAttnProcessor())  # type: ignore[arg-type]  # annotated for diffusers' own classes
 
 
-def best_format(x: Tensor) -> torch.memory_format:
-    """The memory format in which such images, the input of the network, go through it fastest."""
-    computes_fast = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and x.ndim == 4
-    return torch.channels_last if computes_fast and kernel() is not None else torch.contiguous_format
+def in_best_format(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in the memory format in which they go through a fast network fastest."""
+    is_fast = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and kernel() is not None
+    return as_channels_last(x) if is_fast else x
+
+
+def as_channels_last(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in memory with the channels of a pixel side by side."""
+    if x.shape[1] == 1:  # every such image is: torch needs the strides that say so
+        return x.contiguous().squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:

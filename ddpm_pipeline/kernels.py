@@ -63,12 +63,19 @@ def load() -> tuple[Any, str | None]:
     return library, None
 
 
+def processor() -> str:
+    """The kind of processor and its instruction sets, as far as the system tells."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        cpuinfo = platform.processor()
+    lines = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", cpuinfo, re.MULTILINE)
+    return "\n".join([platform.machine(), *sorted(set(lines))])
+
+
 def _compiled(compiler: str, openmp: str) -> Path:
     """The path of the library for this processor, compiled if it is not there yet."""
-    source = SOURCE.read_text(encoding="utf-8")
-    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
-    processor = sorted(set(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", cpuinfo, re.MULTILINE)))
-    parts = (source, compiler, *FLAGS, openmp, platform.machine(), *processor)
+    parts = (SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, openmp, processor())
     path = CACHE / f"group_norm-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if path.is_file():
         return path

@@ -25,6 +25,7 @@ SHORT_RUN = {
     "lr_warmup_steps": 2,
     "mixed_precision": "no",
     "cpu_threads": 1,
+    "tune": "off",
     "logging_steps": 1,
 }
 
@@ -35,10 +36,11 @@ def flags(options):
 
 
 @contextlib.contextmanager
-def fresh_accelerate():
+def fresh_accelerate(cpu=True):
     """Inside, accelerate uses the CPU; afterwards it has forgotten the run, so that this process can start another."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
+        if cpu:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
         try:
             yield patch
         finally:
@@ -46,9 +48,9 @@ def fresh_accelerate():
             GradientState._reset_state()
 
 
-def run_here(script, arguments):
+def run_here(script, arguments, cpu=True):
     """Run a script of training/ in this process, which has imported everything: its exit code."""
-    with fresh_accelerate() as patch:
+    with fresh_accelerate(cpu) as patch:
         patch.setattr(sys, "argv", [str(TRAINING / script), *arguments])
         patch.setattr(sys, "path", list(sys.path))
         try:

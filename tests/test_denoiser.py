@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.fast_unet import speed_up
 from ddpm_pipeline.images import record_background
 from tests.models import tiny_pipe, tiny_unet
-from training.denoiser import PRESETS, choose_attention, find_preset, load_initial_weights, make_denoiser
+from training.denoiser import PRESETS, find_preset, load_initial_weights, make_denoiser
 
 SQUARE = {"height": 32, "width": 32, "in_channels": 3}
 
@@ -93,7 +93,7 @@ def test_make_denoiser_does_not_change_the_preset():
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
 def test_a_saved_model_is_a_plain_unet_with_equal_predictions(tmp_path, size):
     model = make_denoiser("tiny", height=size[0], width=size[1], in_channels=2, num_class_embeds=3).eval()
-    choose_attention(model, "cpu", torch.bfloat16)
+    speed_up(model)
     model.save_pretrained(str(tmp_path))
     loaded, info = UNet2DModel.from_pretrained(str(tmp_path), output_loading_info=True)
     assert not any(info.values())
@@ -101,28 +101,9 @@ def test_a_saved_model_is_a_plain_unet_with_equal_predictions(tmp_path, size):
     x, label = torch.randn(2, 2, *size), torch.tensor([0, 2])
     with torch.no_grad():
         saved, reloaded = (m(x, 7, class_labels=label).sample for m in (model, loaded))
-    torch.testing.assert_close(saved, reloaded, rtol=1e-4, atol=1e-5)  # they differ in the attention processor
+    torch.testing.assert_close(saved, reloaded, rtol=1e-4, atol=1e-5)  # they differ in rounding
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_both_attention_processors_give_the_same_gradients(name):
-    torch.manual_seed(0)
-    model = make_denoiser(name, height=16, width=16, in_channels=1, dropout=0)
-    x, gradients = torch.randn(2, 1, 16, 16), []
-    for device_type, dtype, processor in (
-        ("cuda", torch.bfloat16, AttnProcessor2_0),
-        ("cpu", torch.float32, AttnProcessor2_0),
-        ("cpu", torch.bfloat16, AttnProcessor),
-    ):
-        choose_attention(model, device_type, dtype)
-        attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        assert attentions and all(type(attention.processor) is processor for attention in attentions)
-        model.zero_grad()
-        model(x, torch.tensor([10, 700])).sample.square().mean().backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert (gradients[0] - gradients[2]).norm() < 1e-4 * gradients[0].norm()
 
 
 @pytest.mark.parametrize(

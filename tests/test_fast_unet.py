@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 
 from ddpm_pipeline import fast_unet
 from ddpm_pipeline.attention import CHUNK, ChunkedAttnProcessor, chunked_attention
-from ddpm_pipeline.fast_unet import FastGroupNorm, FastResnetBlock2D, best_format, speed_up
+from ddpm_pipeline.fast_unet import FastGroupNorm, FastResnetBlock2D, as_channels_last, in_best_format, speed_up
 from training.denoiser import PRESETS, make_denoiser
 
 UNUSUAL = {
@@ -56,10 +56,11 @@ def test_the_same_function_and_gradients(name, memory_format):
     assert (gradient - expected_gradient).norm() < 1e-4 * expected_gradient.norm()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name):
+def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name, channels):
     """A layer that falls back would only cost time, so nothing else would notice it."""
-    model = make_denoiser(name, height=16, width=16, in_channels=3)
+    model = make_denoiser(name, height=16, width=16, in_channels=channels)
     speed_up(model)
     types = {type(module).__name__ for module in model.modules()}
     assert {"FastResnetBlock2D", "FastGroupNorm"} <= types and not {"ResnetBlock2D", "GroupNorm"} & types
@@ -73,7 +74,7 @@ def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name):
                 )
             )
     with torch.no_grad():
-        model(torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last), 5)
+        model(as_channels_last(torch.randn(2, channels, 16, 16)), 5)
     assert len(formats) > 20 and all(formats)
 
 
@@ -124,7 +125,8 @@ def test_attention_in_chunks_equals_its_definition(monkeypatch, chunk, heads, to
     pairs += zip(torch.autograd.grad(mixed, inputs, dmixed), torch.autograd.grad(expected, exact, dmixed.double()))
     for value, truth in pairs:
         assert value.dtype == dtype and value.shape == truth.shape
-        assert (value.double() - truth).norm() <= tolerance * max(1.0, float(truth.norm()))
+        error = (value.detach().double() - truth.detach()).norm()
+        assert error <= tolerance * max(1.0, float(truth.detach().norm()))
 
 
 def test_attention_in_chunks_can_be_differentiated_twice():
@@ -161,10 +163,19 @@ def test_which_implementation_of_attention_runs(monkeypatch, implementation, dty
     assert bool(called) == in_chunks
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_in_channels_last_memory(channels):
+    x = torch.randn(2, channels, 8, 6)
+    for images in (x, x.transpose(2, 3).contiguous().transpose(2, 3), as_channels_last(x)):
+        found = as_channels_last(images)
+        assert torch.equal(found, x)
+        assert found.stride() == (8 * 6 * channels, 1, 6 * channels, channels)
+
+
 def test_best_format_where_there_is_no_kernel(monkeypatch):
     x = torch.randn(2, 3, 8, 8)
     monkeypatch.setattr(fast_unet, "kernel", lambda: None)
-    assert best_format(x) == torch.contiguous_format
+    assert in_best_format(x) is x
     monkeypatch.setattr(fast_unet, "kernel", lambda: object())
-    assert best_format(x) == torch.channels_last
-    assert best_format(x.double()) == torch.contiguous_format
+    assert in_best_format(x).stride() == as_channels_last(x).stride()
+    assert in_best_format(x.double()).is_contiguous()

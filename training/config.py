@@ -20,7 +20,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 # Paths, and how a machine decodes the images; those that the images come from may differ if the images do not.
 PER_MACHINE = ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from", "resume_from_checkpoint",
-               "extractor", "cpu_threads", "dataloader_num_workers")  # fmt: skip
+               "extractor", "cpu_threads", "tune", "dataloader_num_workers")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,9 @@ class Config:
             configured with, else bf16 where the hardware supports it, else float32).
         cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores.
             OMP_NUM_THREADS, which `accelerate launch` sets to 1, is ignored.
+        tune: "auto" tries at the start of a run for a few seconds how the network computes fastest on this machine (memory
+            format, attention, number of threads), and keeps what it finds in cache_dir; "off" takes what is usually
+            fastest. Results differ by rounding.
         compile: compile the network with torch.compile.
         deterministic: use only operations that give the same bits each time. Slower on a GPU; no effect on a CPU.
         seed: seed of the initial weights and of every random number in training.
@@ -153,6 +156,7 @@ class Config:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     cpu_threads: int | None = None
+    tune: Literal["auto", "off"] = "auto"
     compile: bool = False
     deterministic: bool = False
     seed: int = 0

@@ -1,4 +1,4 @@
-"""DENOISER: presets of diffusers' UNet2DModel, its initial weights, and the fast implementation of its attention.
+"""DENOISER: presets of diffusers' UNet2DModel, and its initial weights.
 
 The U-net halves the resolution between neighbouring entries of `block_out_channels`: three entries, two halvings, so
 height and width must be multiples of 4. `save_pretrained` writes a plain UNet2DModel, which diffusers loads by itself.
@@ -10,10 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import nn
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
@@ -162,20 +159,3 @@ def find_preset(config: Mapping[str, Any]) -> str | None:
         if all(tuple(config[field]) == preset[field] for field in fields):
             return name
     return None
-
-
-def choose_attention(model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Set the fastest implementation of attention. All agree up to rounding, and the choice is not saved.
-
-    In bfloat16 on a CPU that is softmax(q k^T / sqrt(d)) v as two matrix products, elsewhere the fused kernel.
-
-    Args:
-        device_type: "cpu", "cuda", ...
-        dtype: what the network computes in, as set by autocast.
-    """
-    use_matrix_products = device_type == "cpu" and dtype == torch.bfloat16
-    # Any: the annotation of set_processor allows AttnProcessor only.
-    processor: Any = AttnProcessor() if use_matrix_products else AttnProcessor2_0()
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(processor)

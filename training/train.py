@@ -14,7 +14,7 @@ import contextlib
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from training.data.split import DataSplit
     from training.ema import FlatEMA
     from training.run.validation import Validator
+    from training.tune import Tuning
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def main(config: Config, stop: StopSignal) -> int:
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
     from ddpm_pipeline import rng
     from ddpm_pipeline.images import record_background
+    from training import tune
     from training.data.batches import Batches
-    from training.denoiser import check_size, choose_attention, load_initial_weights, make_denoiser
+    from training.denoiser import check_size, load_initial_weights, make_denoiser
     from training.ema import FlatEMA
     from training.run.validation import Validator
 
@@ -142,7 +144,8 @@ def main(config: Config, stop: StopSignal) -> int:
     if config.init_from and found is None:
         model_name = config.init_from
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
-    choose_attention(unet, device.type, runtime.dtype)
+    tuning = tune.choose(config, runtime, unet, (data.channels, data.height, data.width), found)
+    tune.apply(tuning, unet)
 
     # ---- EMA, optimizer ----------------------------------------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
@@ -175,7 +178,7 @@ def main(config: Config, stop: StopSignal) -> int:
     sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, example)
     validator = Validator(config, runtime, split, sampler, log)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
-    record = make_record(config, runtime, split, global_batch)
+    record = make_record(config, runtime, split, global_batch, tuning)
     run = Run(config, runtime, output_dir, data, batches, scheduler, unet, model, ema, optimizer, record, log, sampler,
               validator, publisher, stop, replaces_earlier)  # fmt: skip
     runtime.print(describe(run))
@@ -254,7 +257,9 @@ def make_optimizer(config: Config, unet: torch.nn.Module) -> torch.optim.Optimiz
     )
 
 
-def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch: int) -> RunRecord:
+def make_record(
+    config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning
+) -> RunRecord:
     return RunRecord(
         global_batch=global_batch,
         num_processes=runtime.world_size,
@@ -267,6 +272,7 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
         versions=versions(),
         commit=commit(),
         config=config.as_dict(),
+        tuning=asdict(tuning),
     )
 
 

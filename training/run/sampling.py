@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from training.run.signals import StopSignal
 
 PIPELINE = "pipeline"  # folder of the saved pipeline in the folder of the run
-BATCH_SIZE = 64  # images per forward pass on each rank
 
 
 class EMASampler:
@@ -76,14 +75,15 @@ class EMASampler:
         indices += [0] * (per_rank - len(indices))
         images: list[Tensor] = []
         out_of_memory = False
+        batch_size = images_at_once(*self._x_0.shape[2:])
         try:
             with self.ema_weights(), runtime.autocast():
                 pipe = self._make_pipeline()
                 title = f"sampling at step {step}"
                 pipe.set_progress_bar_config(desc=title, leave=False, disable=not (runtime.is_main and is_terminal()))
-                for start in range(0, per_rank, BATCH_SIZE):
+                for start in range(0, per_rank, batch_size):
                     images += pipe(
-                        seeds=[SAMPLE_SEED + i for i in indices[start : start + BATCH_SIZE]],
+                        seeds=[SAMPLE_SEED + i for i in indices[start : start + batch_size]],
                         num_inference_steps=self._config.ddpm_num_inference_steps,
                         output_type="latent",
                         return_dict=False,
@@ -156,6 +156,11 @@ class EMASampler:
         from ddpm_pipeline import DDPMPipeline
 
         return DDPMPipeline(self.unet, self.scheduler)
+
+
+def images_at_once(height: int, width: int) -> int:
+    """Images per forward pass: 64, or fewer large ones, whose activations would take gigabytes."""
+    return min(64, max(1, 64 * 64**2 // (height * width)))
 
 
 def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: dict[str, Image.Image]) -> None:

@@ -23,6 +23,7 @@ from ddpm_pipeline import DDPMScheduler, likelihood, objective, rng
 from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
 from training.data.split import DataSplit, evenly_spaced
 from training.run.record import bits_caveat
+from training.run.sampling import images_at_once
 
 if TYPE_CHECKING:
     from ddpm_pipeline.features import Extractor
@@ -96,7 +97,7 @@ class Validation:
     Args:
         images: (M, C, H, W) uint8 or uint16.
         num_images: number of them to use, evenly spaced.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; None: as many as for sampling.
         rank, world_size: this process measures images rank, rank + world_size, ...
     """
 
@@ -107,13 +108,14 @@ class Validation:
         scheduler: DDPMScheduler,
         *,
         device: torch.device,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.pixels = np.asarray(images[evenly_spaced(len(images), num_images)])
         self.num_images = len(self.pixels)
-        self._scheduler, self._device, self._batch_size = scheduler, device, batch_size
+        self._scheduler, self._device = scheduler, device
+        self._batch_size = batch_size or images_at_once(*images.shape[2:])
         self._index = torch.arange(self.num_images)[rank::world_size]
         # Evenly spaced over all timesteps, in random order, so that no image gets only small or only large ones.
         pairs = self.num_images * TIMESTEPS_PER_IMAGE

@@ -1,0 +1,261 @@
+"""TUNE: how the network computes on this machine, chosen by a short trial of training steps.
+
+Which of two implementations is faster depends on the processor, the network, the size of the images and the batch, and
+no rule has held on two machines. So each is tried for a few steps at the start of a run: the memory format of the
+images, the implementation of attention, and on a CPU with many cores the number of threads. Results depend on the
+choice by rounding only. It is kept in cache_dir for the next run, and in the run record: a resumed run computes as
+before, so it continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ddpm_pipeline import kernels
+from ddpm_pipeline.attention import ChunkedAttnProcessor
+from ddpm_pipeline.fast_unet import as_channels_last, speed_up
+from ddpm_pipeline.files import replacing
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.run.runtime import Runtime
+
+FILE = "tuning.json"  # in cache_dir
+SECONDS = 4.0  # no candidate is begun later than this; the last one ends within a second
+STEP_SECONDS = 0.25  # the batch of the trial is cut until a step takes about this long
+# On other devices than the CPU attention is always fused.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attention": ("chunks", "fused"),
+    "memory_format": ("channels_last", "contiguous"),
+}
+MARGIN = 1.03  # a candidate must be this much faster than the one chosen so far: noise must not choose
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the network computes.
+
+    Args:
+        memory_format: of the images in the network.
+        attention: "chunks" or "fused", see ddpm_pipeline/attention.py.
+        threads: on a CPU; None: as many as the runtime has set.
+    """
+
+    memory_format: Literal["channels_last", "contiguous"] = "contiguous"
+    attention: Literal["chunks", "fused"] = "fused"
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        threads = f" + {self.threads} threads" if self.threads else ""
+        return f"{self.memory_format} + {self.attention}{threads}"
+
+
+def choose(
+    config: Config,
+    runtime: Runtime,
+    unet: torch.nn.Module,
+    image_shape: tuple[int, int, int],
+    found: tuple[Path, dict[str, Any]] | None,
+) -> Tuning:
+    """What a run computes with: what it had before if it is resumed, else by its configuration.
+
+    Args:
+        image_shape: (C, H, W).
+        found: path and manifest of the checkpoint to resume from.
+    """
+    if found is not None and (before := found[1].get("tuning")):
+        return Tuning(**before)
+    if config.tune == "off" or config.compile:  # a compiled network has its own kernels
+        return default_tuning(runtime.device.type, runtime.dtype)
+    return tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
+
+
+def default_tuning(device_type: str, dtype: torch.dtype) -> Tuning:
+    """What is used without a trial."""
+    on_cpu = device_type == "cpu"
+    return Tuning(
+        memory_format="channels_last" if on_cpu and kernels.group_norm_kernel() is not None else "contiguous",
+        attention="chunks" if on_cpu and dtype == torch.bfloat16 else "fused",
+    )
+
+
+def apply(tuning: Tuning, unet: torch.nn.Module) -> None:
+    """Let the network compute so. It can be called again with another choice."""
+    speed_up(unet)
+    for module in unet.modules():
+        if isinstance(processor := getattr(module, "processor", None), ChunkedAttnProcessor):
+            processor.implementation = tuning.attention
+    for identifier, hook in list(unet._forward_pre_hooks.items()):
+        if isinstance(hook, _InMemoryFormat):
+            del unet._forward_pre_hooks[identifier]
+    unet.register_forward_pre_hook(_InMemoryFormat(tuning.memory_format))
+    if tuning.threads is not None:
+        torch.set_num_threads(tuning.threads)
+
+
+@dataclass(frozen=True)
+class _InMemoryFormat:
+    """A hook of the network that puts the images it is called with in a memory format."""
+
+    name: str
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = args
+        return (as_channels_last(x) if self.name == "channels_last" else x.contiguous(), *others)
+
+
+def tune(
+    unet: torch.nn.Module, image_shape: tuple[int, int, int], batch_size: int, runtime: Runtime, cache_dir: Path
+) -> Tuning:
+    """The fastest of the candidates, by a trial, or as an earlier trial found. All ranks get the choice of rank 0.
+
+    The network has the weights and the random state that it had before.
+
+    Args:
+        image_shape: (C, H, W).
+        batch_size: images of a forward pass on each rank.
+        cache_dir: folder of the results of earlier trials; created if missing.
+    """
+    key = _key(unet, image_shape, batch_size, runtime)
+    cached = runtime.broadcast(_read(cache_dir).get(key))
+    if cached is not None:
+        runtime.print(f"tuned before: {Tuning(**cached)} ({cache_dir / FILE})")
+        return Tuning(**cached)
+    started = time.monotonic()
+    trial = Trial(unet, image_shape, batch_size, runtime, started + SECONDS)
+    tuning = runtime.broadcast(trial.run(default_tuning(runtime.device.type, runtime.dtype)))
+    if runtime.is_main:
+        _write(cache_dir, key, tuning)
+    rates = ", ".join(f"{candidate} {rate:.3g}" for candidate, rate in trial.rates.items() if candidate != tuning)
+    speed = f" {trial.rates[tuning]:.3g} images/s" if tuning in trial.rates else ""
+    runtime.print(
+        f"tuned in {time.monotonic() - started:.1f} s: {tuning}{speed}"
+        + (f"; {rates}" if rates else "")
+        + ("" if runtime.device.type != "cpu" or kernels.load()[0] else f"; GroupNorm by torch: {kernels.load()[1]}")
+    )
+    return tuning
+
+
+class Trial:
+    """Training steps with each candidate, without an update of the weights.
+
+    Args:
+        deadline: on time.monotonic(); no candidate is begun later.
+    Attributes:
+        rates: images per second of each candidate that was tried.
+    """
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        runtime: Runtime,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._unet, self._image_shape, self._runtime = unet, image_shape, runtime
+        self._deadline, self._clock = deadline, clock
+        self._batch_size = batch_size
+        self.rates: dict[Tuning, float] = {}
+
+    def run(self, default: Tuning) -> Tuning:
+        """The fastest candidate, or the default where none is clearly faster or there is no time to try."""
+        device, was_training = self._runtime.device, self._unet.training
+        threads = threads_before = torch.get_num_threads()
+        self._unet.train()
+        best = default
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._cut_batch(default)
+            for field, values in CHOICES.items():
+                if self._clock() < self._deadline and not (field == "attention" and device.type != "cpu"):
+                    candidates = [replace(best, **{field: value}) for value in values]  # type: ignore[arg-type]  # CHOICES
+                    best = self._faster(best, *candidates)
+            while device.type == "cpu" and threads >= 4 and self._clock() < self._deadline:
+                # A small network on many cores waits more than it computes.
+                threads //= 2
+                if best is (best := self._faster(best, replace(best, threads=threads))):
+                    break
+        if device.type == "cpu":
+            torch.set_num_threads(threads_before)
+        self._unet.train(was_training)
+        return best
+
+    def _faster(self, best: Tuning, *candidates: Tuning) -> Tuning:
+        """The first unless another one is clearly faster."""
+        for candidate in (best, *candidates):
+            if candidate not in self.rates:
+                self.rates[candidate] = self._rate(candidate)
+            if self.rates[candidate] > MARGIN * self.rates[best]:
+                best = candidate
+        return best
+
+    def _cut_batch(self, tuning: Tuning) -> None:
+        """Find out how long a step takes with few images, and so how many a step of the trial may have."""
+        wanted, self._batch_size = self._batch_size, min(self._batch_size, 2)
+        seconds = min(self._step_seconds(tuning, number=2))
+        self._batch_size = max(1, min(wanted, round(self._batch_size * STEP_SECONDS / seconds)))
+
+    def _rate(self, tuning: Tuning) -> float:
+        return self._batch_size / min(self._step_seconds(tuning, number=4)[1:])  # the first one warms up
+
+    def _step_seconds(self, tuning: Tuning, number: int) -> list[float]:
+        apply(tuning, self._unet)
+        device = self._runtime.device
+        x = torch.randn(self._batch_size, *self._image_shape, device=device)
+        t = torch.randint(1000, (self._batch_size,), device=device)
+        seconds = []
+        for _ in range(number):
+            self._wait()
+            begin = time.perf_counter()
+            with self._runtime.autocast():
+                prediction = self._unet(x, t, return_dict=False)[0]
+            prediction.float().square().mean().backward()
+            self._wait()
+            seconds.append(time.perf_counter() - begin)
+            for parameter in self._unet.parameters():
+                parameter.grad = None
+            if self._clock() > self._deadline and len(seconds) > 1:
+                break
+        return seconds
+
+    def _wait(self) -> None:
+        if self._runtime.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _key(unet: Any, image_shape: tuple[int, int, int], batch_size: int, runtime: Runtime) -> str:
+    """A hash of all that the choice may depend on."""
+    name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else kernels.processor()
+    parts = [
+        name, runtime.device.type, torch.get_num_threads(), runtime.world_size, torch.__version__, str(runtime.dtype),
+        dict(unet.config), image_shape, batch_size, kernels.load()[1], kernels.SOURCE.read_text(encoding="utf-8"),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(cache_dir: Path) -> dict[str, dict[str, Any]]:
+    """The results of earlier trials by key; those that cannot be read do not count."""
+    try:
+        found = json.loads((cache_dir / FILE).read_text(encoding="utf-8"))
+        return {key: asdict(Tuning(**values)) for key, values in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(cache_dir: Path, key: str, tuning: Tuning) -> None:
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(cache_dir / FILE) as temporary:
+            content = _read(cache_dir) | {key: asdict(tuning)}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError:
+        pass  # the next run tries again
