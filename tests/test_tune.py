@@ -1,14 +1,17 @@
 """The trial at the start of a run: what it chooses, what it leaves as it was, and what it keeps for the next run."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
 from ddpm_pipeline.fast_unet import FastResnetBlock2D
-from tests.short_run import fresh_accelerate
+from tests.arrays import save_images
+from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training import tune
+from training.config import Config
 from training.denoiser import make_denoiser
 from training.run.runtime import Runtime
 from training.tune import Trial, Tuning
@@ -62,15 +65,17 @@ def test_no_candidate_begins_after_the_deadline(unet, runtime, monkeypatch):
     assert trial.run(default) == default and not trial.rates
 
 
+@pytest.mark.parametrize("adapts", [True, False])
 @pytest.mark.parametrize(("fastest", "expected"), [(16, None), (8, 8), (4, 4), (1, 2)])
-def test_threads_are_halved_while_that_is_faster(unet, runtime, monkeypatch, fastest, expected):
+def test_threads_are_halved_while_that_is_faster(unet, runtime, monkeypatch, fastest, expected, adapts):
     """From 16 threads; 2 are enough for any machine."""
     speeds = {16: 100, 8: 130, 4: 170, 2: 220} | {n: 50 for n in (8, 4, 2) if n < fastest}
+    monkeypatch.setattr(Runtime, "adapts_threads", adapts)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     trial = trial_with_speeds(unet, runtime, lambda tuning: speeds[tuning.threads or 16], monkeypatch)
-    assert trial.run(Tuning("contiguous", "fused")).threads == expected
+    assert trial.run(Tuning("contiguous", "fused")).threads == (expected if adapts else None)
     assert set_to[-1] == 16
 
 
@@ -134,3 +139,27 @@ def test_a_choice_is_applied_and_replaced_by_another(unet):
         unet(torch.randn(2, *SHAPE), torch.tensor([1, 2]))
         handle.remove()
     assert formats == [True, False, True]
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_a_resumed_run_computes_as_before(unet, runtime, tmp_path, setting):
+    config = Config(dataset_name="moons", tune=setting, cache_dir=str(tmp_path))
+    default = tune.default_tuning("cpu", torch.float32)
+    before = Tuning("contiguous", "fused" if default.attention == "chunks" else "chunks")
+    manifest = json.loads(json.dumps({"tuning": asdict(before)}))
+    assert tune.choose(config, runtime, unet, SHAPE, (tmp_path, manifest)) == before
+    if setting == "off":  # also for a checkpoint of an earlier version
+        assert tune.choose(config, runtime, unet, SHAPE, (tmp_path, {})) == default
+        assert not (tmp_path / tune.FILE).exists()
+
+
+def test_the_choice_is_in_the_checkpoint_and_the_model(tmp_path):
+    options = SHORT_RUN | {"tune": "auto", "max_train_steps": 1, "ddpm_num_inference_steps": 2, "num_sample_images": 2}
+    paths = {"train_data_dir": save_images(tmp_path / "images", 8, 8, 8), "output_dir": tmp_path / "run"}
+    options |= paths | {"cache_dir": tmp_path / "cache", "train_batch_size": 4, "validation_steps": 0}
+    assert run_here("train.py", flags(options)) == 0
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    (chosen,) = json.loads((tmp_path / "cache" / tune.FILE).read_text()).values()
+    for file in (checkpoint / "manifest.json", tmp_path / "run" / "pipeline" / "training.json"):
+        assert json.loads(file.read_text())["tuning"] == chosen
+    assert "Fast" not in (tmp_path / "run" / "pipeline" / "unet" / "config.json").read_text()

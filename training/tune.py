@@ -72,10 +72,15 @@ def choose(
         found: path and manifest of the checkpoint to resume from.
     """
     if found is not None and (before := found[1].get("tuning")):
-        return Tuning(**before)
-    if config.tune == "off" or config.compile:  # a compiled network has its own kernels
-        return default_tuning(runtime.device.type, runtime.dtype)
-    return tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
+        tuning = Tuning(**before)
+    elif config.tune == "off" or config.compile:  # a compiled network has its own kernels
+        tuning = default_tuning(runtime.device.type, runtime.dtype)
+    else:
+        runtime.adapt_threads()  # with more threads than free cores nothing could be measured
+        tuning = tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
+    if tuning.threads is not None:
+        runtime.limit_threads(tuning.threads)
+    return tuning
 
 
 def default_tuning(device_type: str, dtype: torch.dtype) -> Tuning:
@@ -97,8 +102,6 @@ def apply(tuning: Tuning, unet: torch.nn.Module) -> None:
         if isinstance(hook, _InMemoryFormat):
             del unet._forward_pre_hooks[identifier]
     unet.register_forward_pre_hook(_InMemoryFormat(tuning.memory_format))
-    if tuning.threads is not None:
-        torch.set_num_threads(tuning.threads)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Trial:
                 if self._clock() < self._deadline and not (field == "attention" and device.type != "cpu"):
                     candidates = [replace(best, **{field: value}) for value in values]  # type: ignore[arg-type]  # CHOICES
                     best = self._faster(best, *candidates)
-            while device.type == "cpu" and threads >= 4 and self._clock() < self._deadline:
+            while self._runtime.adapts_threads and threads >= 4 and self._clock() < self._deadline:
                 # A small network on many cores waits more than it computes.
                 threads //= 2
                 if best is (best := self._faster(best, replace(best, threads=threads))):
@@ -209,6 +212,8 @@ class Trial:
 
     def _step_seconds(self, tuning: Tuning, number: int) -> list[float]:
         apply(tuning, self._unet)
+        if tuning.threads is not None:
+            torch.set_num_threads(tuning.threads)
         device = self._runtime.device
         x = torch.randn(self._batch_size, *self._image_shape, device=device)
         t = torch.randint(1000, (self._batch_size,), device=device)

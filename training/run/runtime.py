@@ -109,6 +109,17 @@ class Runtime:
         if self._shared_cores is not None and threads is not None:
             self._shared_cores.begin(threads)
 
+    @property
+    def adapts_threads(self) -> bool:
+        """Whether the number of threads is free: on a CPU, for a single process without cpu_threads."""
+        return self._shared_cores is not None
+
+    def limit_threads(self, most: int) -> None:
+        """Compute with no more threads than this, and with as many unless other programs need the cores."""
+        if self._shared_cores is not None:
+            self._shared_cores.most = most
+            self._shared_cores.begin(most)
+
     def adapt_threads(self) -> None:
         """Once a step: compute with the cores that other programs leave. Prints a line when the number changes."""
         if self._shared_cores is None or (threads := self._shared_cores.update()) is None:
