@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import rng
 from .scheduling_ddpm import DDPMScheduler
+from .transfer import to_device
 
 
 class NoisedBatch(NamedTuple):
@@ -34,9 +35,9 @@ def draw_noised_batch(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step:
         index: indices of these images in the global batch, (B,) int64, on the CPU.
     """
     t = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, scheduler.num_steps)
-    index_on_device = index.to(x_0.device, non_blocking=True)
-    eps = rng.normal(rng.key(seed, rng.Stream.NOISE, step), index_on_device, tuple(x_0.shape[1:]))
-    return noised_batch(scheduler, x_0, t.to(x_0.device, non_blocking=True), eps)
+    key = rng.key(seed, rng.Stream.NOISE, step)
+    eps = rng.normal(key, to_device(index, x_0.device), tuple(x_0.shape[1:]))
+    return noised_batch(scheduler, x_0, to_device(t, x_0.device), eps)
 
 
 def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> NoisedBatch:

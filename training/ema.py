@@ -84,16 +84,19 @@ class FlatEMA:
             raise ValueError(f"step is {step!r}: optimizer steps are counted from 1")
         return min(self.max_decay, 1 - (1 + (step - 1) / self.inv_gamma) ** -self.power)
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, skip: Tensor | None = None) -> None:
         """ema = decay ema + (1 - decay) weights, after optimizer step `step` = 1, 2, ...
 
+        Args:
+            skip: float scalar on the device, 0 or 1; with 1 the EMA stays as it is. The host does not wait for it.
         Raises:
             ValueError: step is less than 1.
             RuntimeError: the parameters are no longer in their block of memory (the model was moved to another device
                 or dtype, or loaded with `assign=True`), or the EMA weights are applied.
         """
         self._check_in_place()
-        self._ema.lerp_(self._weights, 1 - self.decay_at(step))
+        weight = 1 - self.decay_at(step)
+        self._ema.lerp_(self._weights, weight if skip is None else weight * (1 - skip))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import sys
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from training.run.runtime import Runtime, commit, device_name, leave_process_gro
 from training.run.sampling import EMASampler, recover_pipeline
 from training.run.signals import StopSignal
 from training.run.state import TrainingState
+from training.step import Outcome, PendingStep, Updater, make_optimizer
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
@@ -151,7 +153,7 @@ def main(config: Config, stop: StopSignal) -> int:
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     optimizer = make_optimizer(config, unet)
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
-    model, optimizer = runtime.accelerator.prepare(unet, optimizer, device_placement=[False, False])
+    model = runtime.accelerator.prepare(unet, device_placement=[False])
     if config.compile:
         model = torch.compile(model)
 
@@ -246,20 +248,7 @@ def make_scheduler(config: Config) -> DDPMScheduler:
     )
 
 
-def make_optimizer(config: Config, unet: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=next(unet.parameters()).device.type in ("cpu", "cuda"),
-    )
-
-
-def make_record(
-    config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning
-) -> RunRecord:
+def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning) -> RunRecord:
     return RunRecord(
         global_batch=global_batch,
         num_processes=runtime.world_size,
@@ -277,13 +266,17 @@ def make_record(
 
 
 def train(run: Run, state: TrainingState) -> bool:
-    """The training loop. Returns True if a signal ended it; either way its last step has a checkpoint."""
+    """The training loop. Returns True if a signal ended it; either way its last step has a checkpoint.
+
+    The host is one step ahead of what it knows: it reads the outcome of a step after it has handed the next one to the
+    device. Before it logs, writes, validates or ends it reads what is outstanding.
+    """
     config, runtime, clock = run.config, run.runtime, state.clock
-    scaler = runtime.accelerator.scaler
-    parameters = list(run.unet.parameters())
+    updater = Updater(run.optimizer, config.max_grad_norm, runtime)
     time_limit = 60 * config.max_train_minutes if config.max_train_minutes else math.inf  # seconds
     bar = progress(desc="training", total=config.max_train_steps, initial=state.step, disable=not runtime.is_main)
-    loss_sum, num_losses = torch.zeros((), device=runtime.device), 0
+    sums = torch.zeros(2, device=runtime.device)  # of the losses, and their number
+    pending: deque[PendingStep] = deque()
     stopping = out_of_time = False
     run.unet.train()
     clock.restart()
@@ -291,41 +284,31 @@ def train(run: Run, state: TrainingState) -> bool:
     run.stop.in_loop = True
     while state.step < config.max_train_steps and not (stopping or out_of_time):
         runtime.adapt_threads()
-        # ---- Loss and gradients
+        # ---- Loss, gradients, optimizer, EMA
         learning_rate = config.learning_rate_at(state.step + 1)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate
         loss, passes = accumulate_gradients(run, state)
-        norm = runtime.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-
-        # ---- Check on all ranks, before the weights change
-        # With fp16 a non-finite norm is no fault: the loss scaler skips such a step itself and lowers its scale.
-        finite = loss.isfinite() & (norm.isfinite() if scaler is None else True)
-        time_is_up = clock.seconds > time_limit
-        nonfinite, stopping, out_of_time = runtime.any(not finite.item(), run.stop.requested(), time_is_up)
-
-        # ---- Optimizer and EMA
-        if nonfinite:
-            report_nonfinite(run, state, passes, loss=loss.item(), norm=float(norm), learning_rate=learning_rate)
-            state.skipped += 1
-            if scaler is not None:
-                scaler.update()  # clipping has unscaled the gradients of this step
-        else:
-            run.optimizer.step()
-            state.skipped += runtime.accelerator.optimizer_step_was_skipped  # by the loss scaler
-            loss_sum += loss
-            num_losses += 1
-        run.optimizer.zero_grad()
+        asked = run.stop.requested(), clock.seconds > time_limit
+        step = updater.step(state.step + 1, learning_rate, loss, passes, asked)
+        run.ema.update(step.step, step.skip)
+        sums += torch.stack([loss.masked_fill(step.skip > 0, 0), 1 - step.skip])
         state.step += 1
-        if not nonfinite:
-            run.ema.update(state.step)
         bar.update()
+
+        # ---- Read the outcome of the step before; of this one only if that is needed now
+        if runtime.world_size == 1:
+            stopping, out_of_time = asked
+        pending.append(step)
+        del step, loss, passes
+        while len(pending) > 1 or (pending and (stopping or out_of_time or needs_outcome(config, state.step))):
+            outcome = check_outcome(run, state, pending.popleft())
+            stopping, out_of_time = stopping or outcome.stop, out_of_time or outcome.time_is_up
         images_seen = state.step * run.record.global_batch
         is_last = stopping or out_of_time or state.step == config.max_train_steps
 
         # ---- Log
-        if state.step == 1 or is_due(state.step, config.logging_steps) or state.step == config.max_train_steps:
-            mean_loss = (runtime.mean(loss_sum) / num_losses).item() if num_losses else math.nan
+        if is_logged(config, state.step):
+            loss_sum, num_losses = runtime.mean(sums).tolist()
+            mean_loss = loss_sum / num_losses if num_losses else math.nan
             now = clock.seconds
             images_per_second = max(1, num_losses) * run.record.global_batch / (now - logged_at)
             if num_losses:
@@ -339,8 +322,8 @@ def train(run: Run, state: TrainingState) -> bool:
                     skipped=state.skipped,
                 )
             bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
-            loss_sum.zero_()
-            logged_at, num_losses = now, 0
+            sums.zero_()
+            logged_at = now
 
         # ---- Checkpoint
         if is_due(state.step, config.checkpointing_steps):
@@ -403,19 +386,25 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
     return loss_sum, passes
 
 
-def report_nonfinite(
-    run: Run, state: TrainingState, passes: list[ForwardPass], *, loss: float, norm: float, learning_rate: float
-) -> None:
-    """Name the images of a non-finite step. Raises FloatingPointError, or prints a warning with on_nonfinite=skip."""
-    suspects = run.runtime.gather_objects(failures.suspect_images(passes, run.batches, state.step))
-    images = failures.describe_images(suspects, run.data)
-    message = failures.describe_nonfinite(state.step + 1, loss, norm, learning_rate, images)
-    if run.config.on_nonfinite == "stop":
-        raise FloatingPointError(
-            f"{message}. The weights are unchanged. {failures.describe_saved(state.saved_step)} Lower learning_rate, "
-            "check these images, or skip such steps with --on_nonfinite skip"
-        )
-    run.runtime.print(f"WARNING: {message}. Step skipped.")
+def check_outcome(run: Run, state: TrainingState, step: PendingStep) -> Outcome:
+    """Read the outcome of a step; with a fault name its images.
+
+    Raises:
+        FloatingPointError: a non-finite loss or gradient; with on_nonfinite=skip it is a warning.
+    """
+    outcome = step.outcome()
+    state.skipped += outcome.is_skipped
+    if outcome.is_fault:
+        suspects = run.runtime.gather_objects(failures.suspect_images(step.passes, run.batches, step.step - 1))
+        images = failures.describe_images(suspects, run.data)
+        message = failures.describe_nonfinite(step.step, step.loss.item(), step.norm.item(), step.learning_rate, images)
+        if run.config.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"{message}. This step did not change the weights. {failures.describe_saved(state.saved_step)} Lower "
+                "learning_rate, check these images, or skip such steps with --on_nonfinite skip"
+            )
+        run.runtime.print(f"WARNING: {message}. Step skipped.")
+    return outcome
 
 
 def save_checkpoint(run: Run, state: TrainingState) -> None:
@@ -434,6 +423,16 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
             )
             run.log.replace_earlier_files()
     state.saved_step = state.step
+
+
+def is_logged(config: Config, step: int) -> bool:
+    return step in (1, config.max_train_steps) or is_due(step, config.logging_steps)
+
+
+def needs_outcome(config: Config, step: int) -> bool:
+    """Whether what follows this step must not follow a fault: what is logged, saved, measured, published or drawn."""
+    others = config.checkpointing_steps, config.validation_steps, config.push_to_hub_steps, config.save_images_steps
+    return is_logged(config, step) or any(is_due(step, every) for every in others)
 
 
 def is_due(step: int, every: int) -> bool:

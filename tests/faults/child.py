@@ -259,6 +259,11 @@ def slow_steps(rank):
     _change_loss(slow)
 
 
+def slow_steps_with_a_nan(rank):
+    nan_on_the_last_rank(rank)
+    slow_steps(rank)
+
+
 def slow_end(rank):
     """A step takes longer, and so does leaving the process group at the very end."""
     slow_steps(rank)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.arrays import save_images
 from tests.faults.child import TRAIN, killed_at_end
 from training.config import Config
 from training.data.batches import Batches
@@ -249,6 +252,57 @@ def test_nonfinite_steps_are_skipped_on_request(workspace, world_size):
     path, _ = checkpoint.find(workspace.folder / "run", "latest")
     state = torch.load(path / checkpoint.OPTIMIZER, weights_only=True)["state"]
     assert {int(entry["step"]) for entry in state.values()} == {5}
+
+
+RARELY = {"logging_steps": 100, "checkpointing_steps": 100}  # so that most outcomes are read one step late
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"checkpointing_steps": 4}),
+        (2, {"checkpointing_steps": 4}),
+        (1, {"save_images_steps": 4}),
+        (1, {"validation_steps": 4}),
+        (1, {"max_train_steps": 4}),
+        (1, {"checkpointing_steps": 5}),
+    ],
+)
+def test_a_fault_that_is_read_late_names_its_step_and_nothing_is_written_after_it(workspace, world_size, options):
+    images = save_images(workspace.folder / "images", 60, 16, 16)  # three of them are held out
+    options = {"fault": "nan_on_the_last_rank", "train_data_dir": images, **RARELY, **options}
+    options |= {"world_size": world_size, "num_validation_images": 2}
+    early, late = workspace.start("early", **options | {"logging_steps": 1}), workspace.start("late", **options)
+    assert set(early.wait()) == set(late.wait()) == {1}, late.text()
+    errors = [sorted(line for line in run.text().splitlines() if "train.py: " in line) for run in (early, late)]
+    assert errors[0] == errors[1] and len(errors[0]) == world_size
+    assert "non-finite at step 4" in errors[0][0] and "There is no checkpoint yet" in errors[0][0]
+    assert workspace.checkpoints("late") == []
+    assert [line["step"] for line in metrics(workspace, "late")] == [1]
+    assert not list((workspace.folder / "late" / "samples").iterdir())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_signal_in_a_nonfinite_step_saves_nothing(workspace, world_size):
+    options = {"world_size": world_size, "fault": "slow_steps_with_a_nan", **RARELY}
+    with killed_at_end(workspace.start("run", **options)) as run:
+        run.wait_for("[step 4 on rank 0]")
+        for child in run.processes:
+            os.kill(child.pid, signal.SIGTERM)
+        assert set(run.wait()) == {1}, run.text()
+    assert "is non-finite at step 4" in run.text() and workspace.checkpoints("run") == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_when_the_outcome_is_read_changes_nothing(workspace, undisturbed, world_size):
+    assert workspace.finish("run", world_size=world_size, **RARELY) == undisturbed(world_size)
+    options = {"world_size": world_size, "fault": "nan_on_the_last_rank", "on_nonfinite": "skip"}
+    assert workspace.finish("late", **options, **RARELY) == workspace.finish("early", **options)
+    early, late = metrics(workspace, "early"), metrics(workspace, "late")
+    assert [(line["step"], line["skipped"]) for line in late] == [(1, 0), (6, 1)]
+    assert late[-1]["loss"] == pytest.approx(sum(line["loss"] for line in early[1:]) / 4)  # without that of step 4
 
 
 # ---- The learning rate counts optimizer steps ------------------------------------------------------------------------

@@ -29,9 +29,14 @@ def assert_stopped(workspace, run, step=None):
     return manifest["step"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_after_a_signal_the_step_is_finished_and_the_run_resumes_bit_for_bit(workspace, undisturbed, number):
-    with killed_at_end(workspace.start("run", fault="slow_steps", checkpointing_steps=100)) as run:
+@pytest.mark.parametrize(
+    ("number", "logging_steps"), [(signal.SIGTERM, 1), (signal.SIGTERM, 100), (signal.SIGUSR1, 1), (signal.SIGINT, 1)]
+)
+def test_after_a_signal_the_step_is_finished_and_the_run_resumes_bit_for_bit(
+    workspace, undisturbed, number, logging_steps
+):
+    options = {"checkpointing_steps": 100, "logging_steps": logging_steps}
+    with killed_at_end(workspace.start("run", fault="slow_steps", **options)) as run:
         run.wait_for("[step 3 on rank 0]")
         send(run, number, "all")
         assert_stopped(workspace, run, step=3)
@@ -49,12 +54,14 @@ def test_a_new_run_stopped_before_its_first_checkpoint_leaves_those_of_the_earli
     assert "seed: 0" in (workspace.folder / "run" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("to", ["all", "one"])
-def test_two_processes_stop_after_the_same_step(workspace, undisturbed, to):
-    with killed_at_end(workspace.start("run", world_size=2, fault="slow_steps", checkpointing_steps=100)) as run:
+@pytest.mark.parametrize(("to", "logging_steps"), [("all", 1), ("one", 1), ("one", 100)])
+def test_two_processes_stop_after_the_same_step(workspace, undisturbed, to, logging_steps):
+    """Between two entries of the log they learn one step later what the other has been asked."""
+    options = {"checkpointing_steps": 100, "logging_steps": logging_steps}
+    with killed_at_end(workspace.start("run", world_size=2, fault="slow_steps", **options)) as run:
         run.wait_for("[step 3 on rank 1]")
         send(run, signal.SIGTERM, to)
-        assert assert_stopped(workspace, run) in (3, 4)
+        assert assert_stopped(workspace, run) in ((3, 4) if logging_steps == 1 else (4, 5))
     assert workspace.finish("run", world_size=2, resume_from_checkpoint="latest") == undisturbed(2)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_pipeline import rng
 from ddpm_pipeline.pixels import from_pixels
+from ddpm_pipeline.transfer import to_device
 
 MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 
@@ -58,18 +59,21 @@ class Batches:
         """
         position = step * self._batch_size + index.numpy()
         epochs, within = np.divmod(position, len(self._train_indices))
-        return np.array([self._shuffled(epoch)[i] for epoch, i in zip(epochs.tolist(), within.tolist())])
+        indices = np.empty_like(position)
+        for epoch in np.unique(epochs).tolist():
+            indices[epochs == epoch] = self._shuffled(epoch)[within[epochs == epoch]]
+        return indices
 
     def images(self, step: int, index: Tensor) -> Tensor:
         """The images at these indices of the global batch: (b, C, H, W) float32 in [-1, 1], on the device."""
         indices = self.indices(step, index)
         if self._on_device is not None:
-            batch = self._on_device[torch.from_numpy(indices).to(self._device, non_blocking=True)]
+            batch = self._on_device[to_device(torch.from_numpy(indices), self._device)]
         else:
-            batch = torch.from_numpy(self._images[indices]).to(self._device, non_blocking=True)
+            batch = to_device(torch.from_numpy(self._images[indices]), self._device)
         x_0 = from_pixels(batch)
         if self._random_flip:
-            mirrored = rng.bits(rng.key(self._seed, rng.Stream.FLIP, step), index.to(self._device)) < 0
+            mirrored = rng.bits(rng.key(self._seed, rng.Stream.FLIP, step), to_device(index, self._device)) < 0
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         return x_0
 
