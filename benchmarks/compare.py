@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
 
 @dataclass
 class Comparison:
@@ -20,6 +22,8 @@ class Comparison:
         name: what was measured.
         unit: of a time, "us", "ms" or "s"; or of a rate, "images/s".
         target: smallest ratio that is good enough; None: no target.
+        flop: floating-point operations of one image, for a rate, or of one call, for a time; None: not counted.
+        peer_is: what ours is compared with.
     """
 
     name: str
@@ -27,6 +31,8 @@ class Comparison:
     peer: list[float]
     ours: list[float]
     target: float | None = None
+    flop: float | None = None
+    peer_is: str = "peer"
 
     @property
     def ratios(self) -> list[float]:
@@ -40,9 +46,13 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         low, high = np.quantile(self.ratios, [0.1, 0.9])
+        gflops = {}
+        if self.flop is not None:
+            gflops = {f"{who}_gflops": three_digits(self.gflops(getattr(self, who))) for who in ("peer", "ours")}
         return {
             "name": self.name,
             "unit": self.unit,
+            "peer_is": self.peer_is,
             "peer": three_digits(median(self.peer)),
             "ours": three_digits(median(self.ours)),
             "ratio": three_digits(self.ratio),
@@ -50,6 +60,39 @@ class Comparison:
             "rounds": len(self.peer),
             "target": self.target,
             "target_met": None if self.target is None else self.ratio >= self.target,
+            **gflops,
+        }
+
+    def gflops(self, values: list[float]) -> float:
+        """GFLOP/s at the median of these values."""
+        assert self.flop is not None
+        per_second = median(values) if self.unit == "images/s" else 1 / (median(values) * SECONDS[self.unit])
+        return per_second * self.flop / 1e9
+
+
+@dataclass
+class Measurement:
+    """Rates of ours alone, beside what the machine can do.
+
+    Args:
+        target: smallest share of the convolution rate that is good enough.
+    """
+
+    name: str
+    unit: str
+    ours: list[float]
+    flop: float
+    target: float
+
+    def as_dict(self) -> dict[str, Any]:
+        gflops = median(self.ours) * self.flop / 1e9
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "ours": three_digits(median(self.ours)),
+            "rounds": len(self.ours),
+            "target_share_of_convolution": self.target,
+            "ours_gflops": three_digits(gflops),
         }
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import compare
-from benchmarks.compare import Comparison, alternate
+from benchmarks import bench, compare, sampler, sampling
+from benchmarks.clock import Timing, run_script
+from benchmarks.compare import Comparison, Measurement, alternate
+from benchmarks.networks import count_flop
 from benchmarks.stand_in.torchvision import transforms
 
 
@@ -26,6 +28,29 @@ def test_the_ratio_is_the_median_of_the_ratios_of_each_round():
     assert result["ratio_quantiles_10_90"] == [1.6, 8.8]
     rates = Comparison("", "images/s", peer=[10.0], ours=[15.0], target=1.7)
     assert rates.ratio == 1.5 and not rates.as_dict()["target_met"]
+
+
+def test_operations_per_second_of_a_rate_and_of_a_time():
+    rates = Comparison("", "images/s", peer=[10.0], ours=[20.0], flop=3e9).as_dict()
+    assert (rates["peer_gflops"], rates["ours_gflops"]) == (30, 60)
+    times = Comparison("", "ms", peer=[200.0], ours=[100.0], flop=3e9).as_dict()
+    assert (times["peer_gflops"], times["ours_gflops"]) == (15, 30)
+    shares = bench.with_shares(times, {"matrix_product": 100.0, "convolution": 40.0})
+    assert (shares["ours_share_of_matrix_product"], shares["ours_share_of_convolution"]) == (0.3, 0.75)
+    assert "peer 200 ms, ours 100: 2 times" in bench.describe(shares | {"name": "a"})
+    for target, met in ((0.75, True), (0.8, False)):
+        alone = Measurement("a", "images/s", ours=[10.0], flop=3e9, target=target).as_dict()
+        alone = bench.with_shares(alone, {"matrix_product": 100.0, "convolution": 40.0})
+        assert alone["target_met"] is met
+        assert f"75% of the convolution's), target {target:g}: {'met' if met else 'MISSED'}" in bench.describe(alone)
+
+
+def test_operations_of_the_networks():
+    # 9 and 37 GFLOP, as Ho et al.'s network and the like are known by.
+    assert [round(count_flop(name).training / 1e9, 1) for name in ("tiny", "small", "ddpm-cifar10")] == [0.7, 9.5, 37.3]
+    for name in ("tiny", "ddpm-cifar10"):
+        flop = count_flop(name)
+        assert 2.9 < flop.training / flop.forward < 3  # nothing asks for the gradient of the images
 
 
 @pytest.mark.parametrize(("peer", "ours", "unit"), [(0.03, 0.01, "ms"), (6e-5, 2e-5, "us")])
@@ -60,7 +85,8 @@ def test_clock_ends_a_script_after_the_last_timed_step(tmp_path):
     )
     clock = Path(compare.__file__).with_name("clock.py")
     for steps, seconds, last in ((3, 60, 5), (100, 0.07, 4)):  # 3 steps, or the steps that begin within 0.07 s
-        command = [sys.executable, clock, file, 2, steps, seconds, script, "--a", "b"]
+        timing = json.dumps({"warm_up": 2, "steps": steps, "seconds": seconds})
+        command = [sys.executable, clock, file, timing, script, "--a", "b"]
         process = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
         lines = process.stdout.splitlines()
         assert lines[0] == "1 __main__ --a b"
@@ -69,6 +95,47 @@ def test_clock_ends_a_script_after_the_last_timed_step(tmp_path):
             assert len(lines) == last
         assert len(lines) == 2 + times["steps"] < 8
         assert times["begin"] >= times["first"] + 0.05 and times["end"] >= times["begin"] + 0.05 * times["steps"]
+
+
+def test_a_script_is_timed_in_this_process_after_a_warm_up_in_seconds(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time, torch\n"
+        "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])\n"
+        "for step in range(1, int(sys.argv[1])):\n"
+        "    time.sleep(0.02)\n"
+        "    print(step, __name__, flush=True)\n"
+        "    optimizer.step()\n"
+    )
+    argv, path = list(sys.argv), list(sys.path)
+    timing, began = Timing(warm_up=1, steps=3, seconds=60, warm_up_seconds=0.1), []
+    times = run_script(script, [1000], timing, on_begin=lambda: began.append(1))
+    assert times["steps"] == 3 and began == [1]
+    assert times["begin"] >= times["first"] + 0.1 and times["end"] >= times["begin"] + 0.06
+    assert capsys.readouterr().out.startswith("1 __main__\n")
+    with pytest.raises(RuntimeError, match=r"script\.py ended before its last timed step"):
+        run_script(script, [3], timing)
+    assert (sys.argv, sys.path) == (argv, path)
+
+
+def test_ours_and_the_peer_sample_the_same_images(tmp_path):
+    """Times of other images would not be comparable. In bf16 the images differ by rounding."""
+    torch.manual_seed(0)
+    pipeline = sampling.save_pipeline(tmp_path, "tiny")
+    for precision, tolerance in (("no", 1e-3), ("bf16", 0.05)):
+        ours = sampler.make_sampler("ours", pipeline, precision, 2, 2)("")
+        assert ours.shape == (2, 32, 32, 3) and ours.std() > 0.1
+        peer = sampler.make_sampler("peer", pipeline, precision, 2, 2)
+        for variant in sampler.VARIANTS[precision]:
+            assert abs(peer(variant) - ours).mean() < tolerance, variant
+
+
+def test_a_process_that_samples_answers_each_request(tmp_path):
+    pipeline = sampling.save_pipeline(tmp_path, "tiny")
+    with sampling.sampler_process("peer", pipeline, "bf16", 1, 1) as process:
+        assert all(0 < sampling.ask(process, variant) < 60 for variant in ("weights", "autocast"))
+        with pytest.raises(RuntimeError, match="KeyError"):
+            sampling.ask(process, "float16")
 
 
 def test_stand_in_transforms_equal_their_definitions():

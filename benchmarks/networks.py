@@ -1,0 +1,77 @@
+"""The networks that both sides train and sample with, and the floating-point operations of each as torch counts them.
+
+`small` is like the default network of diffusers' training script: its attention has heads of dimension 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.unets.unet_2d import UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.denoiser import make_denoiser
+
+SIDE = 32  # of the images, in pixels
+
+
+@dataclass(frozen=True)
+class Network:
+    """A preset of training/denoiser.py and how it is measured on a CPU.
+
+    Args:
+        batch_size: of training.
+        target: how many times as fast our training should be at equal settings.
+        seconds: of training that are timed in one launch.
+        sampling_batches: numbers of images sampled at once.
+        sampling_steps: of each measurement, enough for about a second.
+    """
+
+    name: str
+    batch_size: int
+    target: float
+    seconds: float
+    sampling_batches: tuple[int, ...]
+    sampling_steps: int
+
+
+NETWORKS = (
+    Network("tiny", 32, 1.3, 8, sampling_batches=(1, 16), sampling_steps=25),
+    Network("small", 16, 1.3, 10, sampling_batches=(16,), sampling_steps=6),
+    Network("ddpm-cifar10", 8, 1.2, 14, sampling_batches=(4,), sampling_steps=6),
+)
+
+
+@dataclass(frozen=True)
+class Flop:
+    """Floating-point operations for one image: of the forward pass, and of forward and backward pass together."""
+
+    forward: int
+    training: int
+
+
+def make_network(name: str) -> UNet2DModel:
+    return make_denoiser(name, height=SIDE, width=SIDE, in_channels=3)
+
+
+@cache
+def count_flop(name: str) -> Flop:
+    """Operations of the plain network, whatever either side computes it with; what is computed twice counts once."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(make_network(name).config)
+        x_t, t = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, dtype=torch.int64)
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            # Any other one may be a kernel that the counter does not know.
+            module.set_processor(AttnProcessor())
+    totals = []
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            prediction = unet(x_t, t).sample
+            if backward:
+                prediction.sum().backward()
+        totals.append(counter.get_total_flops())
+    return Flop(*totals)
