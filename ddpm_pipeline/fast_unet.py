@@ -32,18 +32,9 @@ class FastResnetBlock2D(ResnetBlock2D):
             embedding = temb if self.skip_time_act else nn.functional.silu(temb)
             hidden_states = hidden_states + self.time_emb_proj(embedding)[:, :, None, None]
         hidden_states = self.conv2(self.dropout(group_norm(hidden_states, self.norm2, silu=True)))
-        shortcut = input_tensor if self.conv_shortcut is None else pointwise(input_tensor, self.conv_shortcut)
+        shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         output = shortcut + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
-
-
-def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution. Of channels-last images it is a matrix product, and as such has a gradient of plain strides;
-    that of a convolution would make DistributedDataParallel copy it, and warn."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        y: Tensor = conv(x)
-        return y
-    return nn.functional.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def speed_up(network: nn.Module) -> None:

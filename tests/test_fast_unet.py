@@ -78,21 +78,6 @@ def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name, channels)
     assert len(formats) > 20 and all(formats)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_gradients_have_the_strides_of_their_weights(name):
-    """Else DistributedDataParallel copies them, and warns."""
-    model = make_denoiser(name, height=16, width=16, in_channels=3)
-    speed_up(model)
-    prediction = model(as_channels_last(torch.randn(2, 3, 16, 16)), torch.tensor([3, 5]), return_dict=False)[0]
-    strides = {}
-    for parameter_name, parameter in model.named_parameters():
-        parameter.register_hook(lambda gradient, name=parameter_name: strides.update({name: gradient.stride()}))
-    prediction.square().mean().backward()
-    pointwise = [name for name, parameter in model.named_parameters() if parameter.shape[2:] == (1, 1)]
-    assert pointwise
-    assert all(strides[name] == model.get_parameter(name).stride() for name in pointwise)
-
-
 def test_layers_of_other_classes_and_processors_of_the_user_stay():
     class OwnProcessor(AttnProcessor2_0):
         pass

@@ -141,6 +141,21 @@ def test_a_choice_is_applied_and_replaced_by_another(unet):
     assert formats == [True, False, True]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gradients_have_the_strides_of_their_weights(runtime, channels):
+    """Else DistributedDataParallel copies them, and warns."""
+    unet = make_denoiser("small", height=8, width=8, in_channels=channels)
+    config = Config(dataset_name="moons", tune="off")
+    tune.apply(tune.choose(config, runtime, unet, (channels, 8, 8), None), unet)
+    strides = {}
+    for name, parameter in unet.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: strides.update({name: gradient.stride()}))
+    unet(torch.randn(2, channels, 8, 8), torch.tensor([3, 5]), return_dict=False)[0].square().mean().backward()
+    ambiguous = [name for name, parameter in unet.named_parameters() if 1 in parameter.shape]
+    assert len(ambiguous) > 4
+    assert all(strides[name] == unet.get_parameter(name).stride() for name in ambiguous)
+
+
 @pytest.mark.parametrize("setting", ["auto", "off"])
 def test_a_resumed_run_computes_as_before(unet, runtime, tmp_path, setting):
     config = Config(dataset_name="moons", tune=setting, cache_dir=str(tmp_path))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from ddpm_pipeline import kernels
 from ddpm_pipeline.attention import ChunkedAttnProcessor
@@ -78,9 +79,18 @@ def choose(
     else:
         runtime.adapt_threads()  # with more threads than free cores nothing could be measured
         tuning = tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
+    for parameter in unet.parameters():
+        if 1 in parameter.shape:
+            parameter.register_hook(_with_plain_strides)
     if tuning.threads is not None:
         runtime.limit_threads(tuning.threads)
     return tuning
+
+
+def _with_plain_strides(gradient: Tensor) -> Tensor:
+    """Convolutions of channels-last images give the gradient of a kernel with one pixel or channel unusual strides, of
+    which DistributedDataParallel warns and makes a copy."""
+    return gradient.flatten().view(gradient.shape)
 
 
 def default_tuning(device_type: str, dtype: torch.dtype) -> Tuning:
