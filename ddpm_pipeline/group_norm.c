@@ -241,10 +241,14 @@ INLINE Segment segment(Shape s, long image, long i) {
         else { Shape s = given; s.bf16 = 0, s.silu = 0; CALL; } \
     } while (0)
 
-/* A thread takes whole images, which then stay in its cache; or their segments, if there are too few images. */
-#define FOR_EACH_IMAGE _Pragma("omp parallel for schedule(static)") for (long image = 0; image < s.images; image++)
+/* A thread takes whole images, which then stay in its cache; or their segments, if there are too few images. For very
+   few numbers a second thread would be more work than help. */
+#define IS_LARGE (s.images * s.pixels * s.channels >= 32768)
+#define FOR_EACH_IMAGE \
+    _Pragma("omp parallel for schedule(static) if (IS_LARGE)") for (long image = 0; image < s.images; image++)
 #define FOR_EACH_SEGMENT \
-    _Pragma("omp parallel for collapse(2) schedule(static)") for (long image = 0; image < s.images; image++) \
+    _Pragma("omp parallel for collapse(2) schedule(static) if (IS_LARGE)") \
+    for (long image = 0; image < s.images; image++) \
         for (long i = 0; i < segments; i++)
 
 void group_norm_forward(Shape s, const void *x, void *y, const float *weight, const float *bias, float *mean,

@@ -23,10 +23,14 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
     Returns:
         (B, C, H, W) in the dtype of x.
     """
-    if norm.weight is not None and norm.bias is not None and has_kernel(x):
-        y: Tensor = _GroupNorm.apply(x, norm.weight.float(), norm.bias.float(), norm.num_groups, norm.eps, silu)
+    weight, bias = norm.weight, norm.bias
+    if weight is None or bias is None or not has_kernel(x):
+        return _by_torch(x, weight, bias, norm.num_groups, norm.eps, silu)
+    arguments = (x, weight.float(), bias.float(), norm.num_groups, norm.eps, silu)
+    if torch.is_grad_enabled():
+        y: Tensor = _GroupNorm.apply(*arguments)
         return y
-    return _by_torch(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    return _in_one_pass(*arguments)[0]
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -59,23 +63,30 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int
     return functional.silu(y) if silu else y
 
 
+def _in_one_pass(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Any]:
+    """y; mean and reciprocal standard deviation of each group, (2, B, groups); the kernel's `Shape`."""
+    images, channels, height, width = x.shape
+    library = kernel()
+    shape = library.Shape(images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16)
+    y, moments = torch.empty_like(x), x.new_empty(2, images, groups, dtype=torch.float32)
+    sums = moments.new_empty(images, library.group_norm_segments(height * width), 2, channels)
+    library.group_norm_forward(shape, *map(_address, (x, y, weight, bias, *moments.unbind(), sums)))
+    return y, moments, shape
+
+
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        images, channels, height, width = x.shape
-        library = kernel()
-        shape = library.Shape(images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16)
-        y = torch.empty_like(x)
-        mean, rstd = x.new_empty(2, images, groups, dtype=torch.float32)
-        sums = _workspace(library, shape)
-        library.group_norm_forward(shape, *map(_address, (x, y, weight, bias, mean, rstd, sums)))
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.shape, ctx.options = shape, (groups, eps, silu)
+        y, moments, ctx.shape = _in_one_pass(x, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, weight, bias, moments)
+        ctx.options = (groups, eps, silu)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradients is wanted, which the kernel has not
             needed = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
             y = _by_torch(x, weight, bias, *ctx.options)
@@ -84,16 +95,12 @@ class _GroupNorm(torch.autograd.Function):
         shape, library = ctx.shape, kernel()
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        dweight, dbias = mean.new_empty(2, shape.images, shape.channels)
-        slope, offset = mean.new_empty(2, shape.images, shape.groups)
-        sums = _workspace(library, shape)
-        tensors = (dy, x, dx, weight, bias, mean, rstd, dweight, dbias, slope, offset, sums)
+        dweight, dbias = moments.new_empty(2, shape.images, shape.channels)
+        slope, offset = torch.empty_like(moments)
+        sums = moments.new_empty(shape.images, library.group_norm_segments(shape.pixels), 2, shape.channels)
+        tensors = (dy, x, dx, weight, bias, *moments, dweight, dbias, slope, offset, sums)
         library.group_norm_backward(shape, *map(_address, tensors))
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
-
-
-def _workspace(library: Any, shape: Any) -> Tensor:
-    return torch.empty(shape.images, library.group_norm_segments(shape.pixels), 2, shape.channels)
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
