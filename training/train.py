@@ -298,7 +298,7 @@ def train(run: Run, state: TrainingState) -> bool:
         if runtime.world_size == 1:
             stopping, out_of_time = asked
         pending.append(step)
-        del step, loss, passes
+        del step, passes  # `pending` alone keeps the predictions of a step
         while len(pending) > 1 or (pending and (stopping or out_of_time or needs_outcome(config, state.step))):
             outcome = check_outcome(run, state, pending.popleft())
             stopping, out_of_time = stopping or outcome.stop, out_of_time or outcome.time_is_up
