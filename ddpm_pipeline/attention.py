@@ -12,6 +12,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
+from .group_norm import is_computed_now
+
 CHUNK = 2**20  # scores in a chunk: 2 MiB in bfloat16
 
 Implementation = Literal["auto", "chunks", "fused"]
@@ -66,8 +68,9 @@ class ChunkedAttnProcessor:
         return mixed if attn.rescale_output_factor == 1 else mixed / attn.rescale_output_factor
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.implementation == "chunks" or (self.implementation == "auto" and on_cpu and q.dtype == torch.bfloat16):
+        fast_in_chunks = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        wants_chunks = self.implementation == "chunks" or (self.implementation == "auto" and fast_in_chunks)
+        if wants_chunks and is_computed_now(q):
             return chunked_attention(q, k, v)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 

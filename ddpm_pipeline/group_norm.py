@@ -40,8 +40,18 @@ def has_kernel(x: Tensor) -> bool:
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.compiler.is_compiling()
+        and is_computed_now(x)
         and kernel() is not None
+    )
+
+
+def is_computed_now(x: Tensor) -> bool:
+    """Whether x holds numbers and nobody records the operations: not in torch.compile, torch.jit.trace, torch.func."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -53,6 +63,8 @@ def kernel() -> Any:
 
 
 def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> Tensor:
+    if not is_computed_now(x):
+        x = x.contiguous()  # what torch.func makes of GroupNorm takes no other images
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype != torch.float32:
         # Autocast would read and write the images as float32; inside, torch sums in float32 anyway.
         with torch.autocast("cuda", enabled=False):

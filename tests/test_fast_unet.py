@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm_pipeline import fast_unet
 from ddpm_pipeline.attention import CHUNK, ChunkedAttnProcessor, chunked_attention
@@ -142,6 +144,42 @@ def test_attention_in_chunks_keeps_no_scores():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         chunked_attention(q, k, v)
     assert max(saved) == q.numel()
+
+
+def fast_network():
+    torch.manual_seed(0)
+    model = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
+    speed_up(model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(ChunkedAttnProcessor("chunks"))
+    return model, as_channels_last(torch.randn(2, 1, 8, 8))
+
+
+def test_a_traced_network_holds_its_operations():
+    """What is computed behind the back of a trace would be a constant in it."""
+    model, x = fast_network()
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' Python code is traced as it is
+        traced = torch.jit.trace(lambda x: model(x, torch.tensor(3), return_dict=False)[0], x, check_trace=False)
+    other = as_channels_last(torch.randn(2, 1, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(other), model(other, 3, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_by_torch_func_and_shapes_without_numbers():
+    model, x = fast_network()
+
+    def predict(x):
+        return model(x, 3, return_dict=False)[0]
+
+    by_func = torch.func.grad(lambda x: predict(x).square().sum())(x)
+    images = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(predict(images).square().sum(), images)
+    torch.testing.assert_close(by_func, gradient, rtol=1e-4, atol=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert predict(mode.from_tensor(x)).shape == x.shape
 
 
 @pytest.mark.parametrize(
