@@ -45,12 +45,17 @@ class Clock:
     Args:
         on_end: called with the times after the last timed step.
         on_begin: called when the warm-up has ended.
+        on_last: called after the last timed step, before waiting for the GPU.
     """
 
     def __init__(
-        self, timing: Timing, on_end: Callable[[dict[str, float]], None], on_begin: Callable[[], None] = lambda: None
+        self,
+        timing: Timing,
+        on_end: Callable[[dict[str, float]], None],
+        on_begin: Callable[[], None] | None = None,
+        on_last: Callable[[], None] | None = None,
     ) -> None:
-        self.timing, self.on_end, self.on_begin = timing, on_end, on_begin
+        self.timing, self.on_end, self.on_begin, self.on_last = timing, on_end, on_begin, on_last
         self.step, self.begin = 0, 0  # steps so far, and at the end of the warm-up
         self.times: dict[str, float] = {}
 
@@ -63,8 +68,11 @@ class Clock:
             if self.step >= timing.warm_up and time.time() >= times["first"] + timing.warm_up_seconds:
                 self.begin = self.step
                 times["begin"] = now()
-                self.on_begin()
+                if self.on_begin is not None:
+                    self.on_begin()
         elif self.step == self.begin + timing.steps or time.time() > times["begin"] + timing.seconds:
+            if self.on_last is not None:
+                self.on_last()
             end = now()
             self.on_end(times | {"end": end, "steps": self.step - self.begin})
         if timing.steps == 0 and "begin" in times:
@@ -82,18 +90,21 @@ class Finished(BaseException):
     """Raised in a script after its last timed step. No Exception, which the script might handle."""
 
 
-def run_script(script: Path, arguments: Sequence[object], timing: Timing, **callbacks: Any) -> dict[str, float]:
+def run_script(
+    script: Path,
+    arguments: Sequence[object],
+    timing: Timing,
+    on_begin: Callable[[], None] | None = None,
+    on_last: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """The times of a script that runs in this process, and ends there after its last timed step."""
     result: dict[str, float] = {}
 
     def end(times: dict[str, float]) -> None:
         result.update(times)
-        if "on_end" in callbacks:
-            callbacks["on_end"](times)
         raise Finished
 
-    clock = Clock(timing, end, callbacks.get("on_begin", lambda: None))
-    handle = register_optimizer_step_post_hook(clock)
+    handle = register_optimizer_step_post_hook(Clock(timing, end, on_begin, on_last))
     argv, path = sys.argv, sys.path[:]
     sys.argv, sys.path[0] = [str(script), *map(str, arguments)], str(script.parent)
     try:

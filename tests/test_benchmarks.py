@@ -1,6 +1,7 @@
 """The benchmarks' own tools: ratios, timing with a fake clock, recorded steps of a script, stand-in transforms."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench, compare, sampler, sampling
+from benchmarks import bench, compare, sampler, sampling, scripts, trace
 from benchmarks.clock import Timing, run_script
 from benchmarks.compare import Comparison, Measurement, alternate
 from benchmarks.networks import count_flop
@@ -154,7 +155,95 @@ def test_stand_in_transforms_equal_their_definitions():
     )
 
 
-@pytest.mark.parametrize("script", ["bench", "built_in", "digits", "interpolation", "killed"])
+def event(name, category, begin, end, thread=1):
+    return {"ph": "X", "name": name, "cat": category, "ts": begin, "dur": end - begin, "tid": thread}
+
+
+def test_a_trace_tells_gaps_kernels_and_waits(tmp_path):
+    """Two steps: 400 us on the GPU, of which 100 us idle; the host waits twice in them, and once after them."""
+    events = [
+        event("steps", "user_annotation", 1000, 1300),
+        event("steps", "gpu_user_annotation", 1050, 1450),
+        event("cudaStreamSynchronize", "cuda_runtime", 1100, 1110),
+        event("cudaDeviceSynchronize", "cuda_runtime", 1200, 1210),
+        event("cudaDeviceSynchronize", "cuda_runtime", 1310, 1450),  # ours, after the steps
+        event("cudaLaunchKernel", "cuda_runtime", 1010, 1020),
+        event("cuLaunchKernelEx", "cuda_driver", 1020, 1030),
+        event("aten::_local_scalar_dense", "cpu_op", 1100, 1110),
+        event("convolution", "kernel", 1050, 1150),
+        event("norm", "kernel", 1100, 1200, thread=2),  # beside the convolution
+        event("Memcpy DtoH (Device -> Pageable)", "gpu_memcpy", 1200, 1210),
+        event("convolution", "kernel", 1310, 1450),
+        event("from before", "kernel", 900, 1000),
+        {"ph": "i", "name": "marker"},
+    ]
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps({"traceEvents": events}))
+    result = trace.analyse(file, "steps", num_steps=2)
+    assert (result["milliseconds"], result["milliseconds_on_gpu"], result["share_in_gaps"]) == (0.15, 0.2, 0.25)
+    assert (result["waits_of_the_host"], result["items"], result["copies_to_host"], result["launches"]) == (
+        1,
+        0.5,
+        0.5,
+        1,
+    )
+    assert result["kernels"][0] == {"name": "convolution", "milliseconds": 0.12, "share": 0.6857, "calls": 1}
+    assert [kernel["name"] for kernel in result["kernels"]] == [
+        "convolution", "norm", "Memcpy DtoH (Device -> Pageable)",
+    ]  # fmt: skip
+
+
+def test_the_trace_of_a_cpu_has_the_operations_by_the_time_of_their_own(tmp_path):
+    events = [
+        event("steps", "user_annotation", 0, 100),
+        event("aten::outer", "cpu_op", 0, 60),
+        event("aten::inner", "cpu_op", 10, 30),
+        event("aten::inner", "cpu_op", 30, 50),
+        event("aten::inner", "cpu_op", 5, 15, thread=2),
+    ]
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps({"traceEvents": events}))
+    result = trace.analyse(file, "steps", num_steps=1)
+    assert "share_in_gaps" not in result
+    kernels = {kernel["name"]: (kernel["milliseconds"], kernel["calls"]) for kernel in result["kernels"]}
+    assert kernels == {"aten::inner": (0.05, 3), "aten::outer": (0.02, 1)}
+
+
+def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies(tmp_path):
+    peer = tmp_path / "diffusers" / scripts.PEER
+    peer.parent.mkdir(parents=True)
+    peer.write_text("import os; os._exit(3)")
+    script, output = Path(compare.__file__).with_name("gpu.py"), tmp_path / "result.json"
+    parts = ["profile", "training", "peer_training", "sampling"]
+    options = [
+        "--minutes",
+        5,
+        "--output",
+        output,
+        "--diffusers_repo",
+        tmp_path / "diffusers",
+        "--only",
+        ",".join(parts),
+    ]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
+    process = subprocess.run(
+        [sys.executable, script, *map(str, options)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 1, process.stderr
+    results = json.loads(output.read_text())["parts"]
+    assert list(results) == parts
+    errors = {part: result["error"] for part, result in results.items()}
+    assert errors.pop("peer_training").startswith("ended with code 3")
+    assert errors == dict.fromkeys(errors), process.stdout
+    (profile,) = results["profile"]["rows"]
+    assert profile["milliseconds"] > 0 and len(profile["kernels"]) > 5
+    assert any("conv" in kernel["name"] for kernel in profile["kernels"])
+    assert [row["name"] for row in results["training"]["rows"]] == ["ours, tiny, batch 2", "ours, tiny, batch 4"]
+    for row in results["training"]["rows"] + results["sampling"]["rows"]:
+        assert row["images_per_second"] > 0, row
+
+
+@pytest.mark.parametrize("script", ["bench", "built_in", "digits", "gpu", "interpolation", "killed"])
 def test_scripts_run_by_their_path_from_any_folder(script, tmp_path, monkeypatch, capsys):
     path = Path(compare.__file__).with_name(f"{script}.py")
     monkeypatch.chdir(tmp_path)
