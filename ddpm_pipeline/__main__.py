@@ -228,9 +228,13 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
 def load_pipeline(args: argparse.Namespace) -> Any:
     import torch
-    from diffusers.utils.logging import disable_progress_bar
 
-    from . import DDPMPipeline
+    from .cpu import importing, keep_memory
+
+    with importing():
+        from diffusers.utils.logging import disable_progress_bar
+
+        from . import DDPMPipeline
 
     has_terminal = sys.stderr.isatty()
     if not has_terminal:  # a bar would fill a log file
@@ -239,9 +243,12 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     pipe.set_progress_bar_config(disable=not has_terminal)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return pipe.to(args.device or accelerator)
+        pipe.to(args.device or accelerator)
     except (RuntimeError, AssertionError) as error:  # torch's message for an unknown or missing device
         raise ValueError(f"--device is {args.device}: {str(error).splitlines()[0]}") from None
+    if pipe.device.type == "cpu":
+        keep_memory()
+    return pipe
 
 
 if __name__ == "__main__":

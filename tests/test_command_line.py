@@ -83,6 +83,13 @@ def test_each_command_is_its_method(work, pipe, capsys):
     assert np.array_equal(output, np.asarray(expected))
 
 
+def test_freed_memory_is_kept_on_a_cpu(work, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ddpm_pipeline.cpu.keep_memory", lambda: calls.append("keep"))
+    run(work, "generate", "--device", "cpu")
+    assert calls == ["keep"]
+
+
 def test_zero_steps_are_refused(work, capsys):
     assert main(["generate", str(work / "model"), "--num_inference_steps", "0", "-o", str(work / "never.png")]) == 2
     assert "num_inference_steps is 0" in capsys.readouterr().err

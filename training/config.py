@@ -79,11 +79,12 @@ class Config:
             names the images, "skip" continues with the next step.
         mixed_precision: what the network computes in: no (float32), fp16, bf16, or auto (what `accelerate launch` was
             configured with, else bf16 where the hardware supports it, else float32).
-        cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores.
-            OMP_NUM_THREADS, which `accelerate launch` sets to 1, is ignored.
-        tune: "auto" tries at the start of a run for a few seconds how the network computes fastest on this machine (memory
-            format, attention, number of threads), and keeps what it finds in cache_dir; "off" takes what is usually
-            fastest. Results differ by rounding.
+        cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores, and a single
+            one leaves other programs those that they keep busy, see docs/training.md. OMP_NUM_THREADS, which
+            `accelerate launch` sets to 1, is ignored.
+        tune: "auto" tries at the start of a run for a few seconds how the network computes fastest on this machine
+            (memory format, attention, number of threads), and keeps what it finds in cache_dir; "off" takes what is
+            usually fastest. Results differ by rounding.
         compile: compile the network with torch.compile.
         deterministic: use only operations that give the same bits each time. Slower on a GPU; no effect on a CPU.
         seed: seed of the initial weights and of every random number in training.

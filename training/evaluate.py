@@ -49,8 +49,11 @@ def evaluate(config: EvalConfig) -> None:
     """
     check_installed(config)
     # Only now: torch and diffusers take seconds to import.
-    from training.evaluation.evaluator import Evaluator
-    from training.run import runtime
+    from ddpm_pipeline.cpu import importing
+
+    with importing():
+        from training.evaluation.evaluator import Evaluator
+        from training.run import runtime
 
     evaluator = Evaluator(config)
     real = evaluator.load_images()

@@ -25,6 +25,7 @@ if not __package__:  # run as a script: imports start at the project, not at tra
 import torch
 from torch import Tensor
 
+from ddpm_pipeline.cpu import importing
 from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
@@ -98,13 +99,14 @@ def main(config: Config, stop: StopSignal) -> int:
                 during_training.check_access(config)
 
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
-    from ddpm_pipeline import rng
-    from ddpm_pipeline.images import record_background
-    from training import tune
-    from training.data.batches import Batches
-    from training.denoiser import check_size, load_initial_weights, make_denoiser
-    from training.ema import FlatEMA
-    from training.run.validation import Validator
+    with importing():
+        from ddpm_pipeline import rng
+        from ddpm_pipeline.images import record_background
+        from training import tune
+        from training.data.batches import Batches
+        from training.denoiser import check_size, load_initial_weights, make_denoiser
+        from training.ema import FlatEMA
+        from training.run.validation import Validator
 
     quiet_libraries()
 
