@@ -2,7 +2,8 @@
 # make test    run the tests
 # make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy
-# make bench   measure the project beside its peers
+# make bench   measure the project beside its peers; with the peer's training script: DIFFUSERS_REPO=path
+# make bench-gpu   test and measure it on a GPU, in eight minutes
 # make docs    build the documentation as a site in build/docs
 # make clean   remove everything the others made, except the runs
 # Each does its own set-up in .venv the first time. It needs Python with venv, and make.
@@ -13,7 +14,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 # two set-ups in one environment at the same time would break it
 .NOTPARALLEL:
-.PHONY: moons test test-faults lint bench docs clean
+.PHONY: moons test test-faults lint bench bench-gpu docs clean
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
@@ -32,6 +33,9 @@ lint: .venv/test.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/python benchmarks/bench.py
+
+bench-gpu: .venv/test.stamp
+	$(BIN)/python benchmarks/gpu.py
 
 docs: .venv/docs.stamp
 	$(BIN)/python docs/site/make_tables.py --check

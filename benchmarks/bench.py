@@ -95,7 +95,7 @@ def measure(parts: list[str], args: argparse.Namespace, precision: str, report: 
             comparisons = arithmetic.ema(0.2 if quick else 3.0)
         elif part == "sampling":
             comparisons = sampling.sampling(
-                Path(folder) / "pipelines", precision=precision, rounds=1 if quick else 7, quick=quick
+                Path(folder) / "pipelines", precision=precision, rounds=1 if quick else 5, quick=quick
             )
         else:
             assert both is not None

@@ -39,9 +39,9 @@ class Network:
 
 
 NETWORKS = (
-    Network("tiny", 32, 1.3, 8, sampling_batches=(1, 16), sampling_steps=25),
-    Network("small", 16, 1.3, 10, sampling_batches=(16,), sampling_steps=6),
-    Network("ddpm-cifar10", 8, 1.2, 14, sampling_batches=(4,), sampling_steps=6),
+    Network("tiny", 32, 1.3, 6, sampling_batches=(1, 16), sampling_steps=25),
+    Network("small", 16, 1.3, 8, sampling_batches=(16,), sampling_steps=6),
+    Network("ddpm-cifar10", 8, 1.2, 12, sampling_batches=(4,), sampling_steps=6),
 )
 
 
