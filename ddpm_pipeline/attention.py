@@ -15,6 +15,7 @@ from torch import Tensor
 from .group_norm import is_computed_now
 
 CHUNK = 2**20  # scores in a chunk: 2 MiB in bfloat16
+WORTHWHILE = 2**16  # of fewer scores the fused kernel is as fast, since it is a single operation
 
 Implementation = Literal["auto", "chunks", "fused"]
 
@@ -23,7 +24,8 @@ class ChunkedAttnProcessor:
     """Self-attention of diffusers' `Attention` layers; what those of a U-net do not use is left to diffusers.
 
     Args:
-        implementation: "chunks"; "fused", torch's scaled_dot_product_attention; or "auto": chunks in bfloat16 on a CPU.
+        implementation: "chunks"; "fused", torch's scaled_dot_product_attention; or "auto": chunks of many scores in
+            bfloat16 on a CPU.
     """
 
     def __init__(self, implementation: Implementation = "auto") -> None:
@@ -68,7 +70,8 @@ class ChunkedAttnProcessor:
         return mixed if attn.rescale_output_factor == 1 else mixed / attn.rescale_output_factor
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fast_in_chunks = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        scores = q.shape[0] * q.shape[1] * q.shape[2] ** 2
+        fast_in_chunks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores >= WORTHWHILE
         wants_chunks = self.implementation == "chunks" or (self.implementation == "auto" and fast_in_chunks)
         if wants_chunks and is_computed_now(q):
             return chunked_attention(q, k, v)

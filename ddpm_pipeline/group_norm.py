@@ -5,7 +5,6 @@ times as slow as on contiguous ones. So this one operation has loops of its own:
 they cannot be had, and for all other tensors, torch computes the same, up to rounding.
 """
 
-import ctypes
 import importlib
 from typing import Any
 
@@ -84,7 +83,7 @@ def _in_one_pass(
     shape = library.Shape(images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16)
     y, moments = torch.empty_like(x), x.new_empty(2, images, groups, dtype=torch.float32)
     sums = moments.new_empty(images, library.group_norm_segments(height * width), 2, channels)
-    library.group_norm_forward(shape, *map(_address, (x, y, weight, bias, *moments.unbind(), sums)))
+    library.group_norm_forward(shape, *map(Tensor.data_ptr, (x, y, weight, bias, *moments, sums)))
     return y, moments, shape
 
 
@@ -111,9 +110,5 @@ class _GroupNorm(torch.autograd.Function):
         slope, offset = torch.empty_like(moments)
         sums = moments.new_empty(shape.images, library.group_norm_segments(shape.pixels), 2, shape.channels)
         tensors = (dy, x, dx, weight, bias, *moments, dweight, dbias, slope, offset, sums)
-        library.group_norm_backward(shape, *map(_address, tensors))
+        library.group_norm_backward(shape, *map(Tensor.data_ptr, tensors))
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -59,6 +59,8 @@ def load() -> tuple[Any, str | None]:
         return None, f"{compiler} failed: {getattr(error, 'stderr', None) or error}"
     library.group_norm_segments.argtypes = [ctypes.c_long]
     library.group_norm_segments.restype = ctypes.c_long
+    library.group_norm_forward.argtypes = [Shape, *[ctypes.c_void_p] * 7]
+    library.group_norm_backward.argtypes = [Shape, *[ctypes.c_void_p] * 12]
     library.Shape = Shape  # type: ignore[attr-defined]  # a ctypes library takes any attribute
     return library, None
 

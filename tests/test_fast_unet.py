@@ -189,6 +189,7 @@ def test_derivatives_by_torch_func_and_shapes_without_numbers():
 )  # fmt: skip
 def test_which_implementation_of_attention_runs(monkeypatch, implementation, dtype, in_chunks):
     called = []
+    monkeypatch.setattr("ddpm_pipeline.attention.WORTHWHILE", 2 * 2 * 16**2)
     monkeypatch.setattr(
         "ddpm_pipeline.attention.chunked_attention", lambda *qkv: called.append(1) or chunked_attention(*qkv)
     )
@@ -199,6 +200,10 @@ def test_which_implementation_of_attention_runs(monkeypatch, implementation, dty
     layer.set_processor(AttnProcessor())
     torch.testing.assert_close(found, layer(x), rtol=2e-2, atol=2e-2)
     assert bool(called) == in_chunks
+    layer.set_processor(ChunkedAttnProcessor())
+    del called[:]
+    layer(x[:1])
+    assert not called  # too few scores
 
 
 @pytest.mark.parametrize("channels", [1, 3])
