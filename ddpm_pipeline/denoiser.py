@@ -67,12 +67,13 @@ class UNetDenoiser:
     def __init__(self, unet: UNet2DModel, class_labels: Tensor | None = None, guidance_scale: float = 1.0) -> None:
         speed_up(unet)
         self.unet, self.class_labels, self.guidance_scale = unet, class_labels, guidance_scale
+        self._dtype = unet.dtype  # looked up once: diffusers searches all layers for it
         self.num_calls = 0
         self.progress_bar: Any = None  # a tqdm bar, advanced by one for each call
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         with evaluating(self.unet):
-            x = in_best_format(x_t.to(self.unet.dtype))
+            x = in_best_format(x_t.to(self._dtype))
             output = self._guided(x, torch.as_tensor(t, device=x.device)).to(x_t.dtype).contiguous()
         self.num_calls += 1
         if self.progress_bar is not None:

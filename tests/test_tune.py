@@ -1,7 +1,11 @@
 """The trial at the start of a run: what it chooses, what it leaves as it was, and what it keeps for the next run."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +114,23 @@ def test_the_next_run_takes_what_was_found(unet, runtime, monkeypatch, tmp_path,
     for arguments in ((unet, SHAPE, 3, runtime), (unet, (1, 16, 8), 2, runtime), (other, SHAPE, 2, runtime)):
         with pytest.raises(TypeError):  # another batch, size or network: a trial begins
             tune.tune(*arguments, tmp_path / "cache")
+
+
+def test_another_process_finds_it(tmp_path):
+    """Sets have another order in each process, and diffusers keeps one in the configuration."""
+    code = (
+        "from pathlib import Path; from training import tune; from training.denoiser import make_denoiser\n"
+        "from training.run.runtime import Runtime; unet = make_denoiser('tiny', height=8, width=8, in_channels=1)\n"
+        "print(tune._key(unet, (1, 8, 8), 2, Runtime('no', 1)))\n"
+    )
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed, "ACCELERATE_USE_CPU": "true"},
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"memory": 1}}'])

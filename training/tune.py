@@ -250,9 +250,10 @@ class Trial:
 def _key(unet: Any, image_shape: tuple[int, int, int], batch_size: int, runtime: Runtime) -> str:
     """A hash of all that the choice may depend on."""
     name = torch.cuda.get_device_name() if runtime.device.type == "cuda" else kernels.processor()
+    config = {field: value for field, value in unet.config.items() if not field.startswith("_")}  # those vary
     parts = [
         name, runtime.device.type, torch.get_num_threads(), runtime.world_size, torch.__version__, str(runtime.dtype),
-        dict(unet.config), image_shape, batch_size, kernels.load()[1], kernels.SOURCE.read_text(encoding="utf-8"),
+        config, image_shape, batch_size, kernels.load()[1], kernels.SOURCE.read_text(encoding="utf-8"),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -237,6 +237,7 @@ def sample(
                     eta=sampler.eta,
                     output_type="latent",
                     return_dict=False,
+                    callback_on_step_end=lambda *_: runtime.adapt_threads(),
                 )
         shards.save(shard, to_pixels(torch.cat(images), shards.pixel_dtype))
     runtime.barrier()

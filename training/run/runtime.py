@@ -126,10 +126,10 @@ class Runtime:
             return
         plural = "thread" if threads == 1 else "threads"
         if threads == self._shared_cores.most:
-            self.print(f"training with {threads} {plural} again")
+            self.print(f"computing with {threads} {plural} again")
         else:
             others, cores = self._shared_cores.others, self._shared_cores.cores
-            self.print(f"other programs keep {others:.1f} of {cores} cores busy: training with {threads} {plural}")
+            self.print(f"other programs keep {others:.1f} of {cores} cores busy: computing with {threads} {plural}")
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set on any rank; all ranks get the same answer."""

@@ -149,6 +149,7 @@ class EMASampler:
 
     def _interrupt(self, pipe: DDPMPipeline, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's callback after each sampling step: a signal ends sampling."""
+        self._runtime.adapt_threads()
         pipe.interrupt = self._stop.requested()
         return {}
 
