@@ -177,6 +177,7 @@ def test_each_rank_draws_missing_shards(tmp_path, pixel_dtype):
     assert seconds > 0
     assert shards.missing(4 * SHARD_SIZE) == [0, 2]
     assert [count for count, _ in pipe.calls] == [25, 25, 14] * 2
+    assert callable(pipe.calls[0][1].pop("callback_on_step_end"))
     assert pipe.calls[0][1] == {"num_inference_steps": 7, "eta": 0.5, "output_type": "latent", "return_dict": False}
     sample(model, sampler, shards, 4 * SHARD_SIZE, runtime=fake_runtime(), **options)
     assert len(pipe.calls) == 12

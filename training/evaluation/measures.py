@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
+from ddpm_pipeline.denoiser import UNetDenoiser
 from ddpm_pipeline.features import Extractor, extract_features
 from ddpm_pipeline.fidelity import Estimate
 from ddpm_pipeline.pixels import from_pixels, num_levels
@@ -213,14 +214,13 @@ class HeldOutBits:
 
     def variational_bound(self, model: Model, variance_type: str, num_images: int, strata: int) -> tuple[Result, Curve]:
         """The variational bound with this variance of the reverse process, and its curves over t; strata=0: all t."""
-        unet = model.pipe.unet.to(self._runtime.device)
+        denoiser = UNetDenoiser(model.pipe.unet.to(self._runtime.device))
         scheduler: Any = DDPMScheduler.from_config(model.pipe.scheduler.config, variance_type=variance_type)
         strata = min(strata, scheduler.num_steps - 1)
 
         def network(x_t: Tensor, t: Tensor) -> Tensor:
             with self._runtime.autocast():
-                output: Tensor = unet(x_t, t, return_dict=False)[0]
-            return output.to(x_t.dtype)
+                return denoiser(x_t, t)
 
         parts = []
         for index, pixels in self._own_batches(num_images, f"variational bound, {model.weights}, {variance_type}"):
@@ -244,12 +244,18 @@ class HeldOutBits:
     def ode_likelihood(self, model: Model, num_images: int) -> Result:
         """The likelihood by the probability-flow ODE, in float32."""
         device = self._runtime.device
-        unet = model.pipe.unet.to(device)
+        denoiser = UNetDenoiser(model.pipe.unet.to(device))
         parts = []
         for index, pixels in self._own_batches(num_images, f"probability-flow ODE, {model.weights}"):
             x_0 = likelihood.dequantise(torch.from_numpy(pixels), index=index, seed=self._seed).to(device)
             nats = likelihood.probability_flow_nats(
-                unet, model.pipe.scheduler, x_0, index=index, seed=self._seed, rtol=ODE_TOLERANCE, atol=ODE_TOLERANCE
+                denoiser,
+                model.pipe.scheduler,
+                x_0,
+                index=index,
+                seed=self._seed,
+                rtol=ODE_TOLERANCE,
+                atol=ODE_TOLERANCE,
             )
             parts.append((index, nats.cpu()))
         nats = _in_order(self._runtime.gather_objects(parts))
