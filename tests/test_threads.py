@@ -62,7 +62,10 @@ def recorded_threads(file):
 def test_a_run_follows_what_others_leave_and_a_resumed_one_begins_with_its_threads(two_cores, tmp_path, capsys):
     assert train(tmp_path, cpu_threads=None) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " thread" in line]
-    assert lines == ["other programs keep 1.0 of 2 cores busy: computing with 1 thread", "computing with 2 threads again"]
+    assert lines == [
+        "other programs keep 1.0 of 2 cores busy: computing with 1 thread",
+        "computing with 2 threads again",
+    ]
     assert Neighbour.made[0].step == STEPS + 1  # once a step, of training and of sampling
     run = tmp_path / "run"
     assert recorded_threads(run / "checkpoint-000004" / "manifest.json") == 1
