@@ -229,8 +229,10 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 def load_pipeline(args: argparse.Namespace) -> Any:
     import torch
 
-    from .cpu import importing, keep_memory
+    from .cpu import SharedCores, importing, keep_memory
 
+    cores = torch.get_num_threads()
+    shared = SharedCores(cores, cores)  # counts what other programs use while the model is loaded
     with importing():
         from diffusers.utils.logging import disable_progress_bar
 
@@ -248,6 +250,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
         raise ValueError(f"--device is {args.device}: {str(error).splitlines()[0]}") from None
     if pipe.device.type == "cpu":
         keep_memory()
+        shared.update()
     return pipe
 
 
