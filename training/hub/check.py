@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from ddpm_pipeline import kernels
 from training.hub.files import built_in_limits, has_class_labels, scheduler_config, unet_config
 from training.hub.load_once import WAYS
 
@@ -63,6 +64,7 @@ def _sample(folder: Path) -> dict[str, Any]:
         options += ["--class_labels", "0", str(unet["num_class_embeds"] - 1)]
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {kernels.VARIABLE: "0"}  # only the package has them, and they round otherwise
         outputs = {way: Path(scratch) / f"{way}.safetensors" for way in WAYS}
         if has_class_labels(unet):
             del outputs["built-in"]  # it does not support class labels
