@@ -106,6 +106,14 @@ def test_threads_of_an_earlier_part_of_the_run_or_of_a_larger_machine(two_cores,
     assert runtime.threads == now
 
 
+@pytest.mark.parametrize(("most", "now"), [(1, 1), (2, 2), (4096, 2)])
+def test_the_most_threads_of_a_run_that_was_tuned_on_another_machine(two_cores, most, now):
+    with fresh_accelerate():
+        runtime = Runtime("no")
+    runtime.limit_threads(most)
+    assert runtime.threads == now
+
+
 def test_freed_memory_is_kept_by_commands_on_a_cpu(two_cores, monkeypatch):
     calls = []
     monkeypatch.setattr(runtime_module, "keep_memory", lambda: calls.append("keep"))

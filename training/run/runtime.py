@@ -116,9 +116,9 @@ class Runtime:
 
     def limit_threads(self, most: int) -> None:
         """Compute with no more threads than this, and with as many unless other programs need the cores."""
-        if self._shared_cores is not None:
-            self._shared_cores.most = most
-            self._shared_cores.begin(most)
+        if self._shared_cores is not None:  # a checkpoint may be of a machine with more cores
+            self._shared_cores.most = min(most, self._shared_cores.most)
+            self._shared_cores.begin(self._shared_cores.most)
 
     def adapt_threads(self) -> None:
         """Once a step: compute with the cores that other programs leave. Prints a line when the number changes."""
