@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from .group_norm import is_computed_now
+from .group_norm import gradients_with_graph, is_computed_now
 
 CHUNK = 2**20  # scores in a chunk: 2 MiB in bfloat16
 WORTHWHILE = 2**16  # of fewer scores the fused kernel is as fast, since it is a single operation
@@ -93,18 +93,18 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = torch.empty_like(q)
-        for part in _chunks(q, k):
-            torch.bmm(_weights(q[part], k[part]), v[part], out=mixed[part])
+        with torch.autocast(q.device.type, enabled=False):  # it would not write to `out`
+            for part in _chunks(q, k):
+                torch.bmm(_weights(q[part], k[part]), v[part], out=mixed[part])
         ctx.save_for_backward(q, k, v)
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dmixed: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradients is wanted
-            inputs = (q, k, v)
-            gradients = torch.autograd.grad(torch.bmm(_weights(q, k), v), inputs, dmixed, create_graph=True)
-            return gradients[0], gradients[1], gradients[2]
+            q, k, v = (tensor.view_as(tensor) for tensor in (q, k, v))  # as in group_norm.py
+            return tuple(gradients_with_graph(torch.bmm(_weights(q, k), v), (q, k, v), dmixed))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in _chunks(q, k):
             weights = _weights(q[part], k[part])
@@ -121,5 +121,5 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _chunks(q: Tensor, k: Tensor) -> list[slice]:
-    step = max(1, CHUNK // (q.shape[1] * k.shape[1]))
+    step = max(1, CHUNK // max(1, q.shape[1] * k.shape[1]))
     return [slice(start, start + step) for start in range(0, len(q), step)]

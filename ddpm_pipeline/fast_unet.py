@@ -4,8 +4,10 @@
 is saved is the plain UNet2DModel: neither weights nor configuration know of it.
 """
 
+from typing import Any
+
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -27,14 +29,22 @@ class FastResnetBlock2D(ResnetBlock2D):
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: object, **kwargs: object) -> Tensor:
-        hidden_states = self.conv1(group_norm(input_tensor, self.norm1, silu=True))
+        hidden_states = self.conv1(norm_and_silu(input_tensor, self.norm1))
         if self.time_emb_proj is not None:
             embedding = temb if self.skip_time_act else nn.functional.silu(temb)
             hidden_states = hidden_states + self.time_emb_proj(embedding)[:, :, None, None]
-        hidden_states = self.conv2(self.dropout(group_norm(hidden_states, self.norm2, silu=True)))
+        hidden_states = self.conv2(self.dropout(norm_and_silu(hidden_states, self.norm2)))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         output = shortcut + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+def norm_and_silu(x: Tensor, norm: nn.Module) -> Tensor:
+    """SiLU after a layer, in one pass if that is a GroupNorm which nothing else wants to see called."""
+    is_called_alone = not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    if type(norm) is FastGroupNorm and is_called_alone and "forward" not in vars(norm):  # accelerate replaces forward
+        return group_norm(x, norm, silu=True)
+    return nn.functional.silu(norm(x))
 
 
 def speed_up(network: nn.Module) -> None:
@@ -47,8 +57,10 @@ def speed_up(network: nn.Module) -> None:
             module.__class__ = FastResnetBlock2D
         elif type(module) is nn.GroupNorm:
             module.__class__ = FastGroupNorm
-        elif isinstance(module, Attention) and type(module.processor) in (AttnProcessor, AttnProcessor2_0):
-            module.set_processor(ChunkedAttnProcessor())  # type: ignore[arg-type]  # annotated for diffusers' own classes
+        elif isinstance(module, Attention):
+            layer: Any = module  # its processors are annotated as one of diffusers' classes
+            if type(layer.processor) is AttnProcessor2_0:
+                layer.set_processor(ChunkedAttnProcessor())
 
 
 def in_best_format(x: Tensor) -> Tensor:
@@ -69,5 +81,5 @@ def _is_plain(block: ResnetBlock2D) -> bool:
         block.time_embedding_norm == "default"
         and block.upsample is None
         and block.downsample is None
-        and isinstance(block.nonlinearity, nn.SiLU)
+        and type(block.nonlinearity) is nn.SiLU
     )

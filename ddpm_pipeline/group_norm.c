@@ -45,6 +45,8 @@ INLINE void store(void *x, long i, float value, int bf16) {
 
 /* e^x to 1e-7, as 2^n e^r with |r| <= ln(2) / 2 and a Taylor polynomial; the C library's is not vectorised. */
 INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x; /* further out SiLU is z or 0 */
+    x = x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = fmaf(n, -0.693145752f, x);
     r = fmaf(n, -1.42860677e-6f, r);
@@ -55,9 +57,7 @@ INLINE float exponential(float x) {
     p = fmaf(p, r, 1.0f / 6);
     p = fmaf(p, r, 0.5f);
     p = fmaf(p * r, r, r) + 1.0f;
-    int32_t exponent = (int32_t)n; /* 2^n stays finite */
-    exponent = exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
-    int32_t bits = (exponent + 127) << 23;
+    int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
     return p * power;
@@ -81,13 +81,21 @@ INLINE void affine(Shape s, long n, long image, const float *weight, const float
     }
 }
 
-/* Sums of v - v_0 and its square of each channel over a segment; v_0 is at the image's first pixel. Without v_0 the
-   squares would cancel where the mean is far larger than the standard deviation. */
+/* About the mean of a channel: that of some of its pixels, so that a single one far out does not count. */
+INLINE float about_mean(Shape s, const void *x, long image, long channel) {
+    float sum = 0;
+    for (long i = 0; i < 8; i++)
+        sum += load(x, (image * s.pixels + i * s.pixels / 8) * s.channels + channel, s.bf16);
+    return sum / 8;
+}
+
+/* Sums of v - v_0 and its square of each channel over a segment; v_0 is about the mean. Without it the squares would
+   cancel where the mean is far larger than the standard deviation. */
 INLINE void sum_segment(Shape s, Segment at, const void *x, float *sums) {
     long n = pixels_at_once(s.channels, s.pixels), width = n * s.channels;
     float origin[width], first[width], second[width];
     for (long c = 0; c < width; c++)
-        origin[c] = load(x, at.image * s.pixels * s.channels + c % s.channels, s.bf16);
+        origin[c] = c < s.channels ? about_mean(s, x, at.image, c) : origin[c - s.channels];
     memset(first, 0, sizeof first);
     memset(second, 0, sizeof second);
     for (long p = at.first; p < at.end; p += n) {
@@ -119,7 +127,7 @@ INLINE void statistics(Shape s, long image, long segments, const void *x, const 
                 first += of_segment[0];
                 second += of_segment[s.channels];
             }
-            means[c] = first / s.pixels + load(x, image * s.pixels * s.channels + g * size + c, s.bf16);
+            means[c] = first / s.pixels + about_mean(s, x, image, g * size + c);
             squares += second - first * first / s.pixels;
             total += means[c];
         }

@@ -6,11 +6,15 @@ they cannot be had, and for all other tensors, torch computes the same, up to ro
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
+
+MOST_CHANNELS = 65536  # the kernel's rows are on the stack of a thread
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
@@ -23,9 +27,9 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
         (B, C, H, W) in the dtype of x.
     """
     weight, bias = norm.weight, norm.bias
-    if weight is None or bias is None or not has_kernel(x):
+    if not has_kernel(x) or not _fit(x, norm):
         return _by_torch(x, weight, bias, norm.num_groups, norm.eps, silu)
-    arguments = (x, weight.float(), bias.float(), norm.num_groups, norm.eps, silu)
+    arguments = (x, weight.float().contiguous(), bias.float().contiguous(), norm.num_groups, norm.eps, silu)
     if torch.is_grad_enabled():
         y: Tensor = _GroupNorm.apply(*arguments)
         return y
@@ -38,9 +42,25 @@ def has_kernel(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
+        and 0 < x.shape[1] <= MOST_CHANNELS
+        and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and is_computed_now(x)
         and kernel() is not None
+    )
+
+
+def _fit(x: Tensor, norm: nn.GroupNorm) -> bool:
+    """Whether the layer is one for such images, with weights on the CPU; the kernel would read beside wrong ones."""
+    channels, weight, bias = x.shape[1], norm.weight, norm.bias
+    return (
+        weight is not None
+        and bias is not None
+        and weight.device.type == bias.device.type == "cpu"
+        and weight.shape == bias.shape == (channels,)
+        and channels % norm.num_groups == 0
+        and is_computed_now(weight)
+        and is_computed_now(bias)
     )
 
 
@@ -51,6 +71,9 @@ def is_computed_now(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not x.is_neg()
+        and not x._is_zerotensor()
     )
 
 
@@ -62,8 +85,9 @@ def kernel() -> Any:
 
 
 def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> Tensor:
-    if not is_computed_now(x):
-        x = x.contiguous()  # what torch.func makes of GroupNorm takes no other images
+    # Of channels-last images torch.func refuses GroupNorm, and its backward pass fails if they need no gradient.
+    if not is_computed_now(x) or (torch.is_grad_enabled() and not x.requires_grad):
+        x = x.contiguous()
     if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and x.dtype != torch.float32:
         # Autocast would read and write the images as float32; inside, torch sums in float32 anyway.
         with torch.autocast("cuda", enabled=False):
@@ -99,12 +123,14 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradients is wanted, which the kernel has not
-            needed = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-            y = _by_torch(x, weight, bias, *ctx.options)
-            gradients = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
-            return *(next(gradients) if t.requires_grad else None for t in (x, weight, bias)), None, None, None
+            # Views, for x may depend on the same weights, and that way through the graph is not this layer's.
+            inputs = [tensor.view_as(tensor) for tensor in (x, weight, bias)]
+            gradients = gradients_with_graph(_by_torch(*inputs, *ctx.options), inputs, dy)
+            return *gradients, None, None, None
         shape, library = ctx.shape, kernel()
-        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        if dy._is_zerotensor():
+            dy = torch.zeros_like(x)
+        dy = dy.to(x.dtype).resolve_neg().contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
         dweight, dbias = moments.new_empty(2, shape.images, shape.channels)
         slope, offset = torch.empty_like(moments)
@@ -112,3 +138,10 @@ class _GroupNorm(torch.autograd.Function):
         tensors = (dy, x, dx, weight, bias, *moments, dweight, dbias, slope, offset, sums)
         library.group_norm_backward(shape, *map(Tensor.data_ptr, tensors))
         return dx, dweight.sum(0), dbias.sum(0), None, None, None
+
+
+def gradients_with_graph(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:
+    """The gradients of those inputs that need one, which can be differentiated in turn."""
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    gradients = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]

@@ -4,10 +4,13 @@ import copy
 import pickle
 import warnings
 
+import accelerate
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm_pipeline import fast_unet
@@ -94,6 +97,56 @@ def test_layers_of_other_classes_and_processors_of_the_user_stay():
     assert others and all(type(processor) is ChunkedAttnProcessor for processor in others)
 
 
+class Doubled(nn.SiLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnNorm(nn.GroupNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["norm", "no norm", "nonlinearity", "hook", "processor", "scale_qk"])
+def test_what_a_user_has_changed_in_a_layer_counts(change):
+    torch.manual_seed(0)
+    model = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
+    block = next(module for module in model.modules() if type(module) is ResnetBlock2D)
+    attention = next(module for module in model.modules() if isinstance(module, Attention))
+    called = []
+    if change == "norm":
+        block.norm1 = OwnNorm(block.norm1.num_groups, block.norm1.num_channels)
+    elif change == "no norm":
+        block.norm1 = nn.Identity()
+    elif change == "nonlinearity":
+        block.nonlinearity = Doubled()
+    elif change == "hook":
+        block.norm1.register_forward_hook(lambda *_: called.append(1))
+    elif change == "processor":
+        attention.set_processor(AttnProcessor())
+    else:
+        attention.scale = 1.0  # as Attention(scale_qk=False), whose processor is AttnProcessor
+        attention.set_processor(AttnProcessor())
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = model(x, 3, return_dict=False)[0]
+        del called[:]
+        speed_up(model)
+        torch.testing.assert_close(model(as_channels_last(x), 3, return_dict=False)[0], expected, rtol=1e-3, atol=1e-4)
+    assert bool(called) == (change == "hook")
+
+
+def test_weights_that_accelerate_keeps_on_the_disk(tmp_path):
+    torch.manual_seed(0)
+    model = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
+    x = as_channels_last(torch.randn(2, 1, 8, 8))
+    with torch.no_grad():
+        expected = model(x, 3, return_dict=False)[0]
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+        speed_up(model)
+        torch.testing.assert_close(model(x, 3, return_dict=False)[0], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_fast_network_is_saved_copied_and_pickled_as_before(tmp_path):
     torch.manual_seed(0)
     plain = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
@@ -135,6 +188,16 @@ def test_attention_in_chunks_can_be_differentiated_twice():
     torch.manual_seed(0)
     inputs = [torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradgradcheck(chunked_attention, inputs)
+    q, k, v = inputs
+    frozen = chunked_attention(q, k.detach(), v)
+    assert torch.autograd.grad(frozen.sum(), (q, v), create_graph=True)[0].requires_grad
+
+
+def test_attention_in_chunks_within_autocast_and_of_nothing():
+    q = torch.randn(1, 2, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chunked_attention(q, q, q), chunked_attention(q, q, q))
+    assert chunked_attention(q[:, :, :0], q[:, :, :0], q[:, :, :0]).shape == (1, 2, 0, 3)
 
 
 def test_attention_in_chunks_keeps_no_scores():

@@ -89,17 +89,19 @@ def test_means_that_differ_between_the_channels_of_a_group():
 
 
 @needs_kernel
-@pytest.mark.parametrize("value", [-200.0, -90.0, -87.5, -1e-3, 0.0, 88.5, 200.0, 3e4])
+@pytest.mark.parametrize("value", [-1e30, -200.0, -90.0, -87.5, -1e-3, 0.0, 88.5, 200.0, 3e4, 1e30])
 def test_silu_far_from_zero(value):
     """The normalised image is 0, so z is the bias, and y = z / (1 + exp(-z)); its slope is in the gradient."""
     norm = nn.GroupNorm(1, 4)
     nn.init.constant_(norm.bias, value)
     y = group_norm(channels_last(2, 4, 8, 8) * 0, norm, silu=True)
-    torch.testing.assert_close(y, torch.full_like(y, value / (1 + math.exp(min(-value, 700)))), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(
+        y, torch.full_like(y, value / (1 + math.exp(min(-value, 700)))), rtol=1e-6, atol=1e-38 * abs(value)
+    )
     (slope,) = torch.autograd.grad(y.sum(), norm.bias)
     z = torch.tensor(value, dtype=torch.float64)
     expected = y[:, 0].numel() * (z.sigmoid() * (1 + z * (1 - z.sigmoid())))
-    torch.testing.assert_close(slope, expected.float().expand(4), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(slope, expected.float().expand(4), rtol=1e-5, atol=2e-36 * abs(value))
 
 
 @needs_kernel
@@ -145,6 +147,84 @@ def test_a_gradient_of_the_gradient_is_torchs():
     torch.testing.assert_close(seconds[0], seconds[1], rtol=1e-4, atol=1e-4)
 
 
+@needs_kernel
+def test_a_pixel_far_out_costs_little_accuracy():
+    torch.manual_seed(0)
+    norm, x = make_norm(1, 4), channels_last(1, 4, 256, 256)
+    x[..., 0, 0] = 100
+    assert relative_error(group_norm(x, norm, silu=False), in_float64(x, norm, False, torch.ones_like(x))[0]) < 1e-5
+
+
+@needs_kernel
+def test_a_layer_that_is_applied_twice_has_the_gradients_of_both_in_a_graph_of_them():
+    torch.manual_seed(0)
+    norm, x, r = make_norm(2, 8), channels_last(2, 8, 4, 4), channels_last(2, 8, 4, 4)
+    weights = (norm.weight, norm.bias)
+    found = [
+        torch.autograd.grad((once * r).sum(), weights, create_graph=create_graph)
+        for create_graph in (True, False)
+        for once in [group_norm(group_norm(x, norm, silu=True), norm, silu=True)]
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("strided", ["weight", "bias"])
+def test_weights_in_another_memory_order(strided):
+    norm, x = make_norm(4, 32), channels_last(2, 32, 6, 6)
+    expected = norm.double()(x.double()).float()
+    norm = norm.float()
+    values = getattr(norm, strided)
+    values.data = torch.stack([values.data, torch.randn(32)], dim=1)[:, 0]
+    assert not values.is_contiguous()
+    torch.testing.assert_close(group_norm(x, norm, silu=False), expected, rtol=1e-5, atol=1e-5)
+    values.data = torch.tensor([2.0]).expand(32)
+    torch.testing.assert_close(group_norm(x, norm, silu=False), norm(x.contiguous()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 0, 8), (0, 32, 8, 8)])
+def test_no_pixels_and_no_images(shape):
+    norm = make_norm(4, 32)
+    y = group_norm(torch.empty(shape).to(memory_format=torch.channels_last).requires_grad_(), norm, silu=True)
+    assert y.shape == shape
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(("shape", "channels", "groups"), [((2, 64, 8, 8), 32, 4), ((2, 16, 8, 8), 32, 4)])
+def test_layers_for_other_images_raise_torchs_error(shape, channels, groups):
+    with pytest.raises(RuntimeError, match="weight"):
+        group_norm(channels_last(*shape), make_norm(groups, channels), silu=True)
+
+
+def test_weights_that_are_not_on_the_cpu_are_left_to_torch():
+    norm = make_norm(4, 32).to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        norm(torch.randn(2, 32, 8, 8))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        group_norm(channels_last(2, 32, 8, 8), norm, silu=True)
+
+
+@needs_kernel
+def test_tensors_that_stand_for_others():
+    torch.manual_seed(0)
+    norm, x, dy = make_norm(4, 16), channels_last(2, 16, 4, 4), channels_last(2, 16, 4, 4)
+    torch.testing.assert_close(group_norm(torch._neg_view(x), norm, silu=True), group_norm(-x, norm, silu=True))
+    x.requires_grad_()
+    y = group_norm(x, norm, silu=True)
+    found = torch.autograd.grad(y, x, torch._neg_view(dy), retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(y, x, -dy, retain_graph=True))
+    (zero,) = torch.autograd.grad(y, x, torch._efficientzerotensor(tuple(dy.shape)))
+    assert not zero.any()
+
+
+def test_very_many_channels():
+    """More than the stack of a thread holds."""
+    norm, x = nn.GroupNorm(1, 200_000), channels_last(1, 200_000, 1, 2).requires_grad_()
+    y = group_norm(x, norm, silu=True)
+    y.sum().backward()
+    torch.testing.assert_close(y, silu(norm(x.contiguous())), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -157,7 +237,7 @@ def test_a_gradient_of_the_gradient_is_torchs():
 def test_other_tensors_are_left_to_torch(x):
     norm = make_norm(2, 4).to(x.dtype)
     assert not has_kernel(x)
-    assert torch.equal(group_norm(x, norm, silu=True), silu(norm(x)))
+    assert torch.equal(group_norm(x, norm, silu=True), silu(norm(x.contiguous())))
 
 
 def test_without_a_compiler_torch_computes(tmp_path):
@@ -165,7 +245,7 @@ def test_without_a_compiler_torch_computes(tmp_path):
     code = (
         "import torch; from ddpm_pipeline import kernels; from ddpm_pipeline.group_norm import group_norm, has_kernel\n"
         "x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last); norm = torch.nn.GroupNorm(2, 4)\n"
-        "print(has_kernel(x), torch.equal(group_norm(x, norm, silu=False), norm(x)), kernels.load()[1])\n"
+        "print(has_kernel(x), torch.equal(group_norm(x, norm, silu=False), norm(x.contiguous())), kernels.load()[1])\n"
     )
     for variables, reason in (
         ({"CC": "no-such-compiler"}, "there is no C compiler"),

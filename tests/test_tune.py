@@ -133,7 +133,25 @@ def test_another_process_finds_it(tmp_path):
     assert len(keys) == 1
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"memory": 1}}'])
+WRONG = [
+    '{"memory": 1}',
+    '{"threads": 0}',
+    '{"threads": "two"}',
+    '{"attention": "flash"}',
+    '{"memory_format": 7}',
+    '"fused"',
+]
+
+
+@pytest.mark.parametrize("values", WRONG)
+def test_a_tuning_of_another_version_in_a_checkpoint_is_said(unet, runtime, tmp_path, capsys, values):
+    config = Config(dataset_name="moons", tune="off", cache_dir=str(tmp_path))
+    found = (tmp_path, {"tuning": json.loads(values)})
+    assert tune.choose(config, runtime, unet, SHAPE, found) == tune.default_tuning("cpu", torch.float32)
+    assert "WARNING: this version cannot compute as the checkpoint says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', *(f'{{"a": {values}}}' for values in WRONG)])
 def test_damaged_results_are_replaced(unet, runtime, tmp_path, content):
     (tmp_path / tune.FILE).write_text(content)
     tune.tune(unet, SHAPE, 2, runtime, tmp_path)

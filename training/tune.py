@@ -54,6 +54,23 @@ class Tuning:
     attention: Literal["chunks", "fused"] = "fused"
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        threads = self.threads
+        if (
+            self.memory_format not in CHOICES["memory_format"]
+            or self.attention not in CHOICES["attention"]
+            or not (threads is None or (isinstance(threads, int) and threads >= 1))
+        ):
+            raise ValueError(f"{self} is no way to compute: give values of {CHOICES} and at least 1 thread")
+
+    @classmethod
+    def read(cls, values: Any) -> Tuning | None:
+        """From a JSON object; None if that is damaged or of another version."""
+        try:
+            return cls(**values)
+        except (TypeError, ValueError):
+            return None
+
     def __str__(self) -> str:
         threads = f" + {self.threads} threads" if self.threads else ""
         return f"{self.memory_format} + {self.attention}{threads}"
@@ -72,11 +89,16 @@ def choose(
         image_shape: (C, H, W).
         found: path and manifest of the checkpoint to resume from.
     """
-    if found is not None and (before := found[1].get("tuning")):
-        tuning = Tuning(**before)
-    elif config.tune == "off" or config.compile:  # a compiled network has its own kernels
+    tuning = None
+    if found is not None and (recorded := found[1].get("tuning")) is not None:
+        tuning = Tuning.read(recorded)
+        if tuning is None:
+            runtime.print(
+                f"WARNING: this version cannot compute as the checkpoint says, {recorded}: results differ by rounding"
+            )
+    if tuning is None and (config.tune == "off" or config.compile):  # a compiled network has its own kernels
         tuning = default_tuning(runtime.device.type, runtime.dtype)
-    else:
+    if tuning is None:
         runtime.adapt_threads()  # with more threads than free cores nothing could be measured
         tuning = tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
     for parameter in unet.parameters():
@@ -140,8 +162,8 @@ def tune(
     key = _key(unet, image_shape, batch_size, runtime)
     cached = runtime.broadcast(_read(cache_dir).get(key))
     if cached is not None:
-        runtime.print(f"tuned before: {Tuning(**cached)} ({cache_dir / FILE})")
-        return Tuning(**cached)
+        runtime.print(f"tuned before: {cached} ({cache_dir / FILE})")
+        return cached
     started = time.monotonic()
     trial = Trial(unet, image_shape, batch_size, runtime, started + SECONDS)
     tuning = runtime.broadcast(trial.run(default_tuning(runtime.device.type, runtime.dtype)))
@@ -258,20 +280,20 @@ def _key(unet: Any, image_shape: tuple[int, int, int], batch_size: int, runtime:
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(cache_dir: Path) -> dict[str, dict[str, Any]]:
+def _read(cache_dir: Path) -> dict[str, Tuning]:
     """The results of earlier trials by key; those that cannot be read do not count."""
     try:
-        found = json.loads((cache_dir / FILE).read_text(encoding="utf-8"))
-        return {key: asdict(Tuning(**values)) for key, values in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = {key: Tuning.read(values) for key, values in json.loads((cache_dir / FILE).read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError):
         return {}
+    return {key: tuning for key, tuning in found.items() if tuning is not None}
 
 
 def _write(cache_dir: Path, key: str, tuning: Tuning) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with replacing(cache_dir / FILE) as temporary:
-            content = _read(cache_dir) | {key: asdict(tuning)}
+            content = {name: asdict(found) for name, found in (_read(cache_dir) | {key: tuning}).items()}
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError:
         pass  # the next run tries again
