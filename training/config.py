@@ -49,7 +49,7 @@ class Config:
         background: colour behind transparent pixels, a name or #rrggbb.
         on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
-        cache_dir: folder for decoded images, extracted features and classifiers.
+        cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
             decodes them.
         denoiser: network: tiny (1.8 M parameters), small (6.5 M) or ddpm-cifar10 (35.7 M).
