@@ -81,6 +81,15 @@ INLINE void affine(Shape s, long n, long image, const float *weight, const float
     }
 }
 
+/* Two sums of each channel, from those of the pixels that one loop takes. */
+INLINE void add_up(Shape s, long width, const float *first, const float *second, float *sums) {
+    memset(sums, 0, 2 * s.channels * sizeof(float));
+    for (long c = 0; c < width; c++) {
+        sums[c % s.channels] += first[c];
+        sums[s.channels + c % s.channels] += second[c];
+    }
+}
+
 /* About the mean of a channel: that of some of its pixels, so that a single one far out does not count. */
 INLINE float about_mean(Shape s, const void *x, long image, long channel) {
     float sum = 0;
@@ -107,11 +116,7 @@ INLINE void sum_segment(Shape s, Segment at, const void *x, float *sums) {
             second[c] += v * v;
         }
     }
-    memset(sums, 0, 2 * s.channels * sizeof(float));
-    for (long c = 0; c < width; c++) {
-        sums[c % s.channels] += first[c];
-        sums[s.channels + c % s.channels] += second[c];
-    }
+    add_up(s, width, first, second, sums);
 }
 
 /* Mean and 1 / sqrt(variance + eps) of each group of an image. The variance is that within the channels and that of
@@ -180,11 +185,7 @@ INLINE void differentiate_segment(Shape s, Segment at, const void *dy, const voi
             second[c] += (v - centre[c]) * dz;
         }
     }
-    memset(sums, 0, 2 * s.channels * sizeof(float));
-    for (long c = 0; c < width; c++) {
-        sums[c % s.channels] += first[c];
-        sums[s.channels + c % s.channels] += second[c];
-    }
+    add_up(s, width, first, second, sums);
 }
 
 /* The gradients of weight and bias of one image, and with them the line dx = scale dz + slope v + offset. */

@@ -286,6 +286,7 @@ def train(run: Run, state: TrainingState) -> bool:
     run.stop.in_loop = True
     while state.step < config.max_train_steps and not (stopping or out_of_time):
         runtime.adapt_threads()
+
         # ---- Loss, gradients, optimizer, EMA
         learning_rate = config.learning_rate_at(state.step + 1)
         loss, passes = accumulate_gradients(run, state)
