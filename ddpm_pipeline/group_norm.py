@@ -5,6 +5,7 @@ times as slow as on contiguous ones. So this one operation has loops of its own:
 they cannot be had, and for all other tensors, torch computes the same, up to rounding.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -77,6 +78,7 @@ def is_computed_now(x: Tensor) -> bool:
     )
 
 
+@functools.cache  # it is asked for in each layer of each step
 def kernel() -> Any:
     """The functions of group_norm.c and their `Shape`, or None where there are none: see kernels.py."""
     if not __name__.endswith(".group_norm"):  # remote code, which is one file
