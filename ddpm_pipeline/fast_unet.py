@@ -23,7 +23,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 
 class FastResnetBlock2D(ResnetBlock2D):
-    """The residual block of DDPM's U-net (appendix B), with GroupNorm and SiLU in one pass.
+    """The residual block of DDPM's U-net (appendix B), with GroupNorm, SiLU and dropout in one pass.
 
     For blocks without up- or downsampling of their own, and with a time embedding that is added.
     """
@@ -33,18 +33,27 @@ class FastResnetBlock2D(ResnetBlock2D):
         if self.time_emb_proj is not None:
             embedding = temb if self.skip_time_act else nn.functional.silu(temb)
             hidden_states = hidden_states + self.time_emb_proj(embedding)[:, :, None, None]
-        hidden_states = self.conv2(self.dropout(norm_and_silu(hidden_states, self.norm2)))
+        hidden_states = self.conv2(norm_and_silu(hidden_states, self.norm2, self.dropout))
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         output = shortcut + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
 
 
-def norm_and_silu(x: Tensor, norm: nn.Module) -> Tensor:
-    """SiLU after a layer, in one pass if that is a GroupNorm which nothing else wants to see called."""
-    is_called_alone = not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
-    if type(norm) is FastGroupNorm and is_called_alone and "forward" not in vars(norm):  # accelerate replaces forward
-        return group_norm(x, norm, silu=True)
-    return nn.functional.silu(norm(x))
+def norm_and_silu(x: Tensor, norm: nn.Module, dropout: nn.Module | None = None) -> Tensor:
+    """SiLU after a layer, and dropout after that, in one pass if they are a GroupNorm and torch's dropout."""
+    if type(norm) is not FastGroupNorm or not _is_called_alone(norm):
+        y = nn.functional.silu(norm(x))
+    elif type(dropout) is nn.Dropout and _is_called_alone(dropout) and not dropout.inplace and dropout.p < 1:
+        return group_norm(x, norm, silu=True, dropout=dropout.p if dropout.training else 0)
+    else:
+        y = group_norm(x, norm, silu=True)
+    return y if dropout is None else dropout(y)
+
+
+def _is_called_alone(layer: nn.Module) -> bool:
+    """Whether nothing else wants to see it called: neither hooks nor accelerate, which replaces `forward`."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+    return not hooks and "forward" not in vars(layer)
 
 
 def speed_up(network: nn.Module) -> None:

@@ -1,7 +1,7 @@
-/* GroupNorm, and SiLU after it, over channels-last images: see group_norm.py, which compiles this and calls it.
+/* GroupNorm, and SiLU and dropout after it, over channels-last images: see group_norm.py, which calls this.
 
    x, y, dy, dx: (images, pixels, channels), bfloat16 or float; everything else is float. With v in group g of an image:
-       z = weight (v - mean_g) / sqrt(variance_g + eps) + bias,    y = z, or z sigmoid(z)
+       z = weight (v - mean_g) / sqrt(variance_g + eps) + bias,    y = z, or z sigmoid(z),    then dropout
    Pixels are summed in segments of a fixed length, so results do not depend on the number of threads. */
 
 #include <math.h>
@@ -17,6 +17,9 @@ typedef struct {
     long images, pixels, channels, groups;
     float eps;
     int silu, bf16;
+    float kept;      /* what dropout multiplies with, 1 / (1 - its probability); 0 for no dropout */
+    uint32_t dropped; /* 2^32 times its probability */
+    uint64_t key;    /* of its random numbers */
 } Shape;
 
 typedef struct { /* where in the image a thread works */
@@ -69,6 +72,26 @@ INLINE long pixels_at_once(long channels, long pixels) {
     while (n * channels < WIDTH && pixels % (2 * n) == 0)
         n *= 2;
     return n;
+}
+
+/* Random number `index` of a stream: SplitMix64, as in rng.py. */
+INLINE uint64_t random_bits(uint64_t key, uint64_t index) {
+    uint64_t z = (index + 1) * 0x9e3779b97f4a7c15u + key;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* What dropout multiplies the pixels that one loop takes with: the same numbers forward and backward, not stored. A
+   random number serves two channels. */
+INLINE void dropout(Shape s, long width, long loop, float *factor) {
+    long pairs = (width + 1) / 2;
+#pragma omp simd
+    for (long i = 0; i < pairs; i++) {
+        uint64_t bits = random_bits(s.key, loop * pairs + i);
+        factor[2 * i] = (uint32_t)bits < s.dropped ? 0 : s.kept;
+        factor[2 * i + 1] = (uint32_t)(bits >> 32) < s.dropped ? 0 : s.kept;
+    }
 }
 
 /* z = scale v + shift, for each channel, repeated for the pixels that one loop takes. */
@@ -147,15 +170,19 @@ INLINE void statistics(Shape s, long image, long segments, const void *x, const 
 INLINE void apply_segment(Shape s, Segment at, const void *x, void *y, const float *weight, const float *bias,
                           const float *mean, const float *rstd) {
     long n = pixels_at_once(s.channels, s.pixels), width = n * s.channels;
-    float scale[width], shift[width];
+    float scale[width], shift[width], factor[width + 1];
     affine(s, n, at.image, weight, bias, mean, rstd, scale, shift);
     for (long p = at.first; p < at.end; p += n) {
         long start = (at.image * s.pixels + p) * s.channels;
+        if (s.kept)
+            dropout(s, width, start / width, factor);
 #pragma omp simd
         for (long c = 0; c < width; c++) {
             float z = load(x, start + c, s.bf16) * scale[c] + shift[c];
             if (s.silu)
                 z /= 1 + exponential(-z);
+            if (s.kept)
+                z *= factor[c];
             store(y, start + c, z, s.bf16);
         }
     }
@@ -165,7 +192,7 @@ INLINE void apply_segment(Shape s, Segment at, const void *x, void *y, const flo
 INLINE void differentiate_segment(Shape s, Segment at, const void *dy, const void *x, void *dx, const float *weight,
                                   const float *bias, const float *mean, const float *rstd, float *sums) {
     long n = pixels_at_once(s.channels, s.pixels), width = n * s.channels;
-    float scale[width], shift[width], centre[width], first[width], second[width];
+    float scale[width], shift[width], centre[width], factor[width + 1], first[width], second[width];
     affine(s, n, at.image, weight, bias, mean, rstd, scale, shift);
     for (long c = 0; c < width; c++)
         centre[c] = mean[at.image * s.groups + c % s.channels / (s.channels / s.groups)];
@@ -173,14 +200,19 @@ INLINE void differentiate_segment(Shape s, Segment at, const void *dy, const voi
     memset(second, 0, sizeof second);
     for (long p = at.first; p < at.end; p += n) {
         long start = (at.image * s.pixels + p) * s.channels;
+        if (s.kept)
+            dropout(s, width, start / width, factor);
 #pragma omp simd
         for (long c = 0; c < width; c++) {
             float v = load(x, start + c, s.bf16), dz = load(dy, start + c, s.bf16);
+            if (s.kept)
+                dz *= factor[c];
             if (s.silu) {
                 float z = v * scale[c] + shift[c], sigmoid = 1 / (1 + exponential(-z));
                 dz *= sigmoid * (1 + z * (1 - sigmoid));
-                store(dx, start + c, dz, s.bf16);
             }
+            if (s.silu || s.kept)
+                store(dx, start + c, dz, s.bf16);
             first[c] += dz;
             second[c] += (v - centre[c]) * dz;
         }
@@ -240,15 +272,22 @@ INLINE Segment segment(Shape s, long image, long i) {
     return (Segment){image, first, end < s.pixels ? end : s.pixels};
 }
 
-/* The compiler makes a loop of its own for each dtype, with and without SiLU. */
+/* The compiler makes a loop of its own for each dtype, with and without SiLU and dropout. */
 #define SPECIALISED(CALL) \
     do { \
         Shape given = s; \
-        if (given.bf16 && given.silu) { Shape s = given; s.bf16 = 1, s.silu = 1; CALL; } \
-        else if (given.bf16) { Shape s = given; s.bf16 = 1, s.silu = 0; CALL; } \
-        else if (given.silu) { Shape s = given; s.bf16 = 0, s.silu = 1; CALL; } \
-        else { Shape s = given; s.bf16 = 0, s.silu = 0; CALL; } \
+        if (given.bf16 && given.silu) AS(1, 1, CALL) \
+        else if (given.bf16) AS(1, 0, CALL) \
+        else if (given.silu) AS(0, 1, CALL) \
+        else AS(0, 0, CALL) \
     } while (0)
+#define AS(BF16, SILU, CALL) \
+    { \
+        Shape s = given; \
+        s.bf16 = BF16, s.silu = SILU; \
+        if (given.kept) { CALL; } \
+        else { s.kept = 0; CALL; } \
+    }
 
 /* A thread takes whole images, which then stay in its cache; or their segments, if there are too few images. For very
    few numbers a second thread would be more work than help. */
@@ -285,7 +324,7 @@ void group_norm_backward(Shape s, const void *dy, const void *x, void *dx, const
                          const float *mean, const float *rstd, float *dweight, float *dbias, float *slope,
                          float *offset, float *sums) {
     long segments = group_norm_segments(s.pixels);
-    const void *dz = s.silu ? dx : dy;
+    const void *dz = s.silu || s.kept ? dx : dy;
 #define DIFFERENTIATE \
     SPECIALISED(differentiate_segment(s, segment(s, image, i), dy, x, dx, weight, bias, mean, rstd, \
                                       sums + (image * segments + i) * 2 * s.channels))

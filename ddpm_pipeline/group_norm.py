@@ -1,14 +1,16 @@
-"""GROUP NORM: and the SiLU after it, in one pass over channels-last images on a CPU.
+"""GROUP NORM: with the SiLU and the dropout after it, in one pass over channels-last images on a CPU.
 
 Convolutions on a CPU are fastest on channels-last images, but there torch's GroupNorm is slow, its backward pass five
 times as slow as on contiguous ones. So this one operation has loops of its own: group_norm.c, see kernels.py. Where
-they cannot be had, and for all other tensors, torch computes the same, up to rounding.
+they cannot be had, and for all other tensors, torch computes the same, up to rounding and to the random numbers of
+dropout. Those of torch take longer than all the rest of this layer; these are made where they are used, and once more
+in the backward pass.
 """
 
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +20,36 @@ from torch.nn import functional
 MOST_CHANNELS = 4096  # the kernel's rows are on the stack of a thread, which may be small
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool) -> Tensor:
+class Options(NamedTuple):
+    """Of one pass; the same options give the same result."""
+
+    groups: int
+    eps: float
+    silu: bool
+    dropout: float  # probability in [0, 1)
+    key: int  # of the random numbers of dropout, see rng.py
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, dropout: float = 0) -> Tensor:
     """GroupNorm (Wu and He 2018), then SiLU if `silu`: mean and variance are float32, whatever the dtype of x.
 
     Args:
         x: (B, C, H, W).
         norm: the layer with weight and bias.
+        dropout: probability in [0, 1) that a value is dropped after that; the others are divided by 1 - dropout. What
+            is dropped depends on torch's global generator.
     Returns:
         (B, C, H, W) in the dtype of x.
     """
     weight, bias = norm.weight, norm.bias
     if not has_kernel(x) or not _fit(x, norm):
-        return _by_torch(x, weight, bias, norm.num_groups, norm.eps, silu)
-    arguments = (x, weight.float().contiguous(), bias.float().contiguous(), norm.num_groups, norm.eps, silu)
-    if torch.is_grad_enabled():
-        y: Tensor = _GroupNorm.apply(*arguments)
-        return y
-    return _in_one_pass(*arguments)[0]
+        y = _by_torch(x, weight, bias, Options(norm.num_groups, norm.eps, silu, 0, 0))
+        return functional.dropout(y, dropout) if dropout else y
+    key = int(torch.randint(2**63 - 1, (), device="cpu")) if dropout else 0
+    arguments = (x, weight.float().contiguous(), bias.float().contiguous())
+    options = Options(norm.num_groups, norm.eps, silu, dropout, key)
+    y = _GroupNorm.apply(*arguments, options) if torch.is_grad_enabled() else _in_one_pass(*arguments, options)[0]
+    return y
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -86,7 +101,8 @@ def kernel() -> Any:
     return importlib.import_module(".kernels", __package__).group_norm_kernel()
 
 
-def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool) -> Tensor:
+def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """With the random numbers of the kernel if there is dropout."""
     # Of channels-last images torch.func refuses GroupNorm, and its backward pass fails if they need no gradient.
     if not is_computed_now(x) or (torch.is_grad_enabled() and not x.requires_grad):
         x = x.contiguous()
@@ -94,19 +110,29 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int
         # Autocast would read and write the images as float32; inside, torch sums in float32 anyway.
         with torch.autocast("cuda", enabled=False):
             weight, bias = (None if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
-            y = functional.group_norm(x, groups, weight, bias, eps)
+            y = functional.group_norm(x, options.groups, weight, bias, options.eps)
     else:
-        y = functional.group_norm(x, groups, weight, bias, eps)
-    return functional.silu(y) if silu else y
+        y = functional.group_norm(x, options.groups, weight, bias, options.eps)
+    if options.silu:
+        y = functional.silu(y)
+    return y * _factors(x, options).to(y.dtype) if options.dropout else y
 
 
-def _in_one_pass(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Any]:
+def _factors(x: Tensor, options: Options) -> Tensor:
+    """What dropout multiplies with: what the kernel makes of a constant 1."""
+    zero, one = torch.zeros_like(x, dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)
+    return _in_one_pass(zero, 0 * one, one, options._replace(silu=False))[0]
+
+
+def _in_one_pass(x: Tensor, weight: Tensor, bias: Tensor, options: Options) -> tuple[Tensor, Tensor, Any]:
     """y; mean and reciprocal standard deviation of each group, (2, B, groups); the kernel's `Shape`."""
     images, channels, height, width = x.shape
     library = kernel()
-    shape = library.Shape(images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16)
+    groups, eps, silu, dropout, key = options
+    kept = 1 / (1 - dropout) if dropout else 0
+    shape = library.Shape(
+        images, height * width, channels, groups, eps, silu, x.dtype == torch.bfloat16, kept, int(dropout * 2**32), key
+    )
     y, moments = torch.empty_like(x), x.new_empty(2, images, groups, dtype=torch.float32)
     sums = moments.new_empty(images, library.group_norm_segments(height * width), 2, channels)
     library.group_norm_forward(shape, *map(Tensor.data_ptr, (x, y, weight, bias, *moments, sums)))
@@ -115,10 +141,10 @@ def _in_one_pass(
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        y, moments, ctx.shape = _in_one_pass(x, weight, bias, groups, eps, silu)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, options: Options) -> Tensor:
+        y, moments, ctx.shape = _in_one_pass(x, weight, bias, options)
         ctx.save_for_backward(x, weight, bias, moments)
-        ctx.options = (groups, eps, silu)
+        ctx.options = options
         return y
 
     @staticmethod
@@ -126,9 +152,9 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, bias, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradients is wanted, which the kernel has not
             # Views, for x may depend on the same weights, and that way through the graph is not this layer's.
-            inputs = [tensor.view_as(tensor) for tensor in (x, weight, bias)]
-            gradients = gradients_with_graph(_by_torch(*inputs, *ctx.options), inputs, dy)
-            return *gradients, None, None, None
+            x, weight, bias = (tensor.view_as(tensor) for tensor in (x, weight, bias))
+            y = _by_torch(x, weight, bias, ctx.options)
+            return *gradients_with_graph(y, (x, weight, bias), dy), None
         shape, library = ctx.shape, kernel()
         if dy._is_zerotensor():
             dy = torch.zeros_like(x)
@@ -139,7 +165,7 @@ class _GroupNorm(torch.autograd.Function):
         sums = moments.new_empty(shape.images, library.group_norm_segments(shape.pixels), 2, shape.channels)
         tensors = (dy, x, dx, weight, bias, *moments, dweight, dbias, slope, offset, sums)
         library.group_norm_backward(shape, *map(Tensor.data_ptr, tensors))
-        return dx, dweight.sum(0), dbias.sum(0), None, None, None
+        return dx, dweight.sum(0), dbias.sum(0), None
 
 
 def gradients_with_graph(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor | None]:

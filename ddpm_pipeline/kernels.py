@@ -35,6 +35,9 @@ class Shape(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("silu", ctypes.c_int),
         ("bf16", ctypes.c_int),
+        ("kept", ctypes.c_float),
+        ("dropped", ctypes.c_uint32),
+        ("key", ctypes.c_uint64),
     )
 
 

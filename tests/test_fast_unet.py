@@ -107,7 +107,7 @@ class OwnNorm(nn.GroupNorm):
         return 3 * super().forward(x)
 
 
-@pytest.mark.parametrize("change", ["norm", "no norm", "nonlinearity", "hook", "processor", "scale_qk"])
+@pytest.mark.parametrize("change", ["norm", "no norm", "nonlinearity", "hook", "dropout hook", "processor", "scale_qk"])
 def test_what_a_user_has_changed_in_a_layer_counts(change):
     torch.manual_seed(0)
     model = make_denoiser("tiny", height=8, width=8, in_channels=1).eval()
@@ -120,8 +120,9 @@ def test_what_a_user_has_changed_in_a_layer_counts(change):
         block.norm1 = nn.Identity()
     elif change == "nonlinearity":
         block.nonlinearity = Doubled()
-    elif change == "hook":
-        block.norm1.register_forward_hook(lambda *_: called.append(1))
+    elif change in ("hook", "dropout hook"):
+        layer = block.norm1 if change == "hook" else block.dropout
+        layer.register_forward_hook(lambda *_: called.append(1))
     elif change == "processor":
         attention.set_processor(AttnProcessor())
     else:
@@ -133,7 +134,7 @@ def test_what_a_user_has_changed_in_a_layer_counts(change):
         del called[:]
         speed_up(model)
         torch.testing.assert_close(model(as_channels_last(x), 3, return_dict=False)[0], expected, rtol=1e-3, atol=1e-4)
-    assert bool(called) == (change == "hook")
+    assert bool(called) == (change in ("hook", "dropout hook"))
 
 
 def test_weights_that_accelerate_keeps_on_the_disk(tmp_path):

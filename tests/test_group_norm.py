@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from ddpm_pipeline import kernels
+from ddpm_pipeline import kernels, rng
 from ddpm_pipeline.group_norm import group_norm, has_kernel
 
 needs_kernel = pytest.mark.skipif(kernels.load()[0] is None, reason=f"no kernel: {kernels.load()[1]}")
@@ -129,7 +129,8 @@ def test_the_number_of_threads_changes_no_bit(shape):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            y = group_norm(x, norm, silu=True)
+            torch.manual_seed(1)
+            y = group_norm(x, norm, silu=True, dropout=0.2)
             results.append([y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)])
     finally:
         torch.set_num_threads(before)
@@ -145,6 +146,70 @@ def test_a_gradient_of_the_gradient_is_torchs():
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         seconds.append(torch.autograd.grad(first.square().sum(), (x, norm.weight)))
     torch.testing.assert_close(seconds[0], seconds[1], rtol=1e-4, atol=1e-4)
+
+
+def kept(seed: int, shape: tuple[int, ...], p: float) -> torch.Tensor:
+    """Which values dropout keeps, by the numbers of rng.py: a number for two channels of a pixel."""
+    torch.manual_seed(seed)
+    key = int(torch.randint(2**63 - 1, ()))
+    images, channels, height, width = shape
+    bits = rng.bits(key, torch.arange(images * height * width * channels // 2))
+    halves = torch.stack([bits & 0xFFFFFFFF, (bits >> 32) & 0xFFFFFFFF], dim=-1)
+    return (halves.view(images, height, width, channels) >= int(p * 2**32)).permute(0, 3, 1, 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("p", [1e-4, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("shape", [(3, 64, 5, 7), (1, 8, 40, 40), (2, 130, 3, 3), (4, 16, 8, 8)])
+def test_dropout_is_that_of_our_random_numbers_forward_and_backward(shape, dtype, tolerance, p):
+    torch.manual_seed(0)
+    norm, x, dy = make_norm(2, shape[1]), channels_last(*shape, dtype=dtype), channels_last(*shape, dtype=dtype)
+    x.requires_grad_()
+    factors = kept(1, shape, p) / (1 - p)
+    torch.manual_seed(1)
+    y = group_norm(x, norm, silu=True, dropout=p)
+    found = [y, *torch.autograd.grad(y, (x, norm.weight, norm.bias), dy)]
+    without, *gradients = in_float64(x, norm, True, dy * factors)
+    assert torch.equal(y != 0, (factors != 0) & (without != 0))
+    for value, exact in zip(found, [without * factors, *gradients]):
+        assert relative_error(value, exact) < tolerance
+
+
+@needs_kernel
+def test_dropout_of_channels_that_come_in_no_pairs_and_its_gradient_of_the_gradient():
+    torch.manual_seed(0)
+    norm, x = make_norm(3, 3), channels_last(2, 3, 17, 19).requires_grad_()
+    y = group_norm(x, norm, silu=True, dropout=0.5)
+    dropped = y == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert all(not torch.equal(dropped[:, i], dropped[:, j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    exact = silu(torch.nn.functional.group_norm(x, 3, norm.weight, norm.bias, norm.eps)) * ~dropped * 2
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
+    seconds = []
+    for output in (y, exact):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        seconds += torch.autograd.grad(gradient.square().sum(), x)
+    torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", ["kernel", "torch"])
+def test_dropout_drops_others_each_time_as_often_as_it_should(where):
+    norm, p, n = nn.GroupNorm(1, 32), 0.1, 4 * 32 * 32 * 32
+    nn.init.constant_(norm.bias, 9)
+    nn.init.zeros_(norm.weight)
+    x = channels_last(4, 32, 32, 32)
+    x = x if where == "kernel" else x.contiguous()
+    torch.manual_seed(0)
+    first, second = (group_norm(x, norm, silu=True, dropout=p) == 0 for _ in range(2))
+    deviation = math.sqrt(n * p * (1 - p))
+    assert abs(first.sum() - n * p) < 5 * deviation
+    assert abs((first & second).sum() - n * p**2) < 5 * math.sqrt(n * p**2)
+    for dim in (1, 2, 3):  # nor does a channel, or a pixel, tell what is dropped beside it
+        beside = first.narrow(dim, 0, 31) & first.narrow(dim, 1, 31)
+        assert abs(beside.sum() - beside.numel() * p**2) < 5 * math.sqrt(beside.numel() * p**2)
+    torch.manual_seed(0)
+    assert torch.equal(group_norm(x, norm, silu=True, dropout=p) == 0, first)
 
 
 @needs_kernel
