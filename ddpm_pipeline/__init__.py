@@ -13,7 +13,8 @@ The chapters, one file each:
     denoiser.py          the network as a function of x_t and t
     fast_unet.py         the U-net's layers with fewer passes over memory
     attention.py         attention in chunks
-    group_norm.py        GroupNorm and SiLU in one pass
+    packed_weights.py    weights of convolutions in the order of the processor, while sampling
+    group_norm.py        GroupNorm, SiLU and dropout in one pass
     kernels.py           compiles the loops of that pass, in group_norm.c
     sampling.py          the reverse process with any scheduler, and the forward process step by step
     calls.py             the calls of a pipeline, in several threads at once

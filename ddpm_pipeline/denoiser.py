@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from .fast_unet import in_best_format, speed_up
+from .packed_weights import PackedWeights
 from .precision import compute_dtype
 
 
@@ -55,7 +56,7 @@ def evaluating(network: torch.nn.Module) -> Iterator[None]:
 
 
 class UNetDenoiser:
-    """A UNet2DModel as a `Denoiser`. It runs in the network's dtype, without dropout, and counts its calls.
+    """A UNet2DModel as a `Denoiser`, for one sampling run: in the network's dtype, without dropout. Counts its calls.
 
     Args:
         unet: the network, with or without classes.
@@ -68,11 +69,12 @@ class UNetDenoiser:
         speed_up(unet)
         self.unet, self.class_labels, self.guidance_scale = unet, class_labels, guidance_scale
         self._dtype = unet.dtype  # looked up once: diffusers searches all layers for it
+        self._weights = PackedWeights()
         self.num_calls = 0
         self.progress_bar: Any = None  # a tqdm bar, advanced by one for each call
 
     def __call__(self, x_t: Tensor, t: int | Tensor) -> Tensor:
-        with evaluating(self.unet):
+        with evaluating(self.unet), self._weights.in_use():
             x = in_best_format(x_t.to(self._dtype))
             output = self._guided(x, torch.as_tensor(t, device=x.device)).to(x_t.dtype).contiguous()
         self.num_calls += 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import ChunkedAttnProcessor
 from .group_norm import group_norm, kernel
+from .packed_weights import FastConv2d
 
 
 class FastGroupNorm(nn.GroupNorm):
@@ -66,6 +67,8 @@ def speed_up(network: nn.Module) -> None:
             module.__class__ = FastResnetBlock2D
         elif type(module) is nn.GroupNorm:
             module.__class__ = FastGroupNorm
+        elif type(module) is nn.Conv2d:
+            module.__class__ = FastConv2d
         elif isinstance(module, Attention):
             layer: Any = module  # its processors are annotated as one of diffusers' classes
             if type(layer.processor) is AttnProcessor2_0:

@@ -75,22 +75,25 @@ def _fit(x: Tensor, norm: nn.GroupNorm) -> bool:
         and weight.device.type == bias.device.type == "cpu"
         and weight.shape == bias.shape == (channels,)
         and channels % norm.num_groups == 0
-        and is_computed_now(weight)
-        and is_computed_now(bias)
+        and holds_numbers(weight)
+        and holds_numbers(bias)
     )
 
 
 def is_computed_now(x: Tensor) -> bool:
     """Whether x holds numbers and nobody records the operations: not in torch.compile, torch.jit.trace, torch.func."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        holds_numbers(x)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not x.is_neg()
-        and not x._is_zerotensor()
     )
+
+
+def holds_numbers(x: Tensor) -> bool:
+    """Whether x is a plain tensor, with its numbers in its memory as they are."""
+    return type(x) in (Tensor, nn.Parameter) and not x.is_neg() and not x._is_zerotensor()
 
 
 @functools.cache  # it is asked for in each layer of each step
