@@ -1,6 +1,5 @@
 """Config and the command line: a mistake exits with code 2 and names the value, before anything is built."""
 
-import math
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -215,45 +214,6 @@ def test_the_cifar10_preset_has_the_numbers_of_ho_et_al_2020():
     assert [i for i, kind in enumerate(network["down_block_types"]) if "Attn" in kind] == [1]  # at 16 x 16
 
 
-# ---- The learning rate -----------------------------------------------------------------------------------------------
-
-
-def test_learning_rate_schedules_at_their_corners():
-    options = {"learning_rate": 0.1, "lr_warmup_steps": 10, "max_train_steps": 110}
-    constant, linear, cosine = (
-        make_config(**options, lr_scheduler=kind).learning_rate_at for kind in ("constant", "linear", "cosine")
-    )
-    for rate in (constant, linear, cosine):
-        assert rate(1) == pytest.approx(0.01)
-        assert rate(5) == pytest.approx(0.05)
-        assert rate(10) == rate(11) == 0.1
-        values = [rate(step) for step in range(1, 111)]
-        assert min(values) > 0  # every step learns
-        assert all(before >= after for before, after in zip(values[10:], values[11:]))
-    assert constant(110) == constant(10**9) == 0.1
-    assert linear(61) == pytest.approx(0.05)
-    assert linear(110) == pytest.approx(0.001)  # 0 would be reached one step after the last
-    assert linear(111) == linear(10**9) == 0
-    assert cosine(36) == pytest.approx(0.1 * math.cos(math.pi / 8) ** 2)
-    assert cosine(61) == pytest.approx(0.05)
-    assert cosine(110) == pytest.approx(0.1 * math.sin(math.pi / 200) ** 2)
-    assert cosine(111) == pytest.approx(0, abs=1e-17)
-
-
-def test_learning_rate_counts_optimizer_steps():
-    one = make_config(lr_scheduler="cosine", max_train_steps=1000)
-    four = make_config(lr_scheduler="cosine", max_train_steps=1000, gradient_accumulation_steps=4, train_batch_size=16)
-    assert [one.learning_rate_at(step) for step in (1, 500, 501, 1000)] == [
-        four.learning_rate_at(step) for step in (1, 500, 501, 1000)
-    ]
-
-
-def test_no_warm_up_and_a_warm_up_longer_than_the_run():
-    assert make_config(lr_warmup_steps=0, learning_rate=0.1).learning_rate_at(1) == 0.1
-    long = make_config(lr_warmup_steps=20, learning_rate=0.1, max_train_steps=10, lr_scheduler="cosine")
-    assert long.learning_rate_at(10) == pytest.approx(0.05)
-
-
 def test_data_on_the_command_line_replaces_the_data_of_a_preset():
     preset = f"--config={CONFIGS / 'mnist.yaml'}"
     config = parse([preset, "--train_data_dir", "images"])
@@ -318,7 +278,7 @@ def test_a_repeatable_flag_takes_one_item_with_its_commas():
 def test_an_empty_field_of_a_yaml_file_is_named(tmp_path, capsys):
     """Null is a value of optional fields only: seed, a number, and lists, strings and choices alike need one."""
     file = tmp_path / "a config.yaml"
-    for field in ("seed", "checkpointing_steps", "background", "on_bad_image", "report_to", "adam_beta1"):
+    for field in ("seed", "logging_steps", "background", "on_bad_image", "report_to", "adam_beta1"):
         file.write_text(f"dataset_name: moons\n{field}:\n")
         with pytest.raises(SystemExit) as exit_:
             parse(["--config", str(file)])

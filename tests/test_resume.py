@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from ddpm_pipeline import DDPMPipeline
 from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
+from training.budget import Budget
 from training.config import Config
 from training.ema import FlatEMA
 from training.hub import during_training
@@ -144,15 +145,17 @@ def test_the_digest_of_the_images_is_in_the_records(work):
 )
 def test_a_change_that_matters_is_said(before, now, message):
     common = {"dataset_name": "moons", "learning_rate": 1.0, "lr_warmup_steps": 0, "max_train_steps": 10}
-    manifest = {"step": 5, "config": Config(**common | before).as_dict(), "mixed_precision": "no"}
-    line = resume.describe_changes(manifest, Config(**common | now), "no")
+    common["lr_scheduler"] = "constant"
+    manifest = {"step": 5, "global_batch": 4, "config": Config(**common | before).as_dict(), "mixed_precision": "no"}
+    config = Config(**common | now)
+    line = resume.describe_changes(manifest, config, Budget.of(config, 4), "no")
     assert message in line and bool(line) == bool(message)
 
 
 def test_another_precision_is_said():
     config = Config(dataset_name="moons")
-    manifest = {"step": 5, "config": config.as_dict(), "mixed_precision": "fp16"}
-    assert "mixed_precision fp16 -> bf16" in resume.describe_changes(manifest, config, "bf16")
+    manifest = {"step": 5, "global_batch": 4, "config": config.as_dict(), "mixed_precision": "fp16"}
+    assert "mixed_precision fp16 -> bf16" in resume.describe_changes(manifest, config, Budget(10), "bf16")
 
 
 @pytest.mark.parametrize("saved", ["none", "missing", "state"])
@@ -167,13 +170,13 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
         ema, optimizer = FlatEMA(unet), torch.optim.AdamW(unet.parameters())
         states = {"model": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         config = Config(dataset_name="moons")
-        record = {"config": config.as_dict(), "mixed_precision": "no"}
+        record = {"config": config.as_dict(), "global_batch": 4, "mixed_precision": "no"}
         if saved != "missing":
             state = torch.amp.GradScaler("cpu", init_scale=2.0).state_dict()
             record["scaler"] = state if saved == "state" else None
         path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
         manifest = checkpoint.verify(path)
-        state = resume.restore(path, manifest, config, runtime, unet=unet, ema=ema, optimizer=optimizer)
+        state = resume.restore(path, manifest, config, Budget(10), runtime, unet=unet, ema=ema, optimizer=optimizer)
         assert state.step == state.saved_step == 4
         assert scaler.get_scale() == (2.0 if saved == "state" and has_scaler else 8.0)
 
@@ -203,7 +206,8 @@ def test_a_finished_run_says_that_nothing_is_left(work, capsys):
     (work / "run" / "pipeline" / "training.json").unlink()
     assert train(work, resume_from_checkpoint="latest") == 0
     printed = capsys.readouterr().out
-    assert "Nothing is left to train: max_train_steps is 2" in printed and "trained 0 steps" not in printed
+    assert "Nothing is left to train: this run is to have 2 steps, and has had 2 steps in" in printed
+    assert "trained 0 steps" not in printed
     assert (work / "run" / "pipeline" / "training.json").exists()  # written again, in case it was not complete
 
 
@@ -263,6 +267,7 @@ def test_a_model_published_before_the_first_checkpoint_comes_with_one(work, monk
     monkeypatch.setattr(during_training, "check_access", lambda config: None)
     monkeypatch.setattr(during_training, "BackgroundPublisher", Publisher)
     options = {"push_to_hub": "true", "hub_model_id": "user/model", "push_to_hub_steps": 1, "max_train_steps": 3}
+    options["checkpointing_steps"] = 9
     assert train(work, seed=1, **options) == 0
     assert saved == [["checkpoint-000001"]] * 2
 

@@ -23,7 +23,6 @@ from training.step import Updater, make_optimizer
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 CONFIG = Config(dataset_name="moons", learning_rate=0.01, adam_weight_decay=0.1, max_grad_norm=1.0)
-NOT_ASKED = False, False
 
 
 def runtime(scaler=None):
@@ -81,9 +80,9 @@ def test_an_update_is_clip_grad_norm_and_adamw(device, fused, monkeypatch):
             group["lr"] = 0.01 * step
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         reference.step()
-        pending = updater.step(step, 0.01 * step, scalar(0.5, device), [], NOT_ASKED)
+        pending = updater.step(step, 0.01 * step, scalar(0.5, device), [], False)
         assert pending.norm.item() == pytest.approx(norm.item(), rel=1e-6)
-        assert pending.outcome() == (False, False, False, False)
+        assert pending.outcome() == (False, False, False)
         assert all(parameter.grad is None for parameter in model.parameters())
         for ours, theirs in zip(state_of(model, optimizer), state_of(plain, reference), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-5, atol=1e-6)
@@ -102,7 +101,7 @@ def test_a_nonfinite_step_changes_nothing(device, fused, loss, entry, first, mon
     taken = [] if first else [1, 2]
     for step in taken:
         set_gradients(model, step)
-        ema.update(step, updater.step(step, 0.01, scalar(0.5, device), [], NOT_ASKED).skip)
+        ema.update(step, updater.step(step, 0.01, scalar(0.5, device), [], False).skip)
     other = copy.deepcopy(model)
     other_optimizer = make_optimizer(CONFIG, other)
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -110,16 +109,16 @@ def test_a_nonfinite_step_changes_nothing(device, fused, loss, entry, first, mon
 
     set_gradients(model, 3)
     model[0].weight.grad[0, 0, 0, 0] += entry
-    pending = updater.step(3, 0.01, scalar(loss, device), [], NOT_ASKED)
+    pending = updater.step(3, 0.01, scalar(loss, device), [], False)
     ema.update(3, pending.skip)
-    assert pending.outcome() == (True, True, False, False)
+    assert pending.outcome() == (True, True, False)
     assert_equal(state_of(model, optimizer)[: len(before)], before)
     assert_equal(list(ema.state_dict().values()), list(ema_before.values()))
 
     set_gradients(model, 4)  # as if the step had not been
     set_gradients(other, 4)
-    pending = updater.step(4, 0.01, scalar(0.5, device), [], NOT_ASKED)
-    Updater(other_optimizer, 1.0, runtime()).step(4, 0.01, scalar(0.5, device), [], NOT_ASKED)
+    pending = updater.step(4, 0.01, scalar(0.5, device), [], False)
+    Updater(other_optimizer, 1.0, runtime()).step(4, 0.01, scalar(0.5, device), [], False)
     ema.update(4, pending.skip)
     assert_equal(state_of(model, optimizer), state_of(other, other_optimizer))
     assert not torch.equal(ema.state_dict()["0.weight"], ema_before["0.weight"])
@@ -139,13 +138,13 @@ def test_with_fp16_an_overflow_is_skipped_and_a_non_finite_loss_is_a_fault(devic
         model[0].weight.grad[0, 0, 0, 0] += entry
         recorder.step = 2
         with Operations(recorder):
-            pending = updater.step(step, 0.01, scalar(loss, device), [], NOT_ASKED)
+            pending = updater.step(step, 0.01, scalar(loss, device), [], False)
         assert recorder.waits == []
         return pending.outcome()[:2]
 
     assert outcome(1) == (False, False)
     set_gradients(plain, 1)
-    Updater(reference, 1.0, runtime()).step(1, 0.01, scalar(0.5, device), [], NOT_ASKED)
+    Updater(reference, 1.0, runtime()).step(1, 0.01, scalar(0.5, device), [], False)
     for ours, theirs in zip(state_of(model, optimizer), state_of(plain, reference), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     before = state_of(model, optimizer)
@@ -156,12 +155,12 @@ def test_with_fp16_an_overflow_is_skipped_and_a_non_finite_loss_is_a_fault(devic
     assert not torch.equal(state_of(model, optimizer)[0], before[0])
 
 
-@pytest.mark.parametrize("asked", [(True, False), (False, True)])
+@pytest.mark.parametrize("asked", [True, False])
 def test_what_is_asked_of_this_rank_is_in_the_outcome(asked):
     model = network("cpu")
     set_gradients(model, 1)
     updater = Updater(make_optimizer(CONFIG, model), 1.0, runtime())
-    assert updater.step(1, 0.01, torch.tensor(0.5), [], asked).outcome() == (False, False, *asked)
+    assert updater.step(1, 0.01, torch.tensor(0.5), [], asked).outcome() == (False, False, asked)
 
 
 # ---- Copies ----------------------------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from ddpm_pipeline.images import background_of
 from tests.arrays import random_images
 from tests.models import tiny_pipe
 from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from training.budget import Budget
 from training.config import TRACKERS
+from training.loop import is_due
 from training.run import checkpoint, sampling
 from training.run.record import SAMPLE_SEED, RunRecord
 from training.run.state import Clock
-from training.train import is_due
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,8 +164,9 @@ def test_metrics_count_steps_and_images(uninterrupted):
     entries = read_metrics(uninterrupted)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
     assert [entry["images"] for entry in entries] == [4, 8, 12, 16, 20, 24]
-    assert [entry["learning_rate"] for entry in entries[:3]] == [0.0005, 0.001, 0.001]
-    assert entries[5]["learning_rate"] == pytest.approx(0.001 * (1 + math.cos(0.75 * math.pi)) / 2)
+    shares = [n / 6 for n in range(6)]  # of the run, before each step; the warm-up takes two steps
+    decayed = [0.001 * (1 + math.cos(math.pi * share)) / 2 for share in shares]
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx([decayed[0] / 2, *decayed[1:]])
     assert all(0.5 < entry["loss"] < 3 for entry in entries)
     assert entries[0]["ema_decay"] == 0 < entries[5]["ema_decay"]
 
@@ -300,8 +302,9 @@ def test_pauses_do_not_count_as_training_time(monkeypatch):
 
 
 def test_an_interval_of_zero_steps_is_never_due():
-    assert [step for step in range(1, 7) if is_due(step, 3)] == [3, 6]
-    assert not any(is_due(step, 0) for step in range(1, 7))
+    budget = Budget(steps=6)
+    assert [step for step in range(1, 7) if is_due(budget, step, 3)] == [3, 6]
+    assert not any(is_due(budget, step, 0) for step in range(1, 7))
 
 
 # ---- Launch ----------------------------------------------------------------------------------------------------------
@@ -510,6 +513,7 @@ def test_the_loss_decreases(work, prediction_type):
     options = {"dataset_name": "moons", "resolution": 16, "prediction_type": prediction_type, "max_train_steps": steps}
     options |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "ddpm_num_steps": 1000}
     options |= {"checkpointing_steps": steps, "save_images_steps": 0, "num_validation_images": 8}
+    options["validation_steps"] = 0
     assert train(work, prediction_type, **options) == 0
     entries = read_metrics(work / prediction_type)
     losses = [entry["loss"] for entry in entries[:steps]]

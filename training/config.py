@@ -60,12 +60,15 @@ class Config:
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
             times gradient_accumulation_steps.
         gradient_accumulation_steps: forward passes per step.
-        max_train_steps: number of steps after which training ends.
-        max_train_minutes: minutes after which training ends, if max_train_steps is not reached first; default: no
-            limit. Sampling and validation do not count, and a resumed run starts again from zero.
+        max_train_minutes: minutes of training time, after which training ends. Sampling and validation do not count;
+            what was trained before a run was resumed does. Default: no limit, or 60 if no other limit is given either.
+        max_train_steps: number of steps after which training ends. Of several limits the first that is reached counts.
+        max_train_images: number of images after which training ends, each counted as often as it is seen; rounded to
+            whole steps.
         learning_rate: learning rate of AdamW at the end of its warm-up.
-        lr_scheduler: learning rate after warm-up: constant, or linear or cosine decay to 0 at max_train_steps.
-        lr_warmup_steps: steps over which the learning rate rises linearly from 0.
+        lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run, or constant.
+        lr_warmup_steps: steps over which the learning rate rises linearly from 0; default: 500, but at most a
+            twentieth of the run.
         adam_beta1: beta_1 of AdamW, decay of its running mean of the gradients.
         adam_beta2: beta_2 of AdamW, decay of its running mean of the squared gradients.
         adam_weight_decay: weight decay of AdamW: a step multiplies the weights by 1 - learning rate * weight decay.
@@ -92,7 +95,7 @@ class Config:
         report_to: where metrics go besides metrics.jsonl: tensorboard, wandb or another tracker of accelerate, several
             separated by commas; "none": nowhere else.
         validation_steps: steps between two validations on held-out images, by loss and bits per dimension; one also
-            runs at the end. 0: never.
+            runs at the end. Default: after each tenth of the run. 0: never.
         num_validation_images: number of held-out images to validate on.
         validation_split: split of the data set to hold out; default: its validation, valid, val or test split if it has
             one, else every 20th training image, at most 1000. "none": hold out nothing.
@@ -100,10 +103,12 @@ class Config:
             images; 0: none.
         extractor: features for that distance: pixels, classifier (trained on the training images first) or a file,
             see ddpm_pipeline/features.py.
-        save_images_steps: steps between two grids of samples; 0: only at the end.
+        save_images_steps: steps between two grids of samples; default: after each tenth of the run; 0: only at the
+            end.
         num_sample_images: number of images in a grid of samples.
         ddpm_num_inference_steps: number of sampling steps, for all samples of the run.
-        checkpointing_steps: steps between two checkpoints; one is also written at the end.
+        checkpointing_steps: steps between two checkpoints; one is also written at the end. Default: after each tenth of
+            the run, and every 1000 steps.
         checkpoints_total_limit: number of checkpoints to keep, the newest ones.
         resume_from_checkpoint: "latest", "auto" (the latest if there is a valid one, else a new run), or a checkpoint
             folder of this run; default: a new run.
@@ -141,11 +146,12 @@ class Config:
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
     train_batch_size: int = 64
     gradient_accumulation_steps: int = 1
-    max_train_steps: int = 100_000
     max_train_minutes: float | None = None
+    max_train_steps: int | None = None
+    max_train_images: int | None = None
     learning_rate: float = 2e-4
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = 500
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps: int | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
@@ -163,15 +169,15 @@ class Config:
     seed: int = 0
     logging_steps: int = 50
     report_to: str = "tensorboard"
-    validation_steps: int = 1000
+    validation_steps: int | None = None
     num_validation_images: int = 256
     validation_split: str | None = None
     validation_samples: int = 0
     extractor: str = "classifier"
-    save_images_steps: int = 1000
+    save_images_steps: int | None = None
     num_sample_images: int = 64
     ddpm_num_inference_steps: int = 50
-    checkpointing_steps: int = 1000
+    checkpointing_steps: int | None = None
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None
     init_from: str | None = None
@@ -188,8 +194,9 @@ class Config:
             )
         self.height_width  # noqa: B018  raises if resolution is wrong
         at_least_one = (
-            "train_batch_size gradient_accumulation_steps max_train_steps logging_steps num_sample_images min_side "
-            "ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit cpu_threads"
+            "train_batch_size gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
+            "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "
+            "cpu_threads"
         )
         at_least_zero = (
             "dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps "
@@ -217,7 +224,7 @@ class Config:
                 raise ValueError(f'{name} is "": give a name')
         if self.validation_samples == 1:
             raise ValueError("validation_samples is 1: give at least 2, or 0 for none")
-        if self.validation_samples and (not self.validation_steps or self.validation_split == "none"):
+        if self.validation_samples and (self.validation_steps == 0 or self.validation_split == "none"):
             raise ValueError(
                 f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
                 f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
@@ -252,17 +259,6 @@ class Config:
             if name not in TRACKERS:
                 raise ValueError(f"report_to is {self.report_to!r}: give some of {', '.join(TRACKERS)}, or none")
         return list(dict.fromkeys(names))
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of optimizer step 1, 2, ...: linear warm-up, then `lr_scheduler`."""
-        factor = min(1.0, step / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
-        decay_steps = max(1, self.max_train_steps - self.lr_warmup_steps)
-        progress = min(1.0, max(0, step - 1 - self.lr_warmup_steps) / decay_steps)
-        if self.lr_scheduler == "linear":
-            factor *= 1 - progress
-        elif self.lr_scheduler == "cosine":
-            factor *= (1 + math.cos(math.pi * progress)) / 2
-        return self.learning_rate * factor
 
     def shared_by_all_processes(self) -> dict[str, Any]:
         """All settings but those that may differ between the machines of one run, see PER_MACHINE.

@@ -45,7 +45,6 @@ class Outcome(NamedTuple):
     is_fault: bool  # non-finite, and not because of the loss scale of fp16
     is_skipped: bool  # weights and EMA did not move
     stop: bool  # some rank was asked to stop
-    time_is_up: bool
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,13 @@ class PendingStep:
     loss: Tensor  # of this rank
     norm: Tensor  # of the gradients before clipping
     skip: Tensor  # 0 or 1
-    asked: tuple[bool, bool]  # of this rank: to stop; because its time is up
+    asked_to_stop: bool  # this rank
     flags: HostCopy
 
     def outcome(self) -> Outcome:
         """Wait for the device to finish this step, but not for what was handed to it since."""
         is_fault, is_skipped, *asked = map(bool, self.flags.read())
-        return Outcome(is_fault, is_skipped, *(asked or self.asked))
+        return Outcome(is_fault, is_skipped, *(asked or [self.asked_to_stop]))
 
 
 class Updater:
@@ -81,13 +80,13 @@ class Updater:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def step(
-        self, step: int, learning_rate: float, loss: Tensor, passes: list[ForwardPass], asked: tuple[bool, bool]
+        self, step: int, learning_rate: float, loss: Tensor, passes: list[ForwardPass], asked_to_stop: bool
     ) -> PendingStep:
         """Move the weights by their gradients, and drop the gradients.
 
         Args:
             step: of this update, 1, 2, ...
-            loss, passes, asked: see `PendingStep`.
+            loss, passes, asked_to_stop: see `PendingStep`.
         """
         optimizer, scaler = self._optimizer, self._runtime.accelerator.scaler
         for group in optimizer.param_groups:
@@ -101,7 +100,7 @@ class Updater:
         bad_loss, bad_norm = ~loss.isfinite(), ~norm.isfinite()
         flags = torch.stack([bad_loss | bad_norm if scaler is None else bad_loss, bad_loss | bad_norm]).float()
         if self._runtime.world_size > 1:
-            of_rank = to_device(torch.tensor(asked, dtype=torch.float32), flags.device)
+            of_rank = to_device(torch.tensor([asked_to_stop], dtype=torch.float32), flags.device)
             flags = self._runtime.mean(torch.cat([flags, of_rank])).sign()
         skip = flags[1]
 
@@ -116,4 +115,4 @@ class Updater:
         if scaler is not None:
             scaler.update()
         optimizer.zero_grad()
-        return PendingStep(step, learning_rate, passes, loss, norm, skip, asked, HostCopy(flags))
+        return PendingStep(step, learning_rate, passes, loss, norm, skip, asked_to_stop, HostCopy(flags))

@@ -218,7 +218,7 @@ def test_a_nan_loss_on_one_rank_stops_all_before_anything_is_updated(workspace, 
     text = run.text()
     assert "loss is non-finite at step 4 (loss nan, " in text
     assert ("gradient is non-finite at step 4 (loss " in text) == (world_size == 2)  # on rank 0
-    for part in ("gradient norm nan", "learning rate 0.0008", "The checkpoint after step 3 is intact", "images "):
+    for part in ("gradient norm nan", "learning rate 0.0005", "The checkpoint after step 3 is intact", "images "):
         assert part in text
     assert text.count(".png") >= (4 if world_size == 1 else 2)
     assert workspace.checkpoints("run") == [f"checkpoint-00000{step}" for step in (1, 2, 3)]
@@ -255,7 +255,8 @@ def test_nonfinite_steps_are_skipped_on_request(workspace, world_size):
     assert {int(entry["step"]) for entry in state.values()} == {5}
 
 
-RARELY = {"logging_steps": 100, "checkpointing_steps": 100}  # so that most outcomes are read one step late
+# So that most outcomes are read one step late.
+RARELY = dict.fromkeys(("logging_steps", "checkpointing_steps", "validation_steps", "save_images_steps"), 100)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +318,7 @@ def test_the_learning_rate_counts_optimizer_steps(workspace, world_size, accumul
     workspace.finish("run", world_size=world_size, **options)
     plain, accumulated = metrics(workspace, "plain"), metrics(workspace, "run")
     assert [line["learning_rate"] for line in accumulated] == [line["learning_rate"] for line in plain]
-    assert plain[1]["learning_rate"] == 1e-3 > plain[5]["learning_rate"]
+    assert 1e-3 > plain[1]["learning_rate"] > plain[5]["learning_rate"] > 0
 
 
 # ---- Too little memory, too few processes ----------------------------------------------------------------------------

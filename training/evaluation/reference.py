@@ -81,7 +81,7 @@ def load_split(config: EvalConfig, model: Model) -> DataSplit:
     options["resolution"] = size if isinstance(size, int) else tuple(size)
     options["cache_dir"] = Path(config.cache_dir).expanduser()
     # A run without validation was trained on every image of the data.
-    split = load_data_split(settings["validation_split"] if settings["validation_steps"] else "none", **options)
+    split = load_data_split(settings["validation_split"] if settings["validation_steps"] != 0 else "none", **options)
     if "test" in splits_to_hold_out(split.data.splits, settings["split"]):
         split = load_data_split("test", **options)
     channels = model.pipe.unet.config.in_channels

@@ -169,7 +169,6 @@ def _image_size(folder: Path) -> str:
 
 def _training_fields(record: RunRecord) -> dict[str, Any]:
     config = record.config
-    stopped_early = record.step < config["max_train_steps"]
     minutes = record.seconds / 60
     description = [f"Training data: {record.source}."]
     if config["random_flip"]:
@@ -182,7 +181,7 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         "num_images": f"{record.num_images:,}",
         "beta_schedule": config["ddpm_beta_schedule"],
         "sampling_steps": config["ddpm_num_inference_steps"],
-        "train_steps": f"{record.step:,}" + (f" of {config['max_train_steps']:,}" if stopped_early else ""),
+        "train_steps": f"{record.step:,}" + (f", {record.used:.0%} of the planned run" if record.used < 1 else ""),
         "global_batch": record.global_batch,
         "images_seen": f"{record.step * record.global_batch:,}",
         "learning_rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
@@ -247,11 +246,10 @@ def _reproduction_fields(record: RunRecord) -> dict[str, Any]:
         data = f" --train_data_dir path/to/{config['train_data_dir']}"
     elif config["dataset_name"] != "moons" and not is_hub_id(config["dataset_name"]):
         data = f" --dataset_name path/to/{config['dataset_name']}"
-    if record.step < config["max_train_steps"]:
-        limit = config["max_train_minutes"]
+    if record.used < 1 or record.followed_the_clock:
         reproducibility = (
-            f"This run ended after {record.step:,} of {config['max_train_steps']:,} steps"
-            + (f", at its limit of {limit:g} minutes" if limit else "")
+            f"This run ended after {record.step:,} steps"
+            + (f", {record.used:.0%} of the planned ones" if record.used < 1 else ", as many as its time allowed")
             + ". Another run ends at another step and gives a different model."
         )
     else:

@@ -75,8 +75,8 @@ def stage(
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     config = shareable_config(record.config) | {"mixed_precision": record.mixed_precision}
-    if record.step == config["max_train_steps"]:
-        config["max_train_minutes"] = None  # slower hardware needs more time for the same steps
+    if record.used >= 1:  # slower hardware needs more time for the same steps
+        config |= {"max_train_steps": record.step, "max_train_minutes": None, "max_train_images": None}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
     if license is None:

@@ -32,6 +32,8 @@ class RunRecord:
         commit: of this project's code; None outside a git checkout.
         config: all fields of Config.
         seconds: training time, without sampling and validation.
+        share: of its budget that the run has used, in [0, 1]; None in older records.
+        budget: for a resumed run, see training/budget.py; None in older records.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
 
@@ -51,6 +53,20 @@ class RunRecord:
     commit: str | None
     config: dict[str, Any]
     seconds: float = 0.0
+    share: float | None = None
+    budget: dict[str, Any] | None = None
+
+    @property
+    def used(self) -> float:
+        """The share of its budget that the run has used, in [0, 1]; in steps for an older record."""
+        return self.step / self.config["max_train_steps"] if self.share is None else self.share
+
+    @property
+    def followed_the_clock(self) -> bool:
+        """Whether the number of steps and the learning rates came from the speed of the machine."""
+        if self.budget is None:
+            return self.used < 1
+        return bool(self.budget["total"] != self.budget["steps"])
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.budget import Budget, learning_rate
 from training.messages import some
 from training.run import checkpoint
 from training.run.checkpoint import CheckpointError
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from training.run.runtime import Runtime
 
 # What may change when a run is resumed, but changes how it is trained; `describe_changes` says so.
-LEARNING_RATE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps")
+LIMITS = ("max_train_minutes", "max_train_steps", "max_train_images")
 MAY_CHANGE = (
-    *LEARNING_RATE, "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_max_decay",
-    "ema_inv_gamma", "ema_power", "variance_type", "deterministic",
+    *LIMITS, "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay",
+    "adam_epsilon", "max_grad_norm", "ema_max_decay", "ema_inv_gamma", "ema_power", "variance_type", "deterministic",
 )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def restore(
     path: Path,
     manifest: dict[str, Any],
     config: Config,
+    budget: Budget,
     runtime: Runtime,
     *,
     unet: torch.nn.Module,
@@ -94,34 +96,39 @@ def restore(
     runtime.begin_threads(manifest.get("threads"))
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
-    if changes := describe_changes(manifest, config, runtime.mixed_precision):
+    seconds = manifest.get("seconds", 0.0)
+    budget.load_state_dict(manifest.get("budget"), step, seconds)
+    if changes := describe_changes(manifest, config, budget, runtime.mixed_precision):
         runtime.print(changes)
-    if step >= config.max_train_steps:
+    if budget.share(step) >= 1:
         runtime.print(
-            f"Nothing is left to train: max_train_steps is {config.max_train_steps}. To train on, give a larger "
-            "--max_train_steps"
+            f"Nothing is left to train: this run is to have {budget}, and has had {step:,} steps in "
+            f"{seconds / 60:.1f} minutes. To train on, give a larger --max_train_steps or --max_train_minutes"
         )
-    return TrainingState(step, step, clock=Clock(manifest.get("seconds", 0.0)))
+    return TrainingState(step, step, clock=Clock(seconds))
 
 
-def describe_changes(manifest: dict[str, Any], config: Config, mixed_precision: str) -> str:
+def describe_changes(manifest: dict[str, Any], config: Config, budget: Budget, mixed_precision: str) -> str:
     """A line about settings that change how a resumed run is trained; empty if there are none.
 
     The length of the run counts only if the learning rate depends on it.
+
+    Args:
+        budget: of the resumed run, with what it has used.
     """
+    step, seconds = int(manifest["step"]), manifest.get("seconds", 0.0)
     before = {name: manifest["config"].get(name, getattr(config, name)) for name in MAY_CHANGE}
     now = {name: getattr(config, name) for name in MAY_CHANGE}
+    earlier_config = replace(config, **before)
+    earlier_budget = Budget.of(earlier_config, manifest["global_batch"])
+    earlier_budget.load_state_dict(manifest.get("budget"), step, seconds)
+    was, is_now = learning_rate(earlier_config, earlier_budget, step + 1), learning_rate(config, budget, step + 1)
     if before["lr_scheduler"] == now["lr_scheduler"] == "constant":
-        before["max_train_steps"] = now["max_train_steps"]
-    step = int(manifest["step"]) + 1
-    was, is_now = (
-        replace(config, **{name: values[name] for name in LEARNING_RATE}).learning_rate_at(step)
-        for values in (before, now)
-    )
+        before |= {name: now[name] for name in LIMITS}
     before["mixed_precision"] = manifest.get("mixed_precision", mixed_precision)
     now["mixed_precision"] = mixed_precision
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if not changed:
         return ""
-    effect = f": the learning rate of step {step} is {is_now:g} instead of {was:g}" if was != is_now else ""
+    effect = f": the learning rate of step {step + 1} is {is_now:g} instead of {was:g}" if was != is_now else ""
     return f"WARNING: changed since the checkpoint: {some(changed)}{effect}"

@@ -1,0 +1,189 @@
+"""The budget of a run in steps, images and minutes: against closed forms, and with machines that change their speed."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate
+from training.config import Config
+
+
+def make_config(**settings):
+    return Config(**{"output_dir": "run", "dataset_name": "moons"} | settings)
+
+
+def simulate(budget, seconds_of_step, state=(0, 0.0), stop_at=math.inf):
+    """Train on a machine on which step n takes so many seconds.
+
+    Returns:
+        The share after each step from the first, and the training time at the end.
+    """
+    step, seconds = state
+    shares = []
+    while budget.share(step) < 1 and step < stop_at:
+        step += 1
+        seconds += seconds_of_step(step)
+        if budget.reads_clock(step):
+            budget.read_clock(step, seconds)
+        shares.append(budget.share(step))
+        assert step < 10**6
+    return shares, seconds
+
+
+def test_a_budget_in_steps_needs_no_clock():
+    budget = Budget(steps=7)
+    shares, _ = simulate(budget, lambda n: 1e9)
+    assert shares == [n / 7 for n in range(1, 8)]
+    assert not any(budget.reads_clock(n) for n in range(100))
+
+
+@pytest.mark.parametrize("steps_in_all", [3, 40, 700, 20_000])
+def test_a_budget_in_minutes_is_used_up_evenly_and_in_time(steps_in_all):
+    budget = Budget(seconds=600)
+    shares, seconds = simulate(budget, lambda n: 600 / steps_in_all)
+    assert abs(len(shares) - steps_in_all) <= 1
+    assert seconds == pytest.approx(600, abs=1.01 * 600 / steps_in_all)
+    for n, share in enumerate(shares, start=1):
+        assert share == pytest.approx(n / steps_in_all, abs=1.01 / steps_in_all)
+
+
+@pytest.mark.parametrize(
+    "seconds_of_step",
+    [
+        lambda n: 30.0 if n == 1 else 0.5,  # what comes first takes longer
+        lambda n: 0.5 if n < 600 else 1.5,  # a neighbour comes
+        lambda n: 1.5 if n < 200 else 0.3,  # and goes
+        lambda n: 0.5 + 0.4 * math.sin(n),
+        lambda n: 60.0,
+    ],
+)
+def test_whatever_the_speed_does_the_share_grows_to_1_in_time(seconds_of_step):
+    budget = Budget(seconds=600)
+    shares, seconds = simulate(budget, seconds_of_step)
+    assert all(0 <= before <= after for before, after in pairwise([0.0, *shares]))
+    assert shares[-1] == 1
+    last = seconds_of_step(len(shares))
+    assert 0.97 * 600 - last <= seconds <= 1.03 * 600 + last
+    steps = [after - before for before, after in pairwise(shares[TRUSTED:])]
+    assert not steps or max(steps) < 0.1  # nor does the learning rate jump
+
+
+@pytest.mark.parametrize("steps", [1000, math.inf])
+def test_less_time_than_a_step(steps):
+    shares, seconds = simulate(Budget(steps=steps, seconds=1e-9), lambda n: 5.0)
+    assert (shares, seconds) == ([1.0], 5.0)
+
+
+def test_with_two_limits_the_clock_counts_only_if_time_will_not_do():
+    fast = Budget(steps=1000, seconds=600)
+    shares, _ = simulate(fast, lambda n: 30.0 if n == 1 else 0.1)
+    assert shares == [n / 1000 for n in range(1, 1001)]
+    slow = Budget(steps=1000, seconds=600)
+    shares, seconds = simulate(slow, lambda n: 2.0)
+    assert len(shares) == pytest.approx(300, abs=3) and seconds == pytest.approx(600, abs=6)
+    assert shares[-1] == 1 and all(before <= after for before, after in pairwise(shares))
+
+
+@pytest.mark.parametrize("limits", [{"steps": 500}, {"seconds": 600}, {"steps": 2000, "seconds": 600}])
+def test_a_resumed_run_has_the_shares_that_it_would_have_had(limits):
+    def seconds_of_step(n):
+        return 1.0 + 0.5 * math.sin(n)
+
+    whole, _ = simulate(Budget(**limits), seconds_of_step)
+    first = Budget(**limits)
+    before, seconds = simulate(first, seconds_of_step, stop_at=137)
+    second = Budget(**limits)
+    second.load_state_dict(first.state_dict(), 137, seconds)
+    after, _ = simulate(second, seconds_of_step, state=(137, seconds))
+    assert before + after == whole
+
+
+def test_a_run_that_is_resumed_with_other_limits():
+    first = Budget(seconds=600)
+    simulate(first, lambda n: 1.0, stop_at=300)
+    longer = Budget(seconds=1200)
+    longer.load_state_dict(first.state_dict(), 300, 300.0)
+    assert longer.share(300) == pytest.approx(0.25)
+    shares, seconds = simulate(longer, lambda n: 1.0, state=(300, 300.0))
+    assert len(shares) == pytest.approx(900, abs=2) and seconds == pytest.approx(1200, abs=2)
+    in_steps = Budget(steps=400)
+    in_steps.load_state_dict(first.state_dict(), 300, 300.0)
+    assert in_steps.share(300) == 0.75 and in_steps.share(400) == 1
+    shorter = Budget(seconds=200)
+    shorter.load_state_dict(first.state_dict(), 300, 300.0)
+    assert shorter.share(300) == 1
+    of_earlier_version = Budget(steps=400, seconds=600)
+    of_earlier_version.load_state_dict(None, 100, 50.0)
+    assert of_earlier_version.share(100) == 0.25
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 17, 100, 99_999])
+def test_each_tenth_of_a_run_ends_once(steps):
+    budget = Budget(steps=steps)
+    ends = [n for n in range(1, steps + 1) if budget.ends_part(n)]
+    assert ends == sorted({math.ceil(part * steps / 10) for part in range(1, 11)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "minutes"),
+    [
+        ({}, math.inf, DEFAULT_MINUTES),
+        ({"max_train_steps": 5}, 5, math.inf),
+        ({"max_train_minutes": 5}, math.inf, 5),
+        ({"max_train_images": 1000}, 16, math.inf),
+        ({"max_train_images": 1}, 1, math.inf),
+        ({"max_train_images": 1000, "max_train_steps": 10, "max_train_minutes": 2}, 10, 2),
+    ],
+)
+def test_limits_of_the_settings(settings, steps, minutes):
+    budget = Budget.of(make_config(**settings), global_batch=64)
+    assert (budget.steps, budget.seconds) == (steps, 60 * minutes)
+
+
+# ---- The learning rate -----------------------------------------------------------------------------------------------
+
+
+def rates(steps, **settings):
+    """The learning rate as a function of the step."""
+    config = make_config(learning_rate=0.1, max_train_steps=steps, **settings)
+    budget = Budget.of(config, 64)
+    return lambda step: learning_rate(config, budget, step)
+
+
+def test_learning_rate_schedules_at_their_corners():
+    constant, linear, cosine = (
+        rates(100, lr_warmup_steps=10, lr_scheduler=kind) for kind in ("constant", "linear", "cosine")
+    )
+    assert [constant(n) for n in (1, 5, 10, 11, 100)] == pytest.approx([0.01, 0.05, 0.1, 0.1, 0.1])
+    assert [linear(n) for n in (1, 11, 51, 100)] == pytest.approx([0.01, 0.09, 0.05, 0.001])
+    assert cosine(26) == pytest.approx(0.1 * math.cos(math.pi / 8) ** 2)
+    assert cosine(51) == pytest.approx(0.05)
+    assert cosine(100) == pytest.approx(0.1 * math.sin(math.pi / 200) ** 2)
+    for rate in (linear, cosine):
+        values = [rate(n) for n in range(1, 101)]
+        assert min(values) > 0  # every step learns
+        assert all(before >= after for before, after in pairwise(values[10:]))
+        assert rate(101) == pytest.approx(0, abs=1e-17)
+
+
+def test_the_warm_up_that_is_not_given_is_short_in_a_short_run():
+    short, long = rates(200, lr_scheduler="constant"), rates(100_000, lr_scheduler="constant")
+    assert [short(n) for n in (1, 5, 10, 11)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
+    assert [long(n) for n in (1, 250, 500, 501)] == pytest.approx([0.0002, 0.05, 0.1, 0.1])
+    assert rates(200, lr_warmup_steps=0)(1) == 0.1
+    assert rates(10, lr_warmup_steps=20, lr_scheduler="constant")(10) == pytest.approx(0.05)
+
+
+def test_in_minutes_the_learning_rate_falls_as_in_steps():
+    config = make_config(learning_rate=0.1, max_train_minutes=10)
+    budget = Budget.of(config, 64)
+    seconds, found = 0.0, []
+    while budget.share(len(found)) < 1:
+        found.append(learning_rate(config, budget, len(found) + 1))
+        seconds += 0.5
+        if budget.reads_clock(len(found)):
+            budget.read_clock(len(found), seconds)
+    in_steps = rates(len(found))
+    assert len(found) == pytest.approx(1200, abs=2)
+    assert found[60:] == pytest.approx([in_steps(n) for n in range(61, len(found) + 1)], abs=2e-4)

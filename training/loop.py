@@ -1,0 +1,262 @@
+"""LOOP: the training loop: one step after the other, and what happens in between.
+
+Algorithm 1, DDPM: the mean squared error of the network's prediction at random timesteps, and a gradient step on it.
+Around it are the EMA, the schedules (see budget.py), the log, checkpoints, validation, samples and publishing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from training.budget import Budget, learning_rate
+from training.config import Config
+from training.hub import during_training
+from training.progress import progress
+from training.run import checkpoint, failures
+from training.run.failures import ForwardPass
+from training.run.log import Log
+from training.run.record import RunRecord
+from training.run.runtime import Runtime
+from training.run.sampling import EMASampler
+from training.run.signals import StopSignal
+from training.run.state import TrainingState
+from training.step import Outcome, PendingStep, Updater
+
+if TYPE_CHECKING:
+    from ddpm_pipeline import DDPMScheduler
+    from training.data.batches import Batches
+    from training.data.cache import ImageSet
+    from training.ema import FlatEMA
+    from training.run.validation import Validator
+
+CHECKPOINTING_STEPS = 1000  # or sooner, if the settings do not say
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the training loop works with."""
+
+    config: Config
+    budget: Budget
+    runtime: Runtime
+    output_dir: Path
+    data: ImageSet
+    batches: Batches
+    scheduler: DDPMScheduler
+    unet: torch.nn.Module
+    model: torch.nn.Module  # `unet`, wrapped for several processes and compiled
+    ema: FlatEMA
+    optimizer: torch.optim.Optimizer
+    record: RunRecord
+    log: Log
+    sampler: EMASampler
+    validator: Validator
+    publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
+    stop: StopSignal
+    replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
+
+    def record_at(self, state: TrainingState) -> RunRecord:
+        seconds = round(state.clock.total_seconds, 1)
+        share, budget = self.budget.share(state.step), self.budget.state_dict()
+        return replace(
+            self.record, step=state.step, seconds=seconds, threads=self.runtime.threads, share=share, budget=budget
+        )
+
+
+def train(run: Run, state: TrainingState) -> bool:
+    """The training loop. Returns True if a signal ended it; either way its last step has a checkpoint.
+
+    The host is one step ahead of what it knows: it reads the outcome of a step after it has handed the next one to the
+    device. Before it logs, writes, validates or ends it reads what is outstanding.
+    """
+    config, budget, runtime, clock = run.config, run.budget, run.runtime, state.clock
+    updater = Updater(run.optimizer, config.max_grad_norm, runtime)
+    bar = progress(desc="training", total=known(budget.total), initial=state.step, disable=not runtime.is_main)
+    sums = torch.zeros(2, device=runtime.device)  # of the losses, and their number
+    pending: deque[PendingStep] = deque()
+    stopping = False
+    run.unet.train()
+    clock.restart()
+    logged_at = clock.seconds
+    run.stop.in_loop = True
+    while budget.share(state.step) < 1 and not stopping:
+        runtime.adapt_threads()
+
+        # ---- Loss, gradients, optimizer, EMA
+        rate = learning_rate(config, budget, state.step + 1)
+        loss, passes = accumulate_gradients(run, state)
+        step = updater.step(state.step + 1, rate, loss, passes, run.stop.requested())
+        run.ema.update(step.step, step.skip)
+        sums += torch.stack([loss.masked_fill(step.skip > 0, 0), 1 - step.skip])
+        state.step += 1
+        if budget.reads_clock(state.step):
+            budget.read_clock(state.step, runtime.broadcast(clock.total_seconds))
+            bar.total = known(budget.total)
+        bar.update()
+
+        # ---- Read the outcome of the step before; of this one only if that is needed now
+        is_last = budget.share(state.step) >= 1
+        if runtime.world_size == 1:
+            stopping = step.asked_to_stop
+        pending.append(step)
+        del step, passes  # `pending` alone keeps the predictions of a step
+        while len(pending) > 1 or (pending and (stopping or is_last or needs_outcome(run, state.step))):
+            stopping |= check_outcome(run, state, pending.popleft()).stop
+        images_seen = state.step * run.record.global_batch
+        is_last |= stopping
+
+        # ---- Log
+        if is_logged(run, state.step):
+            loss_sum, num_losses = runtime.mean(sums).tolist()
+            mean_loss = loss_sum / num_losses if num_losses else math.nan
+            now = clock.seconds
+            images_per_second = max(1, num_losses) * run.record.global_batch / (now - logged_at)
+            if num_losses:
+                run.log.metrics(
+                    state.step,
+                    loss=mean_loss,
+                    learning_rate=rate,
+                    images=images_seen,
+                    images_per_second=images_per_second,
+                    ema_decay=run.ema.decay_at(state.step),
+                    skipped=state.skipped,
+                )
+            bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
+            sums.zero_()
+            logged_at = now
+
+        # ---- Checkpoint
+        if checkpoint_is_due(run, state.step):
+            save_checkpoint(run, state)
+
+        # ---- Validate
+        validates = config.validation_steps != 0 and not stopping
+        if validates and (is_last or is_due(budget, state.step, config.validation_steps)):
+            with clock.paused():
+                summary = run.validator.validate(state.step, images_seen)
+            bar.set_description(f"training ({summary})" if summary else "training")
+
+        # ---- Sample, publish (after the last step, main() does both)
+        publish = is_due(budget, state.step, config.push_to_hub_steps)
+        if not is_last and (publish or is_due(budget, state.step, config.save_images_steps)):
+            with clock.paused():
+                if publish:
+                    if run.replaces_earlier and not state.saved_step:  # its model is replaced with its checkpoints
+                        save_checkpoint(run, state)
+                    run.sampler.save_pipeline(run.record_at(state))
+                else:
+                    run.sampler.save_grid(state.step)
+                if publish and run.publisher is not None and not run.stop.requested():
+                    run.publisher.start()
+            (stopping,) = runtime.any(run.stop.requested())  # sampling ends early on a signal
+    # Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one.
+    spares_earlier = stopping and run.replaces_earlier and not state.saved_step
+    if state.saved_step != state.step and not spares_earlier:
+        save_checkpoint(run, state)
+    run.stop.in_loop = False
+    bar.close()
+    return stopping
+
+
+def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[ForwardPass]]:
+    """Algorithm 1, DDPM, for this rank's slice of the global batch: gradients of L_simple, accumulated over passes.
+
+    Returns:
+        The loss of this rank, a scalar, and its forward passes.
+    """
+    from ddpm_pipeline import objective, rng
+
+    config, runtime = run.config, run.runtime
+    batch_size, num_passes = config.train_batch_size, config.gradient_accumulation_steps
+    torch.manual_seed(rng.key(config.seed, rng.Stream.DROPOUT, state.step, runtime.rank))
+    loss_sum = torch.zeros((), device=runtime.device)
+    passes: list[ForwardPass] = []
+    for i in range(num_passes):
+        first = (i * runtime.world_size + runtime.rank) * batch_size
+        index = torch.arange(first, first + batch_size)
+        is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
+        with failures.explain_out_of_memory(config, state.step + 1, state.saved_step):
+            x_0 = run.batches.images(state.step, index)
+            batch = objective.draw_noised_batch(run.scheduler, x_0, seed=config.seed, step=state.step, index=index)
+            with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
+                prediction = run.model(batch.x_t, batch.t, return_dict=False)[0]
+                loss = objective.simple_loss(prediction, batch.target) / num_passes
+                runtime.accelerator.backward(loss)
+        loss_sum += loss.detach()
+        passes.append(ForwardPass(index, prediction.detach(), batch.target))
+    return loss_sum, passes
+
+
+def check_outcome(run: Run, state: TrainingState, step: PendingStep) -> Outcome:
+    """Read the outcome of a step; with a fault name its images.
+
+    Raises:
+        FloatingPointError: a non-finite loss or gradient; with on_nonfinite=skip it is a warning.
+    """
+    outcome = step.outcome()
+    state.skipped += outcome.is_skipped
+    if outcome.is_fault:
+        suspects = run.runtime.gather_objects(failures.suspect_images(step.passes, run.batches, step.step - 1))
+        images = failures.describe_images(suspects, run.data)
+        message = failures.describe_nonfinite(step.step, step.loss.item(), step.norm.item(), step.learning_rate, images)
+        if run.config.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"{message}. This step did not change the weights. {failures.describe_saved(state.saved_step)} Lower "
+                "learning_rate, check these images, or skip such steps with --on_nonfinite skip"
+            )
+        run.runtime.print(f"WARNING: {message}. Step skipped.")
+    return outcome
+
+
+def save_checkpoint(run: Run, state: TrainingState) -> None:
+    """Write a checkpoint after this step, on the main process; the others wait."""
+    with run.runtime.together():
+        if run.runtime.is_main:
+            scaler = run.runtime.accelerator.scaler
+            checkpoint.save(
+                run.output_dir,
+                state.step,
+                model=run.unet.state_dict(),
+                ema=run.ema.state_dict(),
+                optimizer=run.optimizer.state_dict(),
+                record=run.record_at(state).as_dict() | {"scaler": None if scaler is None else scaler.state_dict()},
+                total_limit=run.config.checkpoints_total_limit,
+            )
+            run.log.replace_earlier_files()
+    state.saved_step = state.step
+
+
+def is_logged(run: Run, step: int) -> bool:
+    return step == 1 or run.budget.share(step) >= 1 or step % run.config.logging_steps == 0
+
+
+def needs_outcome(run: Run, step: int) -> bool:
+    """Whether what follows this step must not follow a fault: what is logged, saved, measured, published or drawn."""
+    config = run.config
+    others = config.validation_steps, config.push_to_hub_steps, config.save_images_steps
+    is_checked = is_logged(run, step) or checkpoint_is_due(run, step)
+    return is_checked or any(is_due(run.budget, step, every) for every in others)
+
+
+def is_due(budget: Budget, step: int, every: int | None) -> bool:
+    """Whether something happens after this step that does so every so many steps; 0: never; None: PARTS times a run."""
+    if every is None:
+        return budget.ends_part(step)
+    return every > 0 and step % every == 0
+
+
+def checkpoint_is_due(run: Run, step: int) -> bool:
+    every = run.config.checkpointing_steps
+    return is_due(run.budget, step, every) or (every is None and step % CHECKPOINTING_STEPS == 0)
+
+
+def known(number: float) -> int | None:
+    return None if math.isinf(number) else int(number)
