@@ -2,11 +2,14 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate
 from training.config import Config
+from training.loop import seconds_left
+from training.run.state import TrainingState
 
 
 def make_config(**settings):
@@ -187,3 +190,29 @@ def test_in_minutes_the_learning_rate_falls_as_in_steps():
     in_steps = rates(len(found))
     assert len(found) == pytest.approx(1200, abs=2)
     assert found[60:] == pytest.approx([in_steps(n) for n in range(61, len(found) + 1)], abs=2e-4)
+
+
+# ---- The time left ---------------------------------------------------------------------------------------------------
+
+
+def stand_in(budget, **settings):
+    """A run of 8 images a step, whose validation sends 600 images through the network."""
+    config = make_config(num_sample_images=10, ddpm_num_inference_steps=30, **settings)
+    record, validator = SimpleNamespace(global_batch=8), SimpleNamespace(network_images=600)
+    return SimpleNamespace(config=config, budget=budget, record=record, validator=validator)
+
+
+def test_the_time_left_counts_validations_and_samples_to_come():
+    state = TrainingState(step=500)
+    often = stand_in(Budget(steps=1000), validation_steps=100, save_images_steps=250)
+    # Before the first pause: a third of a training image for each image that goes through the network.
+    validation, samples = 600 / 3 / 8, 300 / 3 / 8
+    assert seconds_left(often, state, 1.0) == pytest.approx(500 + 5 * validation + 2 * samples + validation + samples)
+    never = stand_in(Budget(steps=1000), validation_steps=0, save_images_steps=0)
+    assert seconds_left(never, state, 2.0) == pytest.approx(1000 + 2 * (validation + samples))
+    state.clock.pauses, state.clock.paused_seconds = 4, 20.0  # now it is known that one takes 5 seconds
+    assert seconds_left(often, state, 1.0) == pytest.approx(500 + 7 * 5 + 2 * 5)
+    now_and_then = stand_in(Budget(steps=1000))
+    assert seconds_left(now_and_then, state, 1.0) == pytest.approx(500 + 2 * 5 * 5 + 2 * 5)
+    assert seconds_left(now_and_then, state, 0.1) == pytest.approx(50 + 50 / 5 + 2 * 5)  # a fifth is the most
+    assert seconds_left(stand_in(Budget(seconds=60)), state, 1.0) is None

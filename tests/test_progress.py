@@ -59,3 +59,14 @@ def test_bars_within_bars_and_disabled_ones_leave_nothing_in_a_log(capsys):
 
 def test_a_terminal_gets_a_bar(run):
     assert "\rtraining: 100%|" in run(Terminal(), steps=5, seconds=1, total=5)
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_time_left_can_be_set(monkeypatch, stream):
+    monkeypatch.setattr(progress_module.sys, "stderr", output := stream())
+    bar = progress(desc="training", total=100)
+    bar.update(10)
+    bar.seconds_left = 754.0
+    assert "<12:34, " in str(bar) and "10/100" in str(bar) and "{" not in str(bar)
+    bar.close()
+    assert "training" in output.getvalue() or stream is io.StringIO

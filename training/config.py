@@ -95,7 +95,8 @@ class Config:
         report_to: where metrics go besides metrics.jsonl: tensorboard, wandb or another tracker of accelerate, several
             separated by commas; "none": nowhere else.
         validation_steps: steps between two validations on held-out images, by loss and bits per dimension; one also
-            runs at the end. Default: after each tenth of the run. 0: never.
+            runs at the end. Default: after each tenth of the run, unless they and the samples have taken
+            more than a fifth of its time. 0: never.
         num_validation_images: number of held-out images to validate on.
         validation_split: split of the data set to hold out; default: its validation, valid, val or test split if it has
             one, else every 20th training image, at most 1000. "none": hold out nothing.
@@ -103,8 +104,7 @@ class Config:
             images; 0: none.
         extractor: features for that distance: pixels, classifier (trained on the training images first) or a file,
             see ddpm_pipeline/features.py.
-        save_images_steps: steps between two grids of samples; default: after each tenth of the run; 0: only at the
-            end.
+        save_images_steps: steps between two grids of samples; default: as validation_steps; 0: only at the end.
         num_sample_images: number of images in a grid of samples.
         ddpm_num_inference_steps: number of sampling steps, for all samples of the run.
         checkpointing_steps: steps between two checkpoints; one is also written at the end. Default: after each tenth of

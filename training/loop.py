@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from training.budget import Budget, learning_rate
+from training.budget import PARTS, Budget, learning_rate
 from training.config import Config
 from training.hub import during_training
 from training.progress import progress
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from training.run.validation import Validator
 
 CHECKPOINTING_STEPS = 1000  # or sooner, if the settings do not say
+MOST_PAUSED = 0.2  # of the training time, for validation and samples, if the settings do not say when
+FORWARD = 1 / 3  # of the time for a training image, roughly
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def train(run: Run, state: TrainingState) -> bool:
                     skipped=state.skipped,
                 )
             bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
+            bar.seconds_left = seconds_left(run, state, run.record.global_batch / images_per_second)
             sums.zero_()
             logged_at = now
 
@@ -138,15 +141,16 @@ def train(run: Run, state: TrainingState) -> bool:
             save_checkpoint(run, state)
 
         # ---- Validate
+        is_time = is_time_to_look(run, state)
         validates = config.validation_steps != 0 and not stopping
-        if validates and (is_last or is_due(budget, state.step, config.validation_steps)):
+        if validates and (is_last or is_due(state.step, config.validation_steps, is_time)):
             with clock.paused():
                 summary = run.validator.validate(state.step, images_seen)
             bar.set_description(f"training ({summary})" if summary else "training")
 
         # ---- Sample, publish (after the last step, main() does both)
-        publish = is_due(budget, state.step, config.push_to_hub_steps)
-        if not is_last and (publish or is_due(budget, state.step, config.save_images_steps)):
+        publish = is_due(state.step, config.push_to_hub_steps)
+        if not is_last and (publish or is_due(state.step, config.save_images_steps, is_time)):
             with clock.paused():
                 if publish:
                     if run.replaces_earlier and not state.saved_step:  # its model is replaced with its checkpoints
@@ -243,19 +247,51 @@ def needs_outcome(run: Run, step: int) -> bool:
     config = run.config
     others = config.validation_steps, config.push_to_hub_steps, config.save_images_steps
     is_checked = is_logged(run, step) or checkpoint_is_due(run, step)
-    return is_checked or any(is_due(run.budget, step, every) for every in others)
+    return is_checked or any(is_due(step, every, run.budget.ends_part(step)) for every in others)
 
 
-def is_due(budget: Budget, step: int, every: int | None) -> bool:
-    """Whether something happens after this step that does so every so many steps; 0: never; None: PARTS times a run."""
-    if every is None:
-        return budget.ends_part(step)
-    return every > 0 and step % every == 0
+def is_due(step: int, every: int | None, is_time: bool = False) -> bool:
+    """Whether something happens after this step that does so every so many steps; 0: never; None: if it is time."""
+    return is_time if every is None else every > 0 and step % every == 0
+
+
+def is_time_to_look(run: Run, state: TrainingState) -> bool:
+    """Whether a part of the run is over, and validation and samples took at most MOST_PAUSED of its time so far."""
+    if not run.budget.ends_part(state.step):
+        return False
+    clock = state.clock
+    return bool(run.runtime.broadcast(clock.paused_seconds <= MOST_PAUSED * clock.seconds))
 
 
 def checkpoint_is_due(run: Run, step: int) -> bool:
     every = run.config.checkpointing_steps
-    return is_due(run.budget, step, every) or (every is None and step % CHECKPOINTING_STEPS == 0)
+    return is_due(step, every, run.budget.ends_part(step) or step % CHECKPOINTING_STEPS == 0)
+
+
+def seconds_left(run: Run, state: TrainingState, seconds_per_step: float) -> float | None:
+    """Until the end of the run, with the validations and samples to come; None as long as its length is not known.
+
+    A pause for them is expected to take as long as those before, or, before the first, as the images that go through
+    the network for it.
+    """
+    config, budget, clock = run.config, run.budget, state.clock
+    if math.isinf(budget.total):
+        return None
+    steps = budget.total - state.step
+    training, now_and_then, others, at_the_end = steps * seconds_per_step, 0.0, 0.0, 0.0
+    for every, images in (
+        (config.validation_steps, run.validator.network_images),
+        (config.save_images_steps, config.num_sample_images * config.ddpm_num_inference_steps),
+    ):
+        seconds = FORWARD * images * seconds_per_step / run.record.global_batch
+        if clock.pauses:
+            seconds = clock.paused_seconds / clock.pauses
+        at_the_end += seconds
+        if every is None:
+            now_and_then += seconds * PARTS * (1 - budget.share(state.step))
+        elif every:
+            others += seconds * (steps // every)
+    return training + min(now_and_then, MOST_PAUSED * training) + others + at_the_end
 
 
 def known(number: float) -> int | None:

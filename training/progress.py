@@ -26,8 +26,9 @@ def progress(
     """A tqdm over `iterable`, or one to `update()`; each argument means what it means there.
 
     Where standard error is not a terminal, what takes longer than a minute prints a line a minute and one at the end.
+    What knows better than the mean speed how long it takes sets `seconds_left` of the bar.
     """
-    kind = tqdm if is_terminal() else Lines
+    kind = Bar if is_terminal() else Lines
     return kind(iterable, desc and f"{desc}: ", total, unit=unit, disable=disable, leave=leave, initial=initial)
 
 
@@ -48,7 +49,22 @@ def quiet_libraries() -> None:
     disable_progress_bars()
 
 
-class Lines(tqdm):
+class Bar(tqdm):
+    """A tqdm whose time left can be set."""
+
+    seconds_left: float | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().format_dict
+        if self.seconds_left is None:
+            return values
+        given = self.bar_format or "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        left = tqdm.format_interval(self.seconds_left)
+        return values | {"bar_format": given.replace("{remaining}", "{left}"), "left": left}
+
+
+class Lines(Bar):
     """A tqdm that prints lines: no bar, no carriage returns and no movements of the cursor."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

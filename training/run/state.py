@@ -13,10 +13,13 @@ class Clock:
 
     Args:
         seconds_before: training time before the run was resumed.
+    Attributes:
+        pauses, paused_seconds: how often it was paused, and how long in all.
     """
 
     def __init__(self, seconds_before: float = 0.0) -> None:
         self._before = seconds_before
+        self.pauses, self.paused_seconds = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -38,7 +41,9 @@ class Clock:
         try:
             yield
         finally:
-            self._start += time.monotonic() - paused_at
+            seconds = time.monotonic() - paused_at
+            self._start += seconds
+            self.pauses, self.paused_seconds = self.pauses + 1, self.paused_seconds + seconds
 
 
 @dataclass

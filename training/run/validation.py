@@ -45,7 +45,7 @@ class Validator:
     """Measures the EMA weights of a run on held-out images, on all ranks, and logs the result."""
 
     def __init__(self, config: Config, runtime: Runtime, split: DataSplit, sampler: EMASampler, log: Log) -> None:
-        self._num_samples = config.validation_samples
+        self._num_samples, self._num_inference_steps = config.validation_samples, config.ddpm_num_inference_steps
         self._runtime, self._sampler, self._log, self._held_out = runtime, sampler, log, split.held_out
         self._feature_cache = Path(config.cache_dir).expanduser() / "features"
         self._validation = Validation(
@@ -68,6 +68,12 @@ class Validator:
                 cache_dir=self._feature_cache,
                 device=runtime.device,
             )
+
+    @property
+    def network_images(self) -> int:
+        """How many images go through the network in one validation, roughly."""
+        of_samples = self._num_samples * self._num_inference_steps
+        return self._validation.num_images * (TIMESTEPS_PER_IMAGE + STRATA + 1) + of_samples
 
     def validate(self, step: int, images_seen: int) -> str:
         """Measure and log. Returns a summary for the progress bar, which is empty if there are no held-out images."""
