@@ -167,14 +167,13 @@ def test_every_preset_parses_and_survives_a_round_trip(file, tmp_path):
     assert parse(["--config", str(copy)]) == preset
 
 
-def test_choices_match_the_presets_and_schedules(capsys):
-    for name, choices in (("denoiser", PRESETS), ("ddpm_beta_schedule", BETA_SCHEDULES)):
-        for choice in choices:
-            assert getattr(parse([*MOONS, f"--{name}", choice]), name) == choice
-        with pytest.raises(SystemExit):
-            parse([*MOONS, f"--{name}", "none of them"])
-        message = capsys.readouterr().err
-        assert all(choice in message for choice in choices)
+def test_choices_match_the_schedules(capsys):
+    for choice in BETA_SCHEDULES:
+        assert parse([*MOONS, "--ddpm_beta_schedule", choice]).ddpm_beta_schedule == choice
+    with pytest.raises(SystemExit):
+        parse([*MOONS, "--ddpm_beta_schedule", "none of them"])
+    message = capsys.readouterr().err
+    assert all(choice in message for choice in BETA_SCHEDULES)
 
 
 def test_every_field_is_documented():
