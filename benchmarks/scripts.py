@@ -169,8 +169,8 @@ def needs_stand_in() -> bool:
 def training(scripts: Scripts, *, precision: str, rounds: int, quick: bool = False) -> list[Comparison | Measurement]:
     """Images per second after the warm-up, at equal network, batch, threads and precision.
 
-    For `heads-of-8` also against the peer as it comes: float32, and on a CPU the one thread that `accelerate launch` gives
-    a process by default. And that network at batch 64, ours alone, for its share of what the machine can do.
+    For `heads-of-8` also against the peer as it comes: float32, and on a CPU the one thread that `accelerate launch`
+    gives a process by default. And that network at batch 64, ours alone, for its share of what the machine can do.
     """
     results: list[Comparison | Measurement] = []
     threads = torch.get_num_threads()

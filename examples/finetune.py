@@ -1,7 +1,8 @@
 """Continue training a saved or published model on your own images:
 `python examples/finetune.py MODEL IMAGE_FOLDER OUTPUT_FOLDER [TRAINING FLAGS]`.
 
-The new run has the network, size, prediction type and number of diffusion timesteps of the model. train.py runs in a process of its own, as from the command line.
+The new run has the network, size, prediction type and number of diffusion timesteps of the model. train.py runs in a
+process of its own, as from the command line.
 """
 
 import subprocess

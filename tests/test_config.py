@@ -57,7 +57,7 @@ def make_config(**options):
         ("--prediction_type noise", "noise"),
         ("--variance_type learned", "learned"),
         ("--ddpm_beta_schedule exponential", "exponential"),
-        ("--denoiser huge", "huge"),
+        ("--denoiser=", "denoiser"),
         ("--ddpm_num_steps 20 --ddpm_num_inference_steps 21", "21"),
         ("--mixed_precision fp8", "fp8"),
         ("--on_bad_image ignore", "ignore"),

@@ -75,7 +75,7 @@ def test_base_is_near_the_network_of_ho_et_al():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_of_a_family_follows_its_rules(name):
-    """At any size: 4 to 6 pixels at the lowest resolution; at most 256 where there is attention; wide heads and groups."""
+    """At any size: 4 to 6 pixels a side at the lowest resolution, at most 256 pixels where there is attention."""
     for side in (*SIDES, 4, 8, 28, (50, 70), (48, 64), (64, 48), 100, (375, 500), 512):
         height, width = nearest_size(name, *((side, side) if isinstance(side, int) else side))
         model = on_meta(name, height, width)
