@@ -11,8 +11,8 @@ from diffusers.schedulers import scheduling_ddpm as built_in
 from diffusers.training_utils import EMAModel
 
 from benchmarks.compare import Comparison, alternate
+from benchmarks.networks import HEADS_OF_8, make_network
 from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
-from training.denoiser import make_denoiser
 from training.ema import FlatEMA
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32), (64, 3, 256, 256))
@@ -63,7 +63,7 @@ def ema(seconds: float) -> list[Comparison]:
 
 
 def ema_update(foreach: bool, seconds: float) -> Comparison:
-    peer_network, our_network = (make_denoiser("small", height=32, width=32, in_channels=3) for _ in range(2))
+    peer_network, our_network = (make_network(HEADS_OF_8) for _ in range(2))
     peer = EMAModel(peer_network.parameters(), use_ema_warmup=True, foreach=foreach)
     ours = FlatEMA(our_network)
     return alternate(

@@ -186,7 +186,7 @@ def peer_training(job: Job) -> Iterator[Row]:
 
 
 def arguments_of_ours(job: Job, name: str, batch: int, compiled: bool) -> list[object]:
-    arguments = our_arguments(job.table, name, batch, PRECISION, Path(job.folder))
+    arguments = our_arguments(job.table, Path(job.folder) / name, batch, PRECISION, Path(job.folder))
     return [*arguments, *(["--compile", "true"] if compiled else [])]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.clock import Timing
 from benchmarks.common import ROOT
 from benchmarks.compare import Comparison, Measurement
-from benchmarks.networks import NETWORKS, SIDE, Network, count_flop, make_network
+from benchmarks.networks import HEADS_OF_8, NETWORKS, SIDE, Network, count_flop, make_network
 
 HERE = ROOT / "benchmarks"
 PEER = Path("examples", "unconditional_image_generation", "train_unconditional.py")
@@ -85,9 +85,9 @@ def peer_arguments(data: list[object], network: Path, batch_size: int, precision
     ]  # fmt: skip
 
 
-def our_arguments(data: list[object], name: str, batch_size: int, precision: str, folder: Path) -> list[object]:
+def our_arguments(data: list[object], network: Path, batch_size: int, precision: str, folder: Path) -> list[object]:
     return [
-        *data, "--resolution", SIDE, "--denoiser", name, "--train_batch_size", batch_size, "--mixed_precision",
+        *data, "--resolution", SIDE, "--denoiser", network, "--train_batch_size", batch_size, "--mixed_precision",
         precision, "--cache_dir", folder / "our_cache", "--output_dir", folder / "ours", "--max_train_steps", 1_000_000,
         "--validation_steps", 0, "--save_images_steps", 0, "--checkpointing_steps", 1_000_000,
     ]  # fmt: skip
@@ -125,7 +125,7 @@ class Scripts:
     ) -> Times:
         """A launch of ours, with as many threads as torch uses here, or as many as it thinks best (`adapt`)."""
         data = self.files if files else self.table
-        arguments = our_arguments(data, network.name, network.batch_size, precision, self.folder)
+        arguments = our_arguments(data, self.folder / network.name, network.batch_size, precision, self.folder)
         if not adapt:
             arguments += ["--cpu_threads", torch.get_num_threads()]
         return self._launch([OURS, *arguments], network.batch_size, timing, torch.get_num_threads(), accelerate)
@@ -169,8 +169,8 @@ def needs_stand_in() -> bool:
 def training(scripts: Scripts, *, precision: str, rounds: int, quick: bool = False) -> list[Comparison | Measurement]:
     """Images per second after the warm-up, at equal network, batch, threads and precision.
 
-    For `small` also against the peer as it comes: float32, and on a CPU the one thread that `accelerate launch` gives
-    a process by default. And `small` at batch 64, ours alone, for its share of what the machine can do.
+    For `heads-of-8` also against the peer as it comes: float32, and on a CPU the one thread that `accelerate launch`
+    gives a process by default. And that network at batch 64, ours alone, for its share of what the machine can do.
     """
     results: list[Comparison | Measurement] = []
     threads = torch.get_num_threads()
@@ -185,7 +185,7 @@ def training(scripts: Scripts, *, precision: str, rounds: int, quick: bool = Fal
                     peer.append(scripts.launch_peer(network, precision, timing).images_per_second)
                 else:
                     ours.append(scripts.launch_ours(network, precision, timing).images_per_second)
-            if network.name == "small" and i < 3:
+            if network.name == HEADS_OF_8 and i < 3:
                 one_on_cpu = None if torch.cuda.is_available() else 1
                 launched = scripts.launch_peer(network, "no", timing, threads=one_on_cpu)
                 as_it_comes.append(launched.images_per_second)
@@ -193,10 +193,10 @@ def training(scripts: Scripts, *, precision: str, rounds: int, quick: bool = Fal
         results.append(Comparison(f"{name}, {settings}", "images/s", peer, ours, network.target, flop))
         if as_it_comes:
             results.append(Comparison(f"{name}, peer as it comes", "images/s", as_it_comes, ours[:3], None, flop))
-            large = Network("small", 64, 0.0, 0.0, (), 0)
+            large = Network(HEADS_OF_8, 64, 0.0, 0.0, (), 0)
             timing = Timing(warm_up=2, steps=400, seconds=2 if quick else 15)
             rates = [scripts.launch_ours(large, precision, timing).images_per_second for _ in range(1 if quick else 3)]
-            results.append(Measurement(f"training small, batch 64, {settings}", "images/s", rates, flop, 0.35))
+            results.append(Measurement(f"training {HEADS_OF_8}, batch 64, {settings}", "images/s", rates, flop, 0.35))
     return results
 
 
@@ -206,11 +206,11 @@ def launch(scripts: Scripts, *, precision: str, rounds: int) -> list[Comparison]
     `accelerate launch` imports torch before it starts the script, which imports it again. Ours also runs without it.
     """
     peer, ours, plain = [], [], []
-    small = NETWORKS[1]
+    network = NETWORKS[1]
     for _ in range(rounds + 1):
-        peer.append(scripts.launch_peer(small, precision, FIRST_STEP, files=True).first_step)
-        ours.append(scripts.launch_ours(small, precision, FIRST_STEP, files=True).first_step)
-        plain.append(scripts.launch_ours(small, precision, FIRST_STEP, files=True, accelerate=False).first_step)
+        peer.append(scripts.launch_peer(network, precision, FIRST_STEP, files=True).first_step)
+        ours.append(scripts.launch_ours(network, precision, FIRST_STEP, files=True).first_step)
+        plain.append(scripts.launch_ours(network, precision, FIRST_STEP, files=True, accelerate=False).first_step)
     return [
         Comparison("launch to the end of the first step", "s", peer[1:], ours[1:], 1.5),
         Comparison("the same, ours as `python training/train.py`", "s", peer[1:], plain[1:]),

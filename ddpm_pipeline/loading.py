@@ -105,9 +105,14 @@ def _check_scheduler(file: Path, kind: type) -> None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _check_unet(folder: Path, variant: str | None, use_safetensors: bool | None) -> bool:
-    file = folder / "config.json"
-    config = read_json(file)
+def unet_on_meta(file: Path, config: Mapping[str, Any]) -> UNet2DModel:
+    """The network of a configuration, with shapes but no memory.
+
+    Args:
+        file: where the configuration is from, for messages.
+    Raises:
+        ValueError: not a configuration of a UNet2DModel, or far larger than any trained one.
+    """
     _check_fields(file, config, set(inspect.signature(UNet2DModel.__init__).parameters))
     sides = _as_list(config.get("sample_size"))
     limits: list[tuple[str, Any, int]] = [("sample_size", side, MAX_SIDE) for side in sides]
@@ -122,10 +127,16 @@ def _check_unet(folder: Path, variant: str | None, use_safetensors: bool | None)
     try:
         for name, value, most in limits:
             check_int(name, value, 1, most)
-        with torch.device("meta"):  # tensors with shapes but no memory
-            unet = UNet2DModel.from_config(config)
+        with torch.device("meta"):
+            unet: UNet2DModel = UNet2DModel.from_config(config)
     except Exception as error:  # whatever a constructor raises
         raise ValueError(f"{file}: {error}") from None
+    return unet
+
+
+def _check_unet(folder: Path, variant: str | None, use_safetensors: bool | None) -> bool:
+    file = folder / "config.json"
+    unet = unet_on_meta(file, read_json(file))
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
     files, use_safetensors = _find_weights(folder, variant, use_safetensors)

@@ -1,8 +1,8 @@
 """Continue training a saved or published model on your own images:
 `python examples/finetune.py MODEL IMAGE_FOLDER OUTPUT_FOLDER [TRAINING FLAGS]`.
 
-The new run has the network, size, prediction type and number of diffusion timesteps of the model; the images must have
-as many channels. train.py runs in a process of its own, as from the command line.
+The new run has the network, size, prediction type and number of diffusion timesteps of the model. train.py runs in a
+process of its own, as from the command line.
 """
 
 import subprocess
@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project, so that `training` is found
 
 from ddpm_pipeline import DDPMPipeline  # noqa: E402
-from training.denoiser import find_preset  # noqa: E402
 
 if len(sys.argv) < 4:
     sys.exit(__doc__)
@@ -22,10 +21,7 @@ model, images, output, *flags = sys.argv[1:]
 pipe = DDPMPipeline.from_pretrained(model)
 size = pipe.unet.config.sample_size
 height, width = (size, size) if isinstance(size, int) else size
-preset = find_preset(pipe.unet.config)
-if preset is None:
-    sys.exit(f"{model} has none of the networks of training/denoiser.py")
-command = [sys.executable, str(ROOT / "training" / "train.py"), "--init_from", model, "--denoiser", preset]
+command = [sys.executable, str(ROOT / "training" / "train.py"), "--init_from", model, "--denoiser", model]
 command += ["--train_data_dir", images, "--output_dir", output]
 command += ["--resolution", f"{height}x{width}", "--prediction_type", pipe.scheduler.config.prediction_type]
 command += ["--ddpm_num_steps", str(pipe.scheduler.config.num_train_timesteps), "--learning_rate", "1e-4"]

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks import bench, compare, sampler, sampling, scripts, trace
 from benchmarks.clock import Timing, run_script
 from benchmarks.compare import Comparison, Measurement, alternate
-from benchmarks.networks import count_flop
+from benchmarks.networks import HEADS_OF_8, count_flop
 from benchmarks.stand_in.torchvision import transforms
 
 
@@ -48,7 +48,11 @@ def test_operations_per_second_of_a_rate_and_of_a_time():
 
 def test_operations_of_the_networks():
     # 9 and 37 GFLOP, as Ho et al.'s network and the like are known by.
-    assert [round(count_flop(name).training / 1e9, 1) for name in ("tiny", "small", "ddpm-cifar10")] == [0.7, 9.5, 37.3]
+    assert [round(count_flop(name).training / 1e9, 1) for name in ("tiny", HEADS_OF_8, "ddpm-cifar10")] == [
+        0.7,
+        9.5,
+        37.3,
+    ]
     for name in ("tiny", "ddpm-cifar10"):
         flop = count_flop(name)
         assert 2.9 < flop.training / flop.forward < 3  # nothing asks for the gradient of the images

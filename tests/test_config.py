@@ -56,7 +56,7 @@ def make_config(**options):
         ("--prediction_type noise", "noise"),
         ("--variance_type learned", "learned"),
         ("--ddpm_beta_schedule exponential", "exponential"),
-        ("--denoiser huge", "huge"),
+        ("--denoiser=", "denoiser"),
         ("--ddpm_num_steps 20 --ddpm_num_inference_steps 21", "21"),
         ("--mixed_precision fp8", "fp8"),
         ("--on_bad_image ignore", "ignore"),
@@ -75,7 +75,7 @@ def test_a_mistake_exits_with_2_and_one_line_that_names_the_value(arguments, val
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert value in message
-    assert arguments.split()[-2].lstrip("-") in message
+    assert arguments.replace("=", " ").split(" ")[-2].lstrip("-") in message
     assert message.count("\n") == 1
 
 
@@ -166,14 +166,13 @@ def test_every_preset_parses_and_survives_a_round_trip(file, tmp_path):
     assert parse(["--config", str(copy)]) == preset
 
 
-def test_choices_match_the_presets_and_schedules(capsys):
-    for name, choices in (("denoiser", PRESETS), ("ddpm_beta_schedule", BETA_SCHEDULES)):
-        for choice in choices:
-            assert getattr(parse([*MOONS, f"--{name}", choice]), name) == choice
-        with pytest.raises(SystemExit):
-            parse([*MOONS, f"--{name}", "none of them"])
-        message = capsys.readouterr().err
-        assert all(choice in message for choice in choices)
+def test_choices_match_the_schedules(capsys):
+    for choice in BETA_SCHEDULES:
+        assert parse([*MOONS, "--ddpm_beta_schedule", choice]).ddpm_beta_schedule == choice
+    with pytest.raises(SystemExit):
+        parse([*MOONS, "--ddpm_beta_schedule", "none of them"])
+    message = capsys.readouterr().err
+    assert all(choice in message for choice in BETA_SCHEDULES)
 
 
 def test_every_field_is_documented():

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpm_pipeline import fast_unet
 from ddpm_pipeline.attention import CHUNK, ChunkedAttnProcessor, chunked_attention
 from ddpm_pipeline.fast_unet import FastGroupNorm, FastResnetBlock2D, as_channels_last, in_best_format, speed_up
-from training.denoiser import PRESETS, make_denoiser
+from training.denoiser import FAMILIES, PRESETS, make_denoiser
 
 UNUSUAL = {
     "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
@@ -46,11 +46,11 @@ def predictions_and_gradients(model, x, t, **options):
     return prediction.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("name", [*PRESETS, *UNUSUAL])
+@pytest.mark.parametrize("name", ["tiny", "small", *PRESETS, *UNUSUAL])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_the_same_function_and_gradients(name, memory_format):
     torch.manual_seed(0)
-    model = make_denoiser(name, height=16, width=16, in_channels=3, dropout=0) if name in PRESETS else unusual(name)
+    model = make_denoiser(name, height=16, width=16, in_channels=3, dropout=0) if name not in UNUSUAL else unusual(name)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([10, 700])
     options = {"class_labels": torch.tensor([0, 3])} if name == "classes" else {}
     expected, expected_gradient = predictions_and_gradients(model, x, t, **options)
@@ -62,7 +62,7 @@ def test_the_same_function_and_gradients(name, memory_format):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*FAMILIES, *PRESETS])
 def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name, channels):
     """A layer that falls back would only cost time, so nothing else would notice it."""
     model = make_denoiser(name, height=16, width=16, in_channels=channels)

@@ -127,6 +127,8 @@ def test_local_fields_are_left_out(tmp_path):
         ({"dataset_name": local}, {"dataset_name": "mine"}),
         ({"dataset_name": "user/set"}, {"dataset_name": "user/set"}),
         ({"dataset_name": "moons", "init_from": local}, {"init_from": "mine"}),
+        ({"dataset_name": "moons", "denoiser": local}, {"denoiser": "mine"}),
+        ({"dataset_name": "moons", "denoiser": "tiny"}, {"denoiser": "tiny"}),
         ({"dataset_name": "moons", "init_from": "user/model"}, {"init_from": "user/model"}),
     ):
         config = Config(output_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"), **fields)

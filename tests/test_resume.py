@@ -15,6 +15,7 @@ from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.budget import Budget
 from training.config import Config
+from training.denoiser import FORMER
 from training.ema import FlatEMA
 from training.hub import during_training
 from training.run import checkpoint, resume
@@ -216,6 +217,36 @@ def test_a_home_folder_is_expanded(work, monkeypatch, capsys):
     assert train(work, resume_from_checkpoint="~/run/checkpoint-000002", max_train_steps=3) == 0
     assert train(work, output_dir="~/new", init_from="~/run/pipeline") == 0
     assert f"resumed from {work}" in capsys.readouterr().out and (work / "new" / "pipeline").is_dir()
+
+
+def test_a_checkpoint_of_before_the_families_resumes_with_the_network_that_it_names(work):
+    """Its manifest has no network, and `tiny` meant another one; it continues as a run with the fields of that one."""
+    file = work / "config.json"
+    file.write_text(json.dumps(FORMER["tiny"]))
+    constant = {"lr_scheduler": "constant"}
+    assert train(work, output_dir=work / "straight", denoiser=file, max_train_steps=3, **constant) == 0
+    assert train(work, output_dir=work / "former", denoiser=file, **constant) == 0
+    path = work / "former" / "checkpoint-000002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("network")["block_out_channels"] == [16, 32, 64, 96]
+    manifest["config"]["denoiser"] = "tiny"
+    path.write_text(json.dumps(manifest))
+    options = {"output_dir": work / "former", "denoiser": "tiny", "max_train_steps": 3, **constant}
+    assert train(work, resume_from_checkpoint="latest", **options) == 0
+    straight, resumed = (work / name / "checkpoint-000003" for name in ("straight", "former"))
+    assert contents(straight, "model.safetensors", "ema.safetensors") == contents(
+        resumed, "model.safetensors", "ema.safetensors"
+    )
+    assert json.loads((resumed / "manifest.json").read_text())["network"]["block_out_channels"] == [16, 32, 64, 96]
+
+
+def test_a_run_continues_with_its_network_when_the_file_of_it_is_gone(work):
+    file = work / "config.json"
+    file.write_text(json.dumps(FORMER["tiny"]))
+    options = {"output_dir": work / "own", "denoiser": file}
+    assert train(work, **options) == 0
+    file.unlink()
+    assert train(work, resume_from_checkpoint="latest", max_train_steps=3, **options) == 0
 
 
 # ---- A new run in the folder of an earlier one -----------------------------------------------------------------------

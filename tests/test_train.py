@@ -545,7 +545,8 @@ def test_unreadable_images_are_named(work, capsys):
             "fp16",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs, and there is one"),
         ),
-        ({"resolution": 18}, "18"),  # cannot be halved twice
+        ({"resolution": 18}, "18x18"),  # cannot be halved twice
+        ({"denoiser": "huge"}, "denoiser is 'huge'"),
     ],
 )
 def test_a_mistake_exits_with_code_2_and_names_the_value(work, capsys, options, message):

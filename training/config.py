@@ -52,7 +52,9 @@ class Config:
         cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
             decodes them.
-        denoiser: network: tiny (1.8 M parameters), small (6.5 M) or ddpm-cifar10 (35.7 M).
+        denoiser: network: tiny (2 M parameters), small (10 M), base (38 M) or large (115 M), each made for the size of
+            the images; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on the Hub,
+            or config.json of a UNet2DModel.
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
         prediction_type: what the network predicts: epsilon, sample (x_0) or v_prediction.
@@ -139,7 +141,7 @@ class Config:
     min_side: int = 8
     cache_dir: str = "~/.cache/ddpm_pipeline"
     dataloader_num_workers: int = 0
-    denoiser: Literal["tiny", "small", "ddpm-cifar10"] = "small"
+    denoiser: str = "small"
     ddpm_num_steps: int = 1000
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
@@ -219,7 +221,7 @@ class Config:
         self.trackers  # noqa: B018  raises if report_to is wrong
         if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
             raise ValueError('resume_from_checkpoint is "": give "latest", "auto" or a checkpoint folder')
-        for name in ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from"):
+        for name in ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "denoiser", "init_from"):
             if getattr(self, name) == "":
                 raise ValueError(f'{name} is "": give a name')
         if self.validation_samples == 1:

@@ -71,7 +71,7 @@ def main(config: Config, stop: StopSignal) -> int:
         from ddpm_pipeline.images import record_background
         from training import tune
         from training.data.batches import Batches
-        from training.denoiser import check_size, load_initial_weights, make_denoiser
+        from training.denoiser import check_size, find_network, load_initial_weights, make_denoiser, network_of
         from training.ema import FlatEMA
         from training.run.validation import Validator
 
@@ -79,11 +79,10 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
     # Before the images are decoded, check what does not need them.
+    found = resume.find(runtime, output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
+    network = runtime.in_turn(lambda: find_network(config.denoiser, found and found[1]))
     if config.height_width is not None:
-        check_size(config.denoiser, *config.height_width)
-    found = None
-    if config.resume_from_checkpoint:
-        found = resume.find(runtime, output_dir, config.resume_from_checkpoint)
+        check_size(network, *config.height_width)
     split = runtime.in_turn(lambda: load_data(config))
     data, num_images = split.data, len(split.train_indices)
     runtime.agree(
@@ -109,7 +108,7 @@ def main(config: Config, stop: StopSignal) -> int:
     scheduler = make_scheduler(config)
     torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
     # Any: diffusers annotates .to() without its argument.
-    unet: Any = make_denoiser(config.denoiser, height=data.height, width=data.width, in_channels=data.channels)
+    unet: Any = make_denoiser(network, height=data.height, width=data.width, in_channels=data.channels)
     record_background(unet, config.background)
     unet.to(device)
     if config.init_from and found is None:
@@ -149,7 +148,7 @@ def main(config: Config, stop: StopSignal) -> int:
     sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, example)
     validator = Validator(config, runtime, split, sampler, log)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
-    record = make_record(config, runtime, split, global_batch, tuning)
+    record = make_record(config, runtime, split, global_batch, tuning, network_of(unet))
     run = Run(config, budget, runtime, output_dir, data, batches, scheduler, unet, model, ema, optimizer, record, log,
               sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
     runtime.print(describe(run))
@@ -217,7 +216,9 @@ def make_scheduler(config: Config) -> DDPMScheduler:
     )
 
 
-def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning) -> RunRecord:
+def make_record(
+    config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning, network: dict[str, Any]
+) -> RunRecord:
     return RunRecord(
         global_batch=global_batch,
         num_processes=runtime.world_size,
@@ -231,6 +232,7 @@ def make_record(config: Config, runtime: Runtime, split: DataSplit, global_batch
         commit=commit(),
         config=config.as_dict(),
         tuning=asdict(tuning),
+        network=network,
     )
 
 

@@ -279,7 +279,9 @@ def test_training_from_a_published_model(published, work, tmp_path):
     hub, folder, _ = published
     from safetensors.numpy import load_file
 
-    options = train_options(work, "tuned", init_from="alice/images", max_train_steps=1, learning_rate=1e-12)
+    options = train_options(
+        work, "tuned", init_from="alice/images", denoiser="alice/images", max_train_steps=1, learning_rate=1e-12
+    )
     code, out, err = run(hub, tmp_path, "train.py", *options)
     assert code == 0 and "initial weights: alice/images" in out, err
     weights = load_file(work / "tuned" / "checkpoint-000001" / "model.safetensors")
@@ -289,6 +291,12 @@ def test_training_from_a_published_model(published, work, tmp_path):
         np.testing.assert_allclose(weights[name], tensor, atol=1e-7, rtol=0, err_msg=name)
     record = json.loads((work / "tuned" / "pipeline" / "training.json").read_text())
     assert record["config"]["init_from"] == "alice/images"
+
+
+def test_a_network_that_is_not_on_the_hub_is_a_mistake(published, work, tmp_path):
+    hub, _, _ = published
+    code, _, err = run(hub, tmp_path, "train.py", *train_options(work, "none", denoiser="alice/nothing"))
+    assert code == 2 and "denoiser is 'alice/nothing' (" in err and "give one of tiny, small" in err, err
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def stage(
 def shareable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Config that do not depend on this machine. Of a local path only the last component is kept."""
     shared = {name: value for name, value in config.items() if name not in LOCAL_FIELDS}
-    for name in ("dataset_name", "train_data_dir", "init_from", "extractor"):
+    for name in ("dataset_name", "train_data_dir", "denoiser", "init_from", "extractor"):
         if shared.get(name) and (name in ("train_data_dir", "extractor") or not is_hub_id(shared[name])):
             shared[name] = Path(shared[name]).expanduser().resolve().name
     return shared

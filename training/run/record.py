@@ -23,6 +23,7 @@ class RunRecord:
         device: name of the processor or GPU.
         threads: CPU threads that rank 0 computes with at this step; None on another device and in older records.
         tuning: how the network computed on this machine, see training/tune.py; None in older records.
+        network: all fields of the UNet2DModel; None in older records.
         mixed_precision: what the network computed in: no, fp16 or bf16.
         num_images: images trained on.
         source: where they come from, see `data_set`.
@@ -43,6 +44,7 @@ class RunRecord:
     device: str
     threads: int | None = None
     tuning: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None
     mixed_precision: str
     num_images: int
     source: str
