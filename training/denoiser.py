@@ -296,7 +296,7 @@ def _from_the_bottom(unet: UNet2DModel, other: UNet2DModel) -> dict[str, Tensor]
 
 
 def load_initial_weights(name: str, unet: UNet2DModel, scheduler: DDPMScheduler, log: Callable[[str], object]) -> None:
-    """Copy the weights of a saved or published model into `unet`: each tensor that has the same place and shape in both.
+    """Copy the weights of a saved or published model into `unet`: each tensor with the same place and shape in both.
 
     Args:
         name: folder of the model, or its name on the Hub.
