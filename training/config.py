@@ -52,7 +52,7 @@ class Config:
         cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
             decodes them.
-        denoiser: network: tiny (2 M parameters), small (10 M), base (38 M) or large (115 M), each made for the size of
+        denoiser: network: tiny (2 M parameters), small (10 M), base (39 M) or large (116 M), each made for the size of
             the images; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on the Hub,
             or config.json of a UNet2DModel.
         ddpm_num_steps: T, number of diffusion timesteps.
