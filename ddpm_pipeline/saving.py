@@ -21,7 +21,7 @@ from .scheduling_ddpm import DDPMScheduler, fields_without_effect, known_fields
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
     "precision", "cpu", "betas", "scheduling_ddpm", "pixels", "decode", "loading", "images", "group_norm", "attention",
-    "fast_unet", "denoiser", "schedulers", "sampling", "calls", "inversion", "interpolation", "inpainting",
+    "fast_unet", "schedulers", "labels", "denoiser", "sampling", "calls", "inversion", "interpolation", "inpainting",
     "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
 
