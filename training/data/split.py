@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from training.data.cache import ImageSet, load_images
+from training.messages import some
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first of them that a data set has is held out
 HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, at most 1000
@@ -30,6 +31,15 @@ def splits_to_hold_out(splits: Sequence[str], trained_on: str) -> list[str]:
 
 
 @dataclass(frozen=True)
+class ClassLabels:
+    """The classes of a data set that a model is conditioned on."""
+
+    names: tuple[str, ...]  # of classes 0 to K - 1: the labels in the order of the data set, or sorted
+    data: np.ndarray  # (N,) int64, of every image of DataSplit.data
+    held_out: np.ndarray  # (M,) int64
+
+
+@dataclass(frozen=True)
 class DataSplit:
     """The images that a model is trained on, and the held-out set."""
 
@@ -37,6 +47,8 @@ class DataSplit:
     train_indices: np.ndarray  # (N,) int64, ascending: which of `data` the model is trained on
     held_out: np.ndarray  # (M, C, H, W), same dtype as data.images; M may be 0
     held_out_source: str  # where the held-out set comes from, for the log, the run record and the report
+    held_out_set: ImageSet  # which the held-out images are in
+    held_out_indices: np.ndarray  # (M,) int64, which of them
 
     @property
     def train_images(self) -> np.ndarray:
@@ -47,6 +59,35 @@ class DataSplit:
         """(N,) int64, the labels of `train_images`; None if there are fewer than two (see ImageSet.labels)."""
         labels = self.data.labels()
         return None if labels is None else labels[self.train_indices]
+
+    def class_labels(self) -> ClassLabels:
+        """The classes of all images.
+
+        Raises:
+            ValueError: fewer than two classes, an image without a label, or a held-out one of another class.
+        """
+        names = self.data.class_names()
+        if len(names) < 2:
+            raise ValueError(
+                f"the images have {len(names)} different labels, and classes need at least 2: give folders of classes, "
+                "a metadata.csv with the columns file_name and label, or --label_column"
+            )
+        labels = self.data.labels()
+        assert labels is not None
+        if len(unlabelled := np.flatnonzero(labels == len(names))):
+            raise ValueError(
+                f"{len(unlabelled)} images have no label, the first is {self.data.name(int(unlabelled[0]))}: give them "
+                "one, or leave them out (--exclude)"
+            )
+        numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+        held_out = self.held_out_set.label_names() if len(self.held_out) else []
+        held_out = [held_out[i] for i in self.held_out_indices]
+        if others := sorted({str(name) for name in held_out if name not in numbers}):
+            raise ValueError(
+                f"held-out images have labels that no training image has: {some(others)}: give another "
+                "--validation_split, or none"
+            )
+        return ClassLabels(names, labels, np.array([numbers[name] for name in held_out], dtype=np.int64))
 
 
 def load_data_split(validation_split: str | None = None, **options: Any) -> DataSplit:
@@ -61,7 +102,7 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     data = load_images(**options)
     every_image = np.arange(len(data))
     if validation_split == "none":
-        return DataSplit(data, every_image, data.images[:0], "nothing")
+        return DataSplit(data, every_image, data.images[:0], "nothing", data, every_image[:0])
 
     others = splits_to_hold_out(data.splits, options.get("split", "train"))
     if validation_split is None:
@@ -78,7 +119,8 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
         step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
         chosen = np.arange(step - 1, len(data), step)
         source = f"one in {step} of {data.source}, not trained on" if len(chosen) else "nothing: too few images"
-        return DataSplit(data, np.setdiff1d(every_image, chosen), np.array(data.images[chosen]), source)
+        held_out_images = np.array(data.images[chosen])
+        return DataSplit(data, np.setdiff1d(every_image, chosen), held_out_images, source, data, chosen)
 
     # At the size of the training images, whatever the most common size in this split is.
     held_out = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
@@ -87,4 +129,5 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
             f"split {split!r} has images {held_out.images.shape[1:]} of {held_out.images.dtype}, the training split "
             f'{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or "none"'
         )
-    return DataSplit(data, every_image, held_out.images, held_out.source)
+    indices = np.arange(len(held_out))
+    return DataSplit(data, every_image, held_out.images, held_out.source, held_out, indices)
