@@ -67,6 +67,9 @@ def test_labels_are_those_of_the_images_trained_on(folder, cache_dir):
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
     assert split.held_out[:, 0, 0, 0].tolist() == [69]
     assert split.train_labels().tolist() == [i % 2 for i in split.train_images[:, 0, 0, 0].tolist()]
+    classes = split.class_labels()
+    assert classes.names == ("even", "odd") and classes.held_out.tolist() == [1]
+    assert classes.data.tolist() == [i % 2 for i in split.data.images[:, 0, 0, 0].tolist()]
 
 
 def test_the_held_out_moons_have_another_seed(cache_dir, monkeypatch):
