@@ -5,7 +5,6 @@ as one.
 """
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -64,7 +63,7 @@ class UNetDenoiser:
         guidance_scale: w in eps_null + w (eps_class - eps_null): Eq. (6), Ho and Salimans 2022, whose w is one less.
             It needs a null class.
         guidance_interval: (lo, hi): guidance at the timesteps t with lo <= t < hi alone, elsewhere w is 1
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: at all.
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724); None: at all timesteps.
     """
 
     def __init__(
@@ -94,8 +93,11 @@ class UNetDenoiser:
         labels = self.class_labels
         if labels is not None and len(labels) != len(x_t):
             labels = labels.expand(len(x_t), *labels.shape[1:])
-        lo, hi = self.guidance_interval or (-math.inf, math.inf)
-        if labels is None or self.guidance_scale == 1 or not lo <= t < hi:
+        is_guided = labels is not None and self.guidance_scale != 1
+        if is_guided and self.guidance_interval is not None:
+            lo, hi = self.guidance_interval
+            is_guided = lo <= t.item() < hi  # only here the host waits for the device
+        if labels is None or not is_guided:
             return self.unet(x_t, t, class_labels=labels, return_dict=False)[0]
         number = null_class(self.unet)
         assert number is not None  # check_class_labels

@@ -108,7 +108,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
                 whose w is one less). Above 1, images are more typical of their class, and alike.
             guidance_interval: (lo, hi): guidance at the timesteps t with lo <= t < hi alone (Kynkaanniemi et al. 2024,
                 arXiv 2404.07724, whose sigma is sqrt(1 / alpha_bar_t - 1)): without the noisiest ones images stay
-                diverse. By default at all.
+                diverse. By default at all timesteps.
             latents: x_T, (B, C, H, W), N(0, I), instead of noise drawn here.
             height, width: in pixels; by default the size that the network was trained at.
             output_type: "pil" (list of images with 1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), floats

@@ -14,8 +14,8 @@ from ddpm_pipeline.pixels import from_pixels
 from tests.arrays import random_images
 from tests.models import quiet, tiny_unet
 from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from training.data.classes import Classes
 from training.run import checkpoint
-from training.run.inputs import Classes
 from training.run.record import SAMPLE_SEED, RunRecord
 from training.run.validation import Validation
 
@@ -105,13 +105,13 @@ def test_the_grid_has_a_row_for_each_class(run):
     ],
 )
 def test_labels_of_grids(num_classes, num_images, labels):
-    classes = Classes(tuple(map(str, range(num_classes))), np.arange(num_classes), np.arange(0), num_classes, "")
+    classes = Classes(tuple(map(str, range(num_classes))), *[np.arange(num_classes)] * 2, np.arange(0))
     assert classes.of_grid(num_images) == labels
 
 
 def test_labels_for_samples_are_as_frequent_as_in_the_data():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 10, 890]))
-    classes = Classes(("a", "b", "c"), labels, labels[:0], 4, "")
+    classes = Classes(("a", "b", "c"), labels, labels, labels[:0])
     assert np.bincount(classes.as_in_data(1000)).tolist() == [100, 10, 890]
     assert np.bincount(classes.as_in_data(100)).tolist() == [10, 1, 89]
 
@@ -205,7 +205,7 @@ def test_validation_gives_the_network_the_labels_of_the_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset_name": "moons"}, "have 0 different labels, and classes need at least 2"),
+        ({"dataset_name": "moons"}, "class_conditional is true, but the images have 0 different labels"),
         ({"include": "cow"}, "different labels"),
         ({"label_dropout": 1.0}, "label_dropout is 1.0"),
         ({"label_dropout": -0.1}, "label_dropout is -0.1"),

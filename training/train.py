@@ -130,7 +130,7 @@ def main(config: Config, stop: StopSignal) -> int:
         height=data.height,
         width=data.width,
         in_channels=data.channels,
-        num_class_embeds=None if classes is None else classes.num_class_embeds,
+        num_class_embeds=inputs.num_class_embeds,
     )
     record_background(unet, config.background)
     if classes is not None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.image_files import cell, write_parquet
+from training.data.classes import find_classes
 from training.data.split import load_data_split
 
 
@@ -48,7 +49,7 @@ def test_labels_below_splits_and_the_deeper_file_counts(folder, cache_dir):
         train__metadata_csv="\ufefffile_name,label\na.png,1\n./b.png,2\n",
     )
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
-    classes = split.class_labels()
+    classes = find_classes(split)
     assert (classes.names, classes.data.tolist(), classes.held_out.tolist()) == (("1", "2"), [0, 1], [1])
 
 
@@ -75,7 +76,7 @@ def test_what_is_missing_is_said(folder, load, cache_dir):
     assert data.labels().tolist() == [0, 1, 2, 2]
     assert "2 rows there name no image: gone.png, ../up.png; 2 images without a label: c.png, d.png" in data.source
     with pytest.raises(ValueError, match=r"2 images have no label, the first is c\.png"):
-        load_data_split(train_data_dir=folder, cache_dir=cache_dir).class_labels()
+        find_classes(load_data_split(train_data_dir=folder, cache_dir=cache_dir))
 
 
 @pytest.mark.parametrize(
@@ -133,11 +134,11 @@ def test_held_out_images_of_other_classes_are_refused(folder, cache_dir, test_la
     write_parquet(folder / "test.parquet", image=rows, label=test_labels)
     split = load_data_split(dataset_name=str(folder), cache_dir=cache_dir)
     with pytest.raises(ValueError, match=message):
-        split.class_labels()
-    assert load_data_split("none", dataset_name=str(folder), cache_dir=cache_dir).class_labels().names == ("cat", "dog")
+        find_classes(split)
+    assert find_classes(load_data_split("none", dataset_name=str(folder), cache_dir=cache_dir)).names == ("cat", "dog")
 
 
 def test_fewer_than_two_classes_are_refused(folder, cache_dir):
     make(folder, "x/1.png x/2.png")
     with pytest.raises(ValueError, match=r"have 0 different labels.*metadata.csv"):
-        load_data_split(train_data_dir=folder, cache_dir=cache_dir).class_labels()
+        find_classes(load_data_split(train_data_dir=folder, cache_dir=cache_dir))

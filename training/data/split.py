@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from training.data.cache import ImageSet, load_images
-from training.messages import some
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first of them that a data set has is held out
 HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, at most 1000
@@ -28,15 +27,6 @@ def splits_to_hold_out(splits: Sequence[str], trained_on: str) -> list[str]:
     """The splits of which no image is in `trained_on`, such as "train", "train[:100]" or "train+test"."""
     parts = {part.partition("[")[0].strip() for part in trained_on.split("+")}
     return [name for name in splits if name not in {*parts, "train"}]
-
-
-@dataclass(frozen=True)
-class ClassLabels:
-    """The classes of a data set that a model is conditioned on."""
-
-    names: tuple[str, ...]  # of classes 0 to K - 1: the labels in the order of the data set, or sorted
-    data: np.ndarray  # (N,) int64, of every image of DataSplit.data
-    held_out: np.ndarray  # (M,) int64
 
 
 @dataclass(frozen=True)
@@ -59,35 +49,6 @@ class DataSplit:
         """(N,) int64, the labels of `train_images`; None if there are fewer than two (see ImageSet.labels)."""
         labels = self.data.labels()
         return None if labels is None else labels[self.train_indices]
-
-    def class_labels(self) -> ClassLabels:
-        """The classes of all images.
-
-        Raises:
-            ValueError: fewer than two classes, an image without a label, or a held-out one of another class.
-        """
-        names = self.data.class_names()
-        if len(names) < 2:
-            raise ValueError(
-                f"the images have {len(names)} different labels, and classes need at least 2: give folders of classes, "
-                "a metadata.csv with the columns file_name and label, or --label_column"
-            )
-        labels = self.data.labels()
-        assert labels is not None
-        if len(unlabelled := np.flatnonzero(labels == len(names))):
-            raise ValueError(
-                f"{len(unlabelled)} images have no label, the first is {self.data.name(int(unlabelled[0]))}: give them "
-                "one, or leave them out (--exclude)"
-            )
-        numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-        held_out = self.held_out_set.label_names() if len(self.held_out) else []
-        held_out = [held_out[i] for i in self.held_out_indices]
-        if others := sorted({str(name) for name in held_out if name not in numbers}):
-            raise ValueError(
-                f"held-out images have labels that no training image has: {some(others)}: give another "
-                "--validation_split, or none"
-            )
-        return ClassLabels(names, labels, np.array([numbers[name] for name in held_out], dtype=np.int64))
 
 
 def load_data_split(validation_split: str | None = None, **options: Any) -> DataSplit:

@@ -56,7 +56,7 @@ class EMASampler:
         self._x_0, self._x_0_label = inputs.batches.images(0, first), None
         if self._classes is not None:
             i = np.searchsorted(inputs.split.train_indices, inputs.batches.indices(0, first))
-            self._x_0_label = self._classes.labels[i].tolist()
+            self._x_0_label = self._classes.train[i].tolist()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
