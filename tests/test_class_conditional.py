@@ -110,10 +110,23 @@ def test_labels_of_grids(num_classes, num_images, labels):
 
 
 def test_labels_for_samples_are_as_frequent_as_in_the_data():
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 10, 890]))
-    classes = Classes(("a", "b", "c"), labels, labels, labels[:0])
-    assert np.bincount(classes.as_in_data(1000)).tolist() == [100, 10, 890]
-    assert np.bincount(classes.as_in_data(100)).tolist() == [10, 1, 89]
+    """For any number of samples, to within one or two of the expected number of each class."""
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [100, 10, 890]))
+    classes = Classes(("a", "b", "none", "d"), labels, labels, labels[:0])
+    all_labels = np.array(classes.of_samples(np.arange(5000)))
+    for number in (10, 64, 333, 1000, 5000):
+        counts = np.bincount(all_labels[:number], minlength=4)
+        assert abs(counts - number * np.array([0.1, 0.01, 0, 0.89])).max() < 2
+    assert classes.of_samples(np.arange(64, 128)) == all_labels[64:128].tolist()
+    assert len(set(all_labels[:20].tolist())) > 1  # mixed
+
+
+def test_classes_have_the_numbers_of_a_model_with_more():
+    labels = np.array([0, 1, 1, 0])
+    classes = Classes(("a", "c"), labels, labels[:3], labels[3:]).numbered_as(("c", "b", "a"))
+    assert classes.names == ("c", "b", "a")
+    assert [each.tolist() for each in (classes.data, classes.train, classes.held_out)] == [[2, 0, 0, 2], [2, 0, 0], [2]]
+    assert classes.counts == [2, 0, 1]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, work):
@@ -205,7 +218,7 @@ def test_validation_gives_the_network_the_labels_of_the_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset_name": "moons"}, "class_conditional is true, but the images have 0 different labels"),
+        ({"dataset_name": "moons"}, "have 0 different labels, and classes need at least 2"),
         ({"include": "cow"}, "different labels"),
         ({"label_dropout": 1.0}, "label_dropout is 1.0"),
         ({"label_dropout": -0.1}, "label_dropout is -0.1"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,15 +45,29 @@ class Classes:
         """How many of the images that are trained on each class has."""
         return np.bincount(self.train, minlength=len(self.names)).tolist()
 
-    def as_in_data(self, num_images: int) -> list[int]:
-        """Labels for samples, each class as often as in the data."""
-        middles = (2 * np.arange(num_images) + 1) * len(self.train) // (2 * num_images)
-        return np.sort(self.train)[middles].tolist()
+    def of_samples(self, index: np.ndarray) -> list[int]:
+        """Labels for samples 0, 1, ...: of any number of them each class has about as many as in the data.
+
+        The label at the quantile frac((i + 1/2) / golden ratio), which spreads evenly however many there are.
+        """
+        quantile = (index + 0.5) * (math.sqrt(5) - 1) / 2 % 1
+        return np.searchsorted(np.cumsum(self.counts), quantile * len(self.train), side="right").tolist()
 
     def of_grid(self, num_images: int) -> list[int]:
         """Labels for a grid of about num_images samples with a row for each class, or for ten, evenly spaced."""
         rows = evenly_spaced(len(self.names), min(MAX_ROWS, num_images))
         return np.repeat(rows, max(1, num_images // len(rows))).tolist()
+
+    def numbered_as(self, names: Sequence[str]) -> Classes:
+        """The same classes with the numbers of a model that knows them by these names.
+
+        Raises:
+            ValueError: the model does not know one of them.
+        """
+        if unknown := [name for name in self.names if name not in names]:
+            raise ValueError(f"the data has classes that the model was not trained on: {some(unknown)}")
+        numbers = np.array([names.index(name) for name in self.names])
+        return Classes(tuple(names), *(numbers[labels] for labels in (self.data, self.train, self.held_out)))
 
     def __str__(self) -> str:
         """Names and numbers of images, and warnings where the labels are hardly classes."""
@@ -76,7 +92,7 @@ def find_classes(split: DataSplit) -> Classes:
     names = split.data.class_names()
     if len(names) < 2:
         raise ValueError(
-            f"class_conditional is true, but the images have {len(names)} different labels: give folders of classes, a "
+            f"the images have {len(names)} different labels, and classes need at least 2: give folders of classes, a "
             "metadata.csv with the columns file_name and label, or --label_column"
         )
     labels = split.data.labels()

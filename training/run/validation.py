@@ -49,7 +49,7 @@ class Validator:
     def __init__(self, config: Config, runtime: Runtime, inputs: Inputs, sampler: EMASampler, log: Log) -> None:
         split, classes = inputs.split, inputs.classes
         self._num_samples = config.validation_samples
-        self._sample_labels = None if classes is None else classes.as_in_data(config.validation_samples)
+        self._sample_labels = None if classes is None else classes.of_samples(np.arange(config.validation_samples))
         self._runtime, self._sampler, self._log, self._held_out = runtime, sampler, log, split.held_out
         self._feature_cache = Path(config.cache_dir).expanduser() / "features"
         self._validation = Validation(
