@@ -10,6 +10,7 @@ The chapters, one file each:
     betas.py             the noise schedules
     scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
     pipeline_ddpm.py     the pipeline for users, thin methods over the next five
+    labels.py            classes by number and by name, guidance intervals
     denoiser.py          the network as a function of x_t and t
     fast_unet.py         the U-net's layers with fewer passes over memory
     attention.py         attention in chunks

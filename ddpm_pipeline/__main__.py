@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
             "call takes all of them)",
         )
         command.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
-        command.add_argument("--class_label", type=int, help="class, for a class-conditional model")
+        command.add_argument("--class_label", help="name or number of a class, for a class-conditional model")
         command.add_argument("--device", help="cpu, cuda, ...; by default an accelerator if there is one")
         if seeds:
             command.add_argument("--seeds", type=int, nargs="+", help="one for each image to generate (0)")
@@ -165,7 +165,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         steps = min(NUM_INFERENCE_STEPS, pipe.scheduler.config.num_train_timesteps)
     common: dict[str, Any] = {"num_inference_steps": steps}
     if args.class_label is not None:
-        common["class_labels"] = args.class_label
+        is_number = args.class_label.isdecimal() and args.class_label not in (pipe.class_names or ())
+        common["class_labels"] = int(args.class_label) if is_number else args.class_label
     seeds = getattr(args, "seeds", None) or [0]
     sampling = {"seeds": seeds, "eta": getattr(args, "eta", None), "output_type": "latent"}
     x_0: torch.Tensor

@@ -13,8 +13,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .denoiser import UNetDenoiser, check_class_labels
+from .denoiser import UNetDenoiser
 from .images import check_image_size
+from .labels import check_class_labels, check_guidance_interval
 from .precision import compute_dtype
 from .sampling import SamplingRun
 from .schedulers import check_number, check_scheduler, set_schedule, step_options
@@ -27,10 +28,10 @@ MAX_SEED = 2**32 - 1  # torch's CPU generator uses only the last 32 bits of a la
 def check_batch_size(batch_size: int, **per_image: Any) -> int:
     """The batch size B; if batch_size is 1, the length of the arguments with one entry for each image."""
     size = check_int("batch_size", batch_size, 1, 2**31)
-    lengths = {}
+    lengths: dict[str, int] = {}
     for name, values in per_image.items():
-        with contextlib.suppress(TypeError):  # None, or one label for all images
-            lengths[name] = len(values)
+        with contextlib.suppress(TypeError):  # None, or one label for all images, whose name has a length
+            lengths |= {} if isinstance(values, str) else {name: len(values)}
     if size == 1:
         size = max([1, *lengths.values()])
     for name, length in lengths.items():
@@ -128,6 +129,7 @@ def prepare_sampling(
     eta: float | None,
     class_labels: Any,
     guidance_scale: float,
+    guidance_interval: tuple[float, float] | None,
     latents: Tensor | None,
     height: int | None,
     width: int | None,
@@ -141,6 +143,7 @@ def prepare_sampling(
     """
     check_scheduler(scheduler, unet)
     guidance_scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
+    guidance_interval = check_guidance_interval(guidance_interval, scheduler.config.num_train_timesteps)
     if latents is not None and not (isinstance(latents, Tensor) and latents.layout == torch.strided):
         raise ValueError(f"latents is a {type(latents).__name__}: give a dense tensor, (B, C, H, W)")
     if image is not None:
@@ -163,7 +166,7 @@ def prepare_sampling(
         noise_device = torch.device("cpu") if device.type == "mps" else device  # mps is not reproducible
         latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
     x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma  # 1 except for Euler and similar ones
-    return SamplingRun(x_t, UNetDenoiser(unet, labels, guidance_scale), scheduler, options)
+    return SamplingRun(x_t, UNetDenoiser(unet, labels, guidance_scale, guidance_interval), scheduler, options)
 
 
 def prepare_sdedit(

@@ -22,17 +22,19 @@ from torch import Tensor
 
 from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
 from .calls import Calls, OfThread, WithCalls, checked_callback
-from .denoiser import UNetDenoiser, check_class_labels
+from .denoiser import UNetDenoiser
 from .images import check_output_type, prepare_images, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
+from .labels import check_class_labels, class_names_of
 from .loading import check_finite, check_folder
 from .sampling import SamplingRun, SamplingStep, StepCallback, TrajectoryStep, noising_steps, sampling_steps
 from .saving import PUSH_OPTIONS, complete_folder, isolate_remote_code, local_folder
 from .schedulers import check_number, count_steps, match_betas, sdedit_schedule, set_schedule, step_options, to_ours
 from .scheduling_ddpm import check_int
 
+ClassLabels = int | str | Sequence[int | str] | Tensor | None  # one for all images or one for each, numbers or names
 DEFAULT_STEPS = 50  # sampling steps of the methods that start from images
 
 
@@ -63,6 +65,11 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             match_betas(value, self.scheduler)
         super().__setattr__(name, value)
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes 0, 1, ... that `class_labels` takes; None for a network without them."""
+        return class_names_of(self.unet)
+
     # ---- Sampling ----------------------------------------------------------------------------------------------------
 
     def __call__(
@@ -76,8 +83,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -95,9 +103,12 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             timesteps: the timesteps themselves instead, descending.
             eta: 1 is ancestral sampling (DDPM), 0 is deterministic (DDIM). By default 1 with our scheduler, and the
                 default of its own with another one.
-            class_labels: for a network with classes, one for all images or one for each.
+            class_labels: for a network with classes, one for all images or one for each: numbers or `class_names`.
             guidance_scale: classifier-free guidance, w in eps_null + w (eps_class - eps_null) (Ho and Salimans 2022,
-                whose w is one less). Above 1, images are more typical of their class. The last class is "no label".
+                whose w is one less). Above 1, images are more typical of their class, and alike.
+            guidance_interval: (lo, hi): guidance at the timesteps t with lo <= t < hi alone (Kynkaanniemi et al. 2024,
+                arXiv 2404.07724, whose sigma is sqrt(1 / alpha_bar_t - 1)): without the noisiest ones images stay
+                diverse. By default at all timesteps.
             latents: x_T, (B, C, H, W), N(0, I), instead of noise drawn here.
             height, width: in pixels; by default the size that the network was trained at.
             output_type: "pil" (list of images with 1, 3 or 4 channels), "np" (B, H, W, C) or "pt" (B, C, H, W), floats
@@ -111,7 +122,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
-            guidance_scale=guidance_scale, latents=latents, height=height, width=width,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval, latents=latents, height=height,
+            width=width,
         )  # fmt: skip
         all_steps = num_inference_steps is None and timesteps is None and len(run.scheduler.timesteps) > DEFAULT_STEPS
         x_0 = self._sample(run, callback, "all steps; num_inference_steps=50 is faster" if all_steps else None)
@@ -128,8 +140,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -148,7 +161,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
-            guidance_scale=guidance_scale, latents=latents, height=height, width=width, image=x_0,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval, latents=latents, height=height,
+            width=width, image=x_0,
         )  # fmt: skip
         return self._trajectory(run, x_0)
 
@@ -192,7 +206,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         num_inference_steps: int | None = None,
         *,
         timesteps: Sequence[int] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         fixed_point_iterations: int = 0,
         tolerance: float = 1e-5,
         measure_error: bool = True,
@@ -206,7 +220,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             images: B images.
             num_inference_steps: sampling steps from the latents; 50 by default, or all timesteps if there are fewer.
             timesteps: the timesteps themselves instead, descending.
-            class_labels: for a network with classes, one for all images or one for each.
+            class_labels: as in a call.
             fixed_point_iterations: each timestep solves an implicit equation; at most this many iterations improve the
                 solution, one network call each (Pan et al. 2023, arXiv 2309.04907). With few steps take 3 or more: a
                 single one may increase the error.
@@ -249,7 +263,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         *,
         eta: float | None = None,
         distance: Distance = squared_pixel_distance,
-        class_labels: int | None = None,
+        class_labels: int | str | None = None,
         fixed_point_iterations: int = 3,
         tolerance: float = 0.005,
     ) -> FusionOutput | tuple[Any, ...]:
@@ -270,7 +284,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             output_type, return_dict: as in a call.
             eta: for path="noise", as in a call; 1 by default.
             distance: d, from two batches (B, C, H, W) in [-1, 1] to (B,); the mean squared difference by default.
-            class_labels: for a network with classes, one for all.
+            class_labels: for a network with classes, one for all: a number or a name.
             fixed_point_iterations: of the inversion, see `invert`.
             tolerance: of the distance ratio, with balance.
         Returns:
@@ -330,7 +344,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         return_dict: bool = True,
         *,
         eta: float | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Image-to-image (SDEdit, Meng et al. 2022): adds noise to images and samples from there.
 
@@ -370,7 +384,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         jump_length: int = 5,
         resamples: int = 5,
         eta: float | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: ClassLabels = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Inpainting with RePaint (Lugmayr et al. 2022, arXiv 2201.09865): generates what the mask covers.
 

@@ -41,6 +41,7 @@ class Stream(enum.IntEnum):
     VALIDATION_NOISE = 11
     VALIDATION_TIMESTEP = 12
     MOON_TILT = 13
+    LABEL_DROPOUT = 14
 
 
 def key(*numbers: int) -> int:

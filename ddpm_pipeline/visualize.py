@@ -116,7 +116,13 @@ def _side_by_side(x_t: Tensor, x_0_pred: Tensor | None) -> Tensor:
 
 
 def trajectory_grid(
-    pipe: "DDPMPipeline", x_0: Tensor, *, num_inference_steps: int, seed: int, columns: int = 10
+    pipe: "DDPMPipeline",
+    x_0: Tensor,
+    *,
+    num_inference_steps: int,
+    seed: int,
+    class_labels: Sequence[int] | None = None,
+    columns: int = 10,
 ) -> Image.Image:
     """The forward process from a real image x_0, (1, C, H, W), above a sampling trajectory.
 
@@ -128,7 +134,7 @@ def trajectory_grid(
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
     noised = pipe.scheduler.add_noise(x_0.expand(columns, -1, -1, -1), noise, t.to(x_0.device))
     noised[0] = x_0[0]
-    trajectory = list(pipe.trajectory(seeds=[seed], num_inference_steps=num_inference_steps))
+    trajectory = list(pipe.trajectory(seeds=[seed], num_inference_steps=num_inference_steps, class_labels=class_labels))
     indices = ((1 - (1 - position) ** 2) * (len(trajectory) - 1)).round().astype(int)
     shown = [trajectory[i] for i in indices]
     predicted = [step.x_0_pred for step in shown if step.x_0_pred is not None] if _predicts_x_0(shown) else []

@@ -1,5 +1,6 @@
 """The staged folder and its card. Publishing itself: tests/hub/test_round_trip.py."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.labels import record_class_names
 from tests.models import tiny_unet
 from training.config import Config
 from training.hub import check, files, stage
@@ -375,6 +377,39 @@ def test_limits_of_the_built_in_classes_do_not_prevent_publishing(tmp_path, unet
         assert differences["built-in"] > 1e-3
     else:
         assert "built-in" not in differences  # they cannot sample it
+
+
+@pytest.mark.parametrize(("null", "balance"), [(True, "sqrt"), (False, "equal")])
+def test_the_card_says_how_to_ask_for_a_class(tmp_path, null, balance):
+    """Its code runs, as written, and the loading check asks for a class by name."""
+    unet = tiny_unet(3, num_class_embeds=2 + null)
+    record_class_names(unet, ["cat", 'a "dog"'])
+    options = {"class_conditional": True, "balance_classes": balance, "label_dropout": 0.2 * null}
+    run = make_run(tmp_path / "run", unet=unet, **options, ddpm_num_inference_steps=2)
+    record = RunRecord.load(run / "pipeline")
+    names = {"class_names": ["cat", 'a "dog"'], "class_counts": [1200, 30], "sample_labels": [0, 0, 1, 1]}
+    dataclasses.replace(record, **names).save(run / "pipeline")
+    Image.new("L", (4, 4)).save(run / "pipeline" / "samples.png")
+    card, metadata = card_of(run, tmp_path / "out")
+    assert "class-conditional" in metadata["tags"]
+    assert '2 classes, with their numbers of training images: `cat` (1,200), `a "dog"` (30).' in card
+    assert {"sqrt": "square root", "equal": "equally often"}[balance] in card
+    assert ("no label with probability 0.2" in card) == null == ("has no guidance" not in card)
+    assert 'A row for each class, from top to bottom: `cat`, `a "dog"`' in card
+    assert "With diffusers alone" not in card and "cannot sample this model" in card
+    blocks = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(blocks) == 2
+    code = re.sub(r'"alice/x", revision="[^"]*"', repr(str(tmp_path / "out")), blocks[0])
+    namespace = {}
+    exec(code, namespace)
+    assert len(namespace["images"]) == 4
+    assert check.check_loading(tmp_path / "out")["remote-code"] == 0
+
+
+def test_without_classes_the_card_has_no_word_of_them(run, tmp_path):
+    card, metadata = card_of(run, tmp_path / "out")
+    assert "class_labels" not in card and "## Classes" not in card and "class-conditional" not in metadata["tags"]
+    assert "With diffusers alone" in card
 
 
 def test_inconsistent_options_are_refused():

@@ -34,6 +34,8 @@ class Config:
         train_data_dir: folder of image files, searched recursively; use it instead of dataset_name.
         split: split to train on, as in `datasets.load_dataset`; of a folder of images, its folder train, val or test.
         image_column: column of the images in a data set that has several; default: the only one.
+        label_column: column of the labels, in a data set or in the metadata.csv of train_data_dir; default: the only
+            one of class labels or called label; in a folder without it, the folders are the labels.
         include: patterns of the paths to use in train_data_dir, separated by commas, such as cats/* or *_photo.png;
             one without a slash is compared with each part of a path. Default: all images.
         exclude: patterns of the paths to leave out of train_data_dir; default: none.
@@ -46,6 +48,11 @@ class Config:
         center_crop: resize an image of another size until it covers the target, then crop its centre; false: stretch it
             to the target.
         random_flip: flip half of the training images horizontally.
+        class_conditional: condition the network on the labels of the images, see docs/training.md.
+        label_dropout: probability that an image has the label "no label" in a step, which classifier-free guidance
+            needs; 0: the network has no such class, and no guidance.
+        balance_classes: how often a class is drawn: none (as often as it is in the data), sqrt (by the square root of
+            its number of images) or equal.
         background: colour behind transparent pixels, a name or #rrggbb.
         on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
@@ -129,6 +136,7 @@ class Config:
     train_data_dir: str | None = None
     split: str = "train"
     image_column: str | None = None
+    label_column: str | None = None
     include: str | None = None
     exclude: str | None = None
     follow_links: bool = False
@@ -136,6 +144,9 @@ class Config:
     resolution: str | int | None = None
     center_crop: bool = True
     random_flip: bool = False
+    class_conditional: bool = False
+    label_dropout: float = 0.1
+    balance_classes: Literal["none", "sqrt", "equal"] = "none"
     background: str = "white"
     on_bad_image: Literal["stop", "skip"] = "stop"
     min_side: int = 8
@@ -213,7 +224,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a positive number")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number in [0, 1)")
         if not 0 <= self.adam_weight_decay < math.inf:
@@ -230,6 +241,10 @@ class Config:
             raise ValueError(
                 f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
                 f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
+            )
+        if self.balance_classes != "none" and not self.class_conditional:
+            raise ValueError(
+                f"balance_classes is {self.balance_classes!r}, but class_conditional is false: add --class_conditional"
             )
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError(f"push_to_hub is true and hub_model_id is {self.hub_model_id!r}: give user/name")

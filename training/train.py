@@ -40,7 +40,7 @@ from training.step import make_optimizer
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
-    from training.data.split import DataSplit
+    from training.run.inputs import Inputs
     from training.tune import Tuning
 
 
@@ -69,10 +69,11 @@ def main(config: Config, stop: StopSignal) -> int:
     with importing():
         from ddpm_pipeline import rng
         from ddpm_pipeline.images import record_background
+        from ddpm_pipeline.labels import record_class_names
         from training import tune
-        from training.data.batches import Batches
         from training.denoiser import check_size, find_network, load_initial_weights, make_denoiser, network_of
         from training.ema import FlatEMA
+        from training.run.inputs import load_inputs
         from training.run.validation import Validator
 
     quiet_libraries()
@@ -83,33 +84,23 @@ def main(config: Config, stop: StopSignal) -> int:
     network = runtime.in_turn(lambda: find_network(config.denoiser, found and found[1]))
     if config.height_width is not None:
         check_size(network, *config.height_width)
-    split = runtime.in_turn(lambda: load_data(config))
-    data, num_images = split.data, len(split.train_indices)
-    runtime.agree(
-        number_of_images=num_images,
-        sha256_of_the_images=data.digest,
-        number_of_held_out_images=len(split.held_out),
-    )
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * runtime.world_size
-    batches = Batches(
-        data.images,
-        train_indices=split.train_indices,
-        batch_size=global_batch,
-        seed=config.seed,
-        random_flip=config.random_flip,
-        device=device,
-    )
-    shape = f"{data.channels} x {data.height} x {data.width}"
-    runtime.print(f"{num_images} images, {shape}, {data.images.dtype}, from {data.source}")
-    if len(split.held_out):
-        runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
+    inputs = load_inputs(config, runtime)
+    data, classes = inputs.split.data, inputs.classes
 
     # ---- Model: diffusion process and network ------------------------------------------------------------------------
     scheduler = make_scheduler(config)
     torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
     # Any: diffusers annotates .to() without its argument.
-    unet: Any = make_denoiser(network, height=data.height, width=data.width, in_channels=data.channels)
+    unet: Any = make_denoiser(
+        network,
+        height=data.height,
+        width=data.width,
+        in_channels=data.channels,
+        num_class_embeds=inputs.num_class_embeds,
+    )
     record_background(unet, config.background)
+    if classes is not None:
+        record_class_names(unet, classes.names)
     unet.to(device)
     if config.init_from and found is None:
         model_name = config.init_from
@@ -126,11 +117,12 @@ def main(config: Config, stop: StopSignal) -> int:
         model = torch.compile(model)
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
-    state, budget = TrainingState(), Budget.of(config, global_batch)
+    state, budget = TrainingState(), Budget.of(config, inputs.global_batch)
     if found is not None:
         with runtime.together():
             if runtime.is_main:
-                failures.check_same_run(*found, config, global_batch, num_images, data.source, data.digest)
+                digests = data.digest, None if classes is None else classes.digest
+                failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
         state = resume.restore(*found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer)
     is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
     has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
@@ -144,13 +136,12 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
-    example = batches.images(0, torch.zeros(1, dtype=torch.int64))
-    sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, example)
-    validator = Validator(config, runtime, split, sampler, log)
+    sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, inputs)
+    validator = Validator(config, runtime, inputs, sampler, log)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
-    record = make_record(config, runtime, split, global_batch, tuning, network_of(unet))
-    run = Run(config, budget, runtime, output_dir, data, batches, scheduler, unet, model, ema, optimizer, record, log,
-              sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
+    record = make_record(config, runtime, inputs, tuning, network_of(unet))
+    run = Run(config, budget, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer, record,
+              log, sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
     runtime.print(describe(run))
     first_step = state.step
     interrupted = train(run, state)
@@ -179,31 +170,6 @@ def main(config: Config, stop: StopSignal) -> int:
     return publisher.publish_final() if publisher is not None else 0
 
 
-def load_data(config: Config) -> DataSplit:
-    """The images to train on and the held-out images."""
-    from training.data.split import load_data_split
-
-    return load_data_split(
-        config.validation_split if config.validation_steps != 0 else "none",
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        split=config.split,
-        image_column=config.image_column,
-        include=config.include,
-        exclude=config.exclude,
-        follow_links=config.follow_links,
-        split_folders=config.split_folders,
-        resolution=config.height_width,
-        center_crop=config.center_crop,
-        background=config.background,
-        on_bad_image=config.on_bad_image,
-        min_side=config.min_side,
-        cache_dir=Path(config.cache_dir).expanduser(),
-        num_workers=config.dataloader_num_workers,
-    )
-
-
 def make_scheduler(config: Config) -> DDPMScheduler:
     from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
 
@@ -216,17 +182,20 @@ def make_scheduler(config: Config) -> DDPMScheduler:
     )
 
 
-def make_record(
-    config: Config, runtime: Runtime, split: DataSplit, global_batch: int, tuning: Tuning, network: dict[str, Any]
-) -> RunRecord:
+def make_record(config: Config, runtime: Runtime, inputs: Inputs, tuning: Tuning, network: dict[str, Any]) -> RunRecord:
+    split, classes = inputs.split, inputs.classes
     return RunRecord(
-        global_batch=global_batch,
+        global_batch=inputs.global_batch,
         num_processes=runtime.world_size,
         device=device_name(runtime.device),
         mixed_precision=runtime.mixed_precision,
         num_images=len(split.train_indices),
         source=split.data.source,
         data_digest=split.data.digest,
+        labels_digest=None if classes is None else classes.digest,
+        class_names=None if classes is None else list(classes.names),
+        class_counts=None if classes is None else classes.counts,
+        sample_labels=None if classes is None else classes.of_grid(config.num_sample_images),
         held_out=split.held_out_source,
         versions=versions(),
         commit=commit(),
@@ -257,11 +226,12 @@ def finish(run: Run, state: TrainingState, samples: Tensor | None) -> None:
             steps = run.config.ddpm_num_inference_steps
             print(moons.fuse_moons(run.sampler.unet, run.scheduler, run.output_dir, steps))
     run.log.close()
-    folder = run.output_dir / "pipeline"
+    folder, names = run.output_dir / "pipeline", run.record.class_names
+    label = f"class_labels={names[0]!r}, " if names else ""
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"
-        f'    image = DDPMPipeline.from_pretrained("{folder}")(num_inference_steps='
+        f'    image = DDPMPipeline.from_pretrained("{folder}")({label}num_inference_steps='
         f"{run.config.ddpm_num_inference_steps}).images[0]"
     )
 

@@ -249,12 +249,15 @@ class Trial:
         device = self._runtime.device
         x = torch.randn(self._batch_size, *self._image_shape, device=device)
         t = torch.randint(1000, (self._batch_size,), device=device)
+        labels = None  # of a network without classes
+        if getattr(self._unet, "config", {}).get("num_class_embeds") is not None:
+            labels = torch.zeros_like(t)
         seconds = []
         for _ in range(number):
             self._wait()
             begin = time.perf_counter()
             with self._runtime.autocast():
-                prediction = self._unet(x, t, return_dict=False)[0]
+                prediction = self._unet(x, t, class_labels=labels, return_dict=False)[0]
             prediction.float().square().mean().backward()
             self._wait()
             seconds.append(time.perf_counter() - begin)

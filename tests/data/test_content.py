@@ -112,7 +112,7 @@ def test_the_key_of_a_hub_data_set_has_its_commit(load, monkeypatch, tmp_path):
         ([None, 3, None], [1, 0, 1]),
         ([float("nan"), 2.0, float("nan")], [1, 0, 1]),
         ([10, 9, 10], [1, 0, 1]),
-        (["", None, "a"], [0, 2, 1]),
+        (["", None, "a"], [1, 1, 0]),
     ],
 )
 def test_labels_of_any_type(folder, load, values, labels):

@@ -9,6 +9,7 @@ from tests.arrays import random_images
 from tests.data.image_files import cell, write_parquet
 from training.data import sources
 from training.data.cache import load_images
+from training.data.classes import find_classes
 from training.data.split import load_data_split
 
 
@@ -67,6 +68,9 @@ def test_labels_are_those_of_the_images_trained_on(folder, cache_dir):
     split = load_data_split(train_data_dir=folder, cache_dir=cache_dir)
     assert split.held_out[:, 0, 0, 0].tolist() == [69]
     assert split.train_labels().tolist() == [i % 2 for i in split.train_images[:, 0, 0, 0].tolist()]
+    classes = find_classes(split)
+    assert classes.names == ("even", "odd") and classes.held_out.tolist() == [1]
+    assert classes.data.tolist() == [i % 2 for i in split.data.images[:, 0, 0, 0].tolist()]
 
 
 def test_the_held_out_moons_have_another_seed(cache_dir, monkeypatch):

@@ -89,7 +89,7 @@ def fake_runtime(world_size=1, rank=0):
 def data_split(images, held_out, train_indices=None):
     """A split of arrays; all images are trained on by default."""
     indices = np.arange(len(images)) if train_indices is None else train_indices
-    return DataSplit(SimpleNamespace(images=images), indices, held_out, "")
+    return DataSplit(SimpleNamespace(images=images), indices, held_out, "", None, None)
 
 
 def numbered_images(first, count, dtype=np.uint8):

@@ -344,10 +344,10 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_sampling(run, wor
     assert not (work / "mistake" / "evaluation" / "samples").exists()
 
 
-def test_a_model_with_classes_is_refused(work, run):
+def test_a_model_with_classes_without_names_is_refused(work, run):
     scheduler = DDPMScheduler.from_pretrained(run / "pipeline" / "scheduler")
     DDPMPipeline(tiny_unet(1, num_class_embeds=3), scheduler).save_pretrained(work / "classes")
-    with pytest.raises(ValueError, match="classes has classes, and an evaluation draws no labels"):
+    with pytest.raises(ValueError, match="classes has classes without names"):
         evaluate_here(work, work / "classes", "mistake")
 
 

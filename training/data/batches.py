@@ -1,10 +1,12 @@
-"""BATCHES: which images an optimizer step sees, in which order, and mirrored or not.
+"""BATCHES: which images an optimizer step sees, in which order, mirrored or not, and their labels.
 
 Everything is a pure function of (seed, step, index in the global batch). So nothing has to be saved to resume a run,
 and one process or four see the same global batch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,18 +19,48 @@ from ddpm_pipeline.transfer import to_device
 MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 
 
+@dataclass(frozen=True)
+class Labels:
+    """The classes of the images, and how they are used.
+
+    Args:
+        labels: (M,) int64 in [0, num_classes), of every image.
+        num_classes: K, without the null class.
+        dropout: probability of the null class, K, instead of the label.
+        balance: how often a class of n images is drawn, relative to others: "none" n, "sqrt" sqrt(n), "equal" 1.
+    """
+
+    labels: np.ndarray
+    num_classes: int
+    dropout: float = 0.0
+    balance: str = "none"
+
+
+def draws_per_epoch(counts: np.ndarray, balance: str) -> np.ndarray:
+    """How often each class is drawn in an epoch: (K,) int64, at least 1 for a class with images, about N in all.
+
+    Args:
+        counts: (K,) int64, the numbers of images of the classes, N in all.
+        balance: "none", "sqrt" or "equal", see Labels.
+    """
+    weights = counts.astype(np.float64) ** {"none": 1.0, "sqrt": 0.5, "equal": 0.0}[balance] * (counts > 0)
+    return np.maximum(np.rint(counts.sum() * weights / weights.sum()).astype(np.int64), counts > 0)
+
+
 class Batches:
     """Batches of images in [-1, 1].
 
     The epochs, each shuffled, form one endless sequence. Step s takes its images s B to (s + 1) B - 1, so a batch may
-    span two epochs.
+    span two epochs. An epoch has every image once; with balanced classes it has every class as often as
+    `draws_per_epoch` says, and of a class every image is drawn once before any is drawn twice.
 
     Args:
         images: (M, C, H, W) uint8 or uint16, in memory or memory-mapped.
         train_indices: (N,) int64, which of them to use; default: all.
         batch_size: B, the global batch.
-        seed: of the order and the flips.
+        seed: of the order, the flips and the dropout of labels.
         random_flip: flip half of the images horizontally, at random.
+        labels: of the images; None: they have none.
         device: of the returned batches.
     """
 
@@ -40,12 +72,20 @@ class Batches:
         batch_size: int,
         seed: int,
         random_flip: bool,
+        labels: Labels | None = None,
         device: torch.device,
     ) -> None:
-        self._images = images
+        self._images, self._labels = images, labels
         self._train_indices = np.arange(len(images)) if train_indices is None else train_indices
         self._batch_size, self._seed, self._random_flip, self._device = batch_size, seed, random_flip, device
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # of the epoch that was shuffled last
+        self._epoch_length = len(self._train_indices)
+        self._classes: list[np.ndarray] | None = None  # the train indices of each class, if they are balanced
+        if labels is not None and labels.balance != "none":
+            of_images = labels.labels[self._train_indices]
+            self._classes = [self._train_indices[of_images == label] for label in range(labels.num_classes)]
+            self._draws = draws_per_epoch(np.array([len(images) for images in self._classes]), labels.balance)
+            self._epoch_length = int(self._draws.sum())
         self._on_device: Tensor | None = None
         if device.type != "cpu" and images.nbytes <= MAX_ON_DEVICE:
             self._on_device = torch.from_numpy(np.array(images)).to(device)
@@ -58,7 +98,7 @@ class Batches:
             index: (b,) int64 in [0, B), index in the global batch, on the CPU.
         """
         position = step * self._batch_size + index.numpy()
-        epochs, within = np.divmod(position, len(self._train_indices))
+        epochs, within = np.divmod(position, self._epoch_length)
         indices = np.empty_like(position)
         for epoch in np.unique(epochs).tolist():
             indices[epochs == epoch] = self._shuffled(epoch)[within[epochs == epoch]]
@@ -77,11 +117,35 @@ class Batches:
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         return x_0
 
+    def labels(self, step: int, index: Tensor) -> Tensor | None:
+        """The labels at these indices of the global batch, with dropout: (b,) int64, on the device; None: none."""
+        if self._labels is None:
+            return None
+        labels = torch.from_numpy(self._labels.labels[self.indices(step, index)])
+        dropped = rng.uniform(rng.key(self._seed, rng.Stream.LABEL_DROPOUT, step), index) < self._labels.dropout
+        return to_device(labels.masked_fill(dropped, self._labels.num_classes), self._device)
+
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """The train indices in the order of this epoch: sorted by one random number for each."""
+        """Indices into `images` in the order of this epoch."""
         if epoch != self._epoch:
             key = rng.key(self._seed, rng.Stream.SAMPLE_ORDER, epoch)
-            random_bits = rng.bits(key, torch.arange(len(self._train_indices)))
-            self._order = self._train_indices[random_bits.argsort(stable=True).numpy()]
+            shuffled = rng.bits(key, torch.arange(self._epoch_length)).argsort(stable=True).numpy()
+            self._order = self._train_indices[shuffled] if self._classes is None else self._balanced(epoch, shuffled)
             self._epoch = epoch
         return self._order
+
+    def _balanced(self, epoch: int, shuffled: np.ndarray) -> np.ndarray:
+        """`shuffled` decides which class is drawn when. Each class has epochs of its own, shuffled, over all epochs."""
+        assert self._classes is not None
+        classes = np.repeat(np.arange(len(self._draws)), self._draws)[shuffled]
+        order = np.empty_like(classes)
+        for label, (images, draws) in enumerate(zip(self._classes, self._draws.tolist())):
+            if not draws:
+                continue
+            first, last = epoch * draws // len(images), -(-(epoch + 1) * draws // len(images))  # epochs of the class
+            key = rng.key(self._seed, rng.Stream.SAMPLE_ORDER, label, 0)
+            random_bits = rng.bits(key, torch.arange(first * len(images), last * len(images)))
+            drawn = images[random_bits.view(-1, len(images)).argsort(dim=1, stable=True).numpy()].ravel()
+            start = epoch * draws - first * len(images)
+            order[classes == label] = drawn[start : start + draws]
+        return order

@@ -5,7 +5,8 @@ channels, 8 or 16 bits. The second pass decodes. The key of a cache is a hash of
 
     <cache_dir>/<key>/images.npy   (N, C, H, W) uint8 or uint16
     <cache_dir>/<key>/names.txt    a line of JSON for each image: its name, and its label if the data set has labels
-    <cache_dir>/<key>/meta.json    the source, the images left out and why, the splits of the data set
+    <cache_dir>/<key>/meta.json    the source, the images left out and why, the splits of the data set, the order of its
+                                   labels
     <cache_dir>/.index/            what content.py remembers
 
 If a data set has gray and colour images, all become colour. If one image has 16 bits, all become 16-bit.
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, 
 from training.messages import some
 from training.progress import progress
 
-FORMAT = 3  # part of every cache key: raise it when the same files, or moons.py, give other pixels
+FORMAT = 4  # part of every cache key: raise it when the same files, or moons.py, give other pixels or labels
 
 T = TypeVar("T")
 
@@ -56,25 +57,43 @@ class ImageSet:
     names_file: Path  # names.txt
     splits: tuple[str, ...] = ()  # all splits of the data set; empty for a folder of images
     digest: str = ""  # sha256 of the pixels, their shape and their dtype
+    label_order: tuple[str, ...] | None = None  # of the labels in names.txt; None: they are sorted
 
     def name(self, i: int) -> str:
         """The name of image i: its path in the folder, or its row in the table."""
         with open(self.names_file, encoding="ascii") as lines:
             return str(json.loads(next(islice(lines, i, None)))[0])
 
-    def labels(self) -> np.ndarray | None:
-        """(N,) int64, numbered from 0 in sorted order; None if there are fewer than two different labels.
-
-        In a folder of images, the label of an image is the outermost subfolder that it is in.
-        """
+    @cached_property
+    def _labels(self) -> list[Any]:
+        """The label of each image, None where it has none."""
         with open(self.names_file, encoding="ascii") as lines:
-            records = [json.loads(line) for line in lines]
-        labels = [label[0] if label else name.rpartition("/")[0].split("/")[0] for name, *label in records]
-        distinct = sorted(set(labels), key=lambda label: (label is None, isinstance(label, str), label))
-        if len(distinct) < 2:
-            return None
-        numbers = {label: i for i, label in enumerate(distinct)}
-        return np.array([numbers[label] for label in labels])
+            return [label[0] if label else None for _, *label in map(json.loads, lines)]
+
+    @cached_property
+    def _distinct_labels(self) -> list[Any]:
+        """In the order of the data set, or sorted."""
+        distinct = set(self._labels) - {None}
+        if self.label_order is not None:
+            return [label for label in self.label_order if label in distinct]
+        return sorted(distinct, key=lambda label: (isinstance(label, str), label))
+
+    def class_names(self) -> tuple[str, ...]:
+        """The labels that images have, as text."""
+        return tuple(map(str, self._distinct_labels))
+
+    def labels(self) -> np.ndarray | None:
+        """(N,) int64, indices into `class_names`, or the number of them for an image without a label.
+
+        None if all images have the same.
+        """
+        numbers = {label: i for i, label in enumerate([*self._distinct_labels, None])}
+        labels = np.array([numbers[label] for label in self._labels])
+        return labels if len(labels) and (labels != labels[0]).any() else None
+
+    def label_names(self) -> list[str | None]:
+        """The label of each image as text, None where it has none."""
+        return [None if label is None else str(label) for label in self._labels]
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -125,6 +144,7 @@ def load_images(
     cache_dir: str | Path,
     num_workers: int = 0,
     image_column: str | None = None,
+    label_column: str | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     follow_links: bool = False,
@@ -147,6 +167,8 @@ def load_images(
         cache_dir: folder for the arrays; created if missing.
         num_workers: processes that decode; 0: this process does.
         image_column: column of the images, if a data set has several.
+        label_column: column of the labels, in a data set or in the metadata.csv of a folder. None: the only one of
+            class labels or called label; in a folder without it, folders are labels.
         include, exclude: patterns of the paths in the folder of images, separated by commas: only those that match, and
             none of those that match. A pattern without a slash is compared with each part of a path.
         follow_links: follow symbolic links that lead out of the folder.
@@ -177,8 +199,10 @@ def load_images(
         )
     if image_column is not None and dataset_name in (None, "moons"):
         raise ValueError(f"image_column is {image_column!r}: it is for a data set with columns, leave it out")
+    if label_column is not None and dataset_name == "moons":
+        raise ValueError(f"label_column is {label_column!r}: the moons have no labels, leave it out")
     source = _find_source(
-        dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column,
+        dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column, label_column,
         include=include, exclude=exclude, follow_links=follow_links, split_folders=split_folders,
     )  # fmt: skip
     size = source.size if isinstance(source, Moons) else size
@@ -193,8 +217,6 @@ def load_images(
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
         images = np.load(folder / "images.npy", mmap_mode="r")
-        if "digest" not in meta:  # a cache of an earlier version
-            meta["digest"] = _digest(images.shape, images.dtype, hashlib.sha256(np.ascontiguousarray(images).data))
         notes = [meta["source"], *(() if isinstance(source, Moons) else source.notes)]  # of the folder as it is now
         if meta.get("max") is not None and meta["max"] * 10 <= np.iinfo(images.dtype).max:
             notes.append(
@@ -208,6 +230,7 @@ def load_images(
             folder / "names.txt",
             tuple(meta["splits"]),
             digest=meta["digest"],
+            label_order=None if meta["label_order"] is None else tuple(meta["label_order"]),
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it") from error
@@ -226,6 +249,7 @@ def _find_source(
     size: tuple[int, int] | None,
     cache_dir: Path,
     image_column: str | None,
+    label_column: str | None,
     **folder_options: Any,
 ) -> Source | Moons:
     if (dataset_name is None) == (train_data_dir is None):
@@ -233,13 +257,21 @@ def _find_source(
     if not isinstance(split, str):
         raise ValueError(f'split is {split!r}: give a name such as "train"')
     if dataset_name is not None and dataset_name != "moons":
-        return hub_dataset(dataset_name, config, split, image_column=image_column, index_dir=cache_dir / ".index")
+        return hub_dataset(
+            dataset_name,
+            config,
+            split,
+            image_column=image_column,
+            label_column=label_column,
+            index_dir=cache_dir / ".index",
+        )
 
     if config:
         kind = "the moons" if train_data_dir is None else "a folder of images"
         raise ValueError(f"dataset_config_name is {config!r}: {kind} has no configurations, leave it out")
     if train_data_dir is not None:
-        return image_folder(Path(train_data_dir).expanduser(), cache_dir, split, **folder_options)
+        folder = Path(train_data_dir).expanduser()
+        return image_folder(folder, cache_dir, split, label_column=label_column, **folder_options)
     if split not in NUM_MOONS:
         raise ValueError(f"split is {split!r}: give {' or '.join(NUM_MOONS)}, the moons have no other split")
     return Moons(split, size or MOON_SIZE)
@@ -254,7 +286,8 @@ def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
     _, digest, _ = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
     names = "".join(f'["moon {i}"]\n' for i in range(moons.count))
     (folder / "names.txt").write_text(names, encoding="ascii")
-    return {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS), "digest": digest}
+    meta = {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS), "digest": digest}
+    return meta | {"label_order": None}
 
 
 def write_decoded(
@@ -300,6 +333,7 @@ def write_decoded(
         "source": "; ".join(description),
         "skipped": skipped,
         "splits": list(records.splits),
+        "label_order": None if records.class_names is None else list(records.class_names),
         "digest": digest,
         "max": max_value,
     }
@@ -397,7 +431,10 @@ def _attempt(work: Callable[[Payload], T], item: tuple[int, str, Payload]) -> At
 
 
 def _readable(
-    attempts: Iterable[Attempt[np.ndarray]], unreadable: dict[int, str], names_file: IO[str], labels: list[Any] | None
+    attempts: Iterable[Attempt[np.ndarray]],
+    unreadable: dict[int, str],
+    names_file: IO[str],
+    labels: Sequence[Any] | None,
 ) -> Iterator[np.ndarray]:
     """The decoded images. Writes their names and labels to names_file, and adds the others to `unreadable`."""
     for i, name, image, reason in attempts:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from training.data.content import Stat, hash_content, stat_of
+from training.data.metadata import read_metadata
 from training.data.sources import Records, Source
 from training.messages import some
 
@@ -60,11 +64,15 @@ def image_folder(
     exclude: str | Sequence[str] | None = None,
     follow_links: bool = False,
     split_folders: bool = True,
+    label_column: str | None = None,
 ) -> Source:
     """All image files of one split of a folder, at any depth, in the order of their paths.
 
+    Their labels are those of metadata.csv or metadata.jsonl, see metadata.py, or, without one, folders: the outermost
+    that is not a split and that not all images are in.
+
     Raises:
-        ValueError: no such folder or split, no image in it, or symbolic links that lead out of it.
+        ValueError: no such folder or split, no image in it, symbolic links that lead out of it, or wrong metadata.
     """
     where = f"train_data_dir is {str(root)!r}"
     if not root.is_dir():
@@ -104,7 +112,7 @@ def image_folder(
         if split == "train":
             hint = ", or split_folders=false to train on all"
         raise ValueError(f"split is {split!r}: give {allowed}{hint}")
-    labels = None
+    labels = _class_folders(files)
     if splits:
         others = [f"{name} ({len(chosen)})" for name, chosen in splits.items() if name not in (split, "")]
         if others:
@@ -116,12 +124,19 @@ def image_folder(
     elif split_folders and (classes := _taken_for_a_class(files)):
         notes.append(f"taken for a class, not a split: {some(classes)} (--exclude leaves it out)")
     names = [name for name, _ in files]
+    identity = ["folder", root.resolve().name, split, all_splits, hash_content(root, files, cache_dir / ".index")]
+    if metadata := read_metadata(root, [name for name, _ in listed], label_column):
+        labels = [metadata.labels.get(name) for name in names]
+        identity.append(hashlib.sha256(json.dumps(labels).encode()).hexdigest())
+        notes += metadata.notes
+        if unlabelled := [name for name, label in zip(names, labels) if label is None]:
+            notes.append(f"{len(unlabelled)} images without a label: {some(unlabelled)}")
     description = f"folder {root.resolve().name}" + (f", split {split}" if splits else "")
     description += f" ({listing.ignored} other files ignored)" if listing.ignored else ""
     return Source(
-        ["folder", root.resolve().name, split, all_splits, hash_content(root, files, cache_dir / ".index")],
+        identity,
         description,
-        lambda scratch: Records(len(names), lambda: ((name, root / name) for name in names), labels, all_splits),
+        lambda scratch: Records(len(names), lambda: ((name, root / name) for name in names), labels, splits=all_splits),
         tuple(notes),
     )
 
@@ -146,7 +161,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _splits(files: Sequence[tuple[str, Stat]]) -> tuple[dict[str, list[int]], list[str]]:
+def _class_folders(files: Sequence[tuple[str, Stat]]) -> list[str | None]:
+    """The label of each image in a folder without splits: the outermost folder that not all images are in."""
+    folders = [name.split("/")[:-1] for name, _ in files]
+    pairs = zip(min(folders), max(folders))
+    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # of the folders that all images are in
+    return [parts[depth] if len(parts) > depth else None for parts in folders]
+
+
+def _splits(files: Sequence[tuple[str, Stat]]) -> tuple[dict[str, list[int]], list[str | None]]:
     """The indices of the images of each split, {} if there are none, and the label of each image.
 
     "" are the images beside a folder train. The folders of the splits may be below one that holds everything, as in
@@ -163,13 +186,13 @@ def _splits(files: Sequence[tuple[str, Stat]]) -> tuple[dict[str, list[int]], li
         found, others = _splits_at(folders, depth + 1)
         if others or not {"train"} < found:
             return {}, []
-        return _by_split(folders, depth + 1, found), [parts[depth] for parts in folders]
+        return _by_split(folders, depth + 1, found), [*(parts[depth] for parts in folders)]
     if not found or (found == {"train"} and len(others - {""}) > 1):  # buses, cars and trains
         return {}, []
     if "train" not in found and not others and len(found) == 1:  # nothing else to train on
         return {}, []
     below = [parts[depth + (len(parts) > depth and split_name(parts[depth]) != "") :] for parts in folders]
-    return _by_split(folders, depth, found), [parts[0] if parts else "" for parts in below]
+    return _by_split(folders, depth, found), [parts[0] if parts else None for parts in below]
 
 
 def _splits_at(folders: Sequence[Sequence[str]], depth: int) -> tuple[set[str], set[str]]:

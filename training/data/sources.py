@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Records:
 
     count: int
     payloads: Callable[[], Iterable[tuple[str, Payload]]]  # (name, encoded image) of each; every call starts again
-    labels: list[Any] | None = None  # one for each image
+    labels: Sequence[Any] | None = None  # one for each image, None where it has none
+    class_names: tuple[str, ...] | None = None  # the labels in the order of the data set; None: they have no order
     splits: tuple[str, ...] = ()  # all splits of the data set
 
 
@@ -50,13 +51,19 @@ class Source:
 
 
 def hub_dataset(
-    name: str, config: str | None, split: str, *, image_column: str | None = None, index_dir: Path
+    name: str,
+    config: str | None,
+    split: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    index_dir: Path,
 ) -> Source:
     """What `datasets.load_dataset` loads by this name: a local folder of parquet files, or a data set on the Hub.
 
     Raises:
-        ValueError: a local folder without parquet files; when opened: no such data set, config or split, or no or
-            several columns of images and none chosen.
+        ValueError: a local folder without parquet files; when opened: no such data set, config, split or column of
+            labels, or no or several columns of images and none chosen.
     """
     local = Path(name).expanduser()
     revision = None
@@ -79,9 +86,9 @@ def hub_dataset(
     description += f", config {config}" if config else ""
     description += f", column {image_column}" if image_column else ""
     return Source(
-        ["dataset", known_as, content, config, split, image_column],
+        ["dataset", known_as, content, config, split, image_column, label_column],
         f"{description}, split {split}",
-        lambda scratch: _open_dataset(name, config, split, image_column, revision, scratch),
+        lambda scratch: _open_dataset(name, config, split, image_column, label_column, revision, scratch),
     )
 
 
@@ -108,7 +115,13 @@ def _commit(name: str, index_dir: Path) -> str | None:
 
 
 def _open_dataset(
-    name: str, config: str | None, split: str, image_column: str | None, revision: str | None, scratch: Path
+    name: str,
+    config: str | None,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    revision: str | None,
+    scratch: Path,
 ) -> Records:
     import datasets  # takes seconds to import, and a filled cache does not need it
 
@@ -127,10 +140,7 @@ def _open_dataset(
 
     features = dict(table.features)
     images = _image_column(name, features, image_column)
-    label_columns = [
-        column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel) or column == "label"
-    ]
-    labels = [json_label(label) for label in table[label_columns[0]]] if len(label_columns) == 1 else None
+    labels, class_names = _labels(table, label_column)
     splits = tuple(str(split) for split in table.info.splits or ())
     table = table.select_columns([images])
     if isinstance(features[images], datasets.Image):
@@ -143,7 +153,31 @@ def _open_dataset(
             file = Path(path) if path else None
             yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
 
-    return Records(len(table), payloads, labels, splits)
+    return Records(len(table), payloads, labels, class_names, splits)
+
+
+def _labels(table: Any, chosen: str | None) -> tuple[list[Any] | None, tuple[str, ...] | None]:
+    """The labels of a data set, and their order: of the chosen column, or the only one of classes, or none."""
+    import datasets
+
+    columns = [
+        column
+        for column, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel) or column == "label"
+    ]
+    if chosen is not None:
+        if chosen not in table.features:
+            allowed = some(columns or list(table.features))
+            raise ValueError(f"label_column is {chosen!r}: the data set has no such column: give {allowed}")
+        columns = [chosen]
+    if len(columns) != 1:
+        return None, None
+    (column,) = columns
+    if not isinstance(table.features[column], datasets.ClassLabel):
+        return [json_label(label) for label in table[column]], None
+    names = tuple(table.features[column].names)
+    # -1 is "no label", as in a test split whose labels are secret.
+    return [names[label] if label is not None and 0 <= label < len(names) else None for label in table[column]], names
 
 
 def _image_column(name: str, features: dict[str, Any], chosen: str | None) -> str:
@@ -169,10 +203,12 @@ def _image_column(name: str, features: dict[str, Any], chosen: str | None) -> st
 
 
 def json_label(label: Any) -> str | int | float | bool | None:
-    """A label as JSON has it: whatever else it is, such as a list or a date, becomes text."""
+    """A label as JSON has it: whatever else it is, such as a list or a date, becomes text. None: there is none."""
     if isinstance(label, bytes):
         return label.decode("utf-8", errors="backslashreplace")
     if isinstance(label, float) and math.isnan(label):  # not equal to itself, so that each would be a class
+        return None
+    if label == "":
         return None
     return label if label is None or isinstance(label, str | int | float) else str(label)
 

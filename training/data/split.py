@@ -37,6 +37,8 @@ class DataSplit:
     train_indices: np.ndarray  # (N,) int64, ascending: which of `data` the model is trained on
     held_out: np.ndarray  # (M, C, H, W), same dtype as data.images; M may be 0
     held_out_source: str  # where the held-out set comes from, for the log, the run record and the report
+    held_out_set: ImageSet  # which the held-out images are in
+    held_out_indices: np.ndarray  # (M,) int64, which of them
 
     @property
     def train_images(self) -> np.ndarray:
@@ -61,7 +63,7 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     data = load_images(**options)
     every_image = np.arange(len(data))
     if validation_split == "none":
-        return DataSplit(data, every_image, data.images[:0], "nothing")
+        return DataSplit(data, every_image, data.images[:0], "nothing", data, every_image[:0])
 
     others = splits_to_hold_out(data.splits, options.get("split", "train"))
     if validation_split is None:
@@ -78,7 +80,8 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
         step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
         chosen = np.arange(step - 1, len(data), step)
         source = f"one in {step} of {data.source}, not trained on" if len(chosen) else "nothing: too few images"
-        return DataSplit(data, np.setdiff1d(every_image, chosen), np.array(data.images[chosen]), source)
+        held_out_images = np.array(data.images[chosen])
+        return DataSplit(data, np.setdiff1d(every_image, chosen), held_out_images, source, data, chosen)
 
     # At the size of the training images, whatever the most common size in this split is.
     held_out = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
@@ -87,4 +90,5 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
             f"split {split!r} has images {held_out.images.shape[1:]} of {held_out.images.dtype}, the training split "
             f'{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or "none"'
         )
-    return DataSplit(data, every_image, held_out.images, held_out.source)
+    indices = np.arange(len(held_out))
+    return DataSplit(data, every_image, held_out.images, held_out.source, held_out, indices)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_pipeline.features import Extractor, make_extractor
+from training.data.classes import Classes, find_classes
 from training.evaluation import measures, report
 from training.evaluation.config import EvalConfig
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
@@ -40,6 +41,7 @@ class Evaluator:
         self.folder = self.output_dir / "evaluation"
         self.cache_dir = Path(config.cache_dir).expanduser() / "features"
         self.warnings: list[str] = []
+        self.classes: Classes | None = None  # of the data, with the numbers of the model
 
     def load_images(self) -> RealImages:
         """Load the data, and choose the reference set and the real-data baseline."""
@@ -50,6 +52,8 @@ class Evaluator:
         split = self.runtime.in_turn(lambda: load_split(self.config, self.models[0]))  # rank 0 decodes for all
         is_training_data = was_trained_on(self.models[0], split)
         kind = "training images" if is_training_data else f"images of {split.data.source}"
+        if (names := getattr(self.models[0].pipe, "class_names", None)) is not None:
+            self.classes = find_classes(split).numbered_as(names)
         real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind)
         self.runtime.print(
             f"reference set: {real.reference_description} of {split.data.source}; real-data baseline: "
@@ -122,7 +126,7 @@ class Evaluator:
         config = self.config
         shards = Shards(
             self.folder, model, sampler, seed=config.seed, precision=self.precision, shape=real.reference.shape[1:],
-            pixel_dtype=real.reference.dtype,
+            pixel_dtype=real.reference.dtype, classes=self.classes,
         )  # fmt: skip
         seconds = sample(model, sampler, shards, config.num_samples, batch_size=config.batch_size, runtime=self.runtime)
         if not self.runtime.is_main:
@@ -159,7 +163,10 @@ class Evaluator:
         scheduler = self.models[0].pipe.scheduler
         if "bound" in config.metrics and (caveat := bits_caveat(scheduler.prediction_type, scheduler.variance_type)):
             self.warnings.append(caveat)
-        bits = HeldOutBits(real.held_out, batch_size=config.batch_size, seed=config.seed, runtime=self.runtime)
+        labels = None if self.classes is None else self.classes.held_out
+        bits = HeldOutBits(
+            real.held_out, batch_size=config.batch_size, seed=config.seed, runtime=self.runtime, labels=labels
+        )
 
         def add(model: Model, result: Result, started: float) -> None:
             measurement = make_measurement(
@@ -241,10 +248,11 @@ def weak_classifier(extractor: Extractor, real: RealImages) -> str | None:
 def check_fits_model(config: EvalConfig, model: Model) -> None:
     """Raise ValueError if the model cannot be sampled or measured with this config."""
     unet = model.pipe.unet.config
-    if unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None:
+    has_classes = unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
+    if has_classes and model.pipe.class_names is None:
         raise ValueError(
-            f"{config.model} has classes, and an evaluation draws no labels: draw samples with pipe(class_labels=...) "
-            "and compare them with ddpm_pipeline.fidelity"
+            f"{config.model} has classes without names, so it is not known which labels of the data they are: name "
+            "them with ddpm_pipeline.labels.record_class_names, and save the model"
         )
     num_timesteps = model.pipe.scheduler.config.num_train_timesteps
     if config.sample_metrics and (wrong := [steps for steps in config.num_inference_steps if steps > num_timesteps]):

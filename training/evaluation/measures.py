@@ -100,7 +100,8 @@ def make_measurement(
     scheduler = model.pipe.scheduler
     description = None
     if sampler is not None:
-        description = f"{type(scheduler).__name__}, eta {sampler.eta:g}, {scheduler.config.timestep_spacing}"
+        labels = ", labels as in the data" if getattr(model.pipe, "class_names", None) else ""
+        description = f"{type(scheduler).__name__}, eta {sampler.eta:g}, {scheduler.config.timestep_spacing}{labels}"
     return Measurement(
         measure=result.measure,
         name=result.name,
@@ -205,11 +206,14 @@ class HeldOutBits:
         images: (M, C, H, W), uint8 or uint16.
         batch_size: images per forward pass.
         seed: of the noise, the timesteps, the dequantisation and the divergence probes.
+        labels: (M,) int64, of the images; None: the model has no classes.
     """
 
-    def __init__(self, images: np.ndarray, *, batch_size: int, seed: int, runtime: Runtime) -> None:
+    def __init__(
+        self, images: np.ndarray, *, batch_size: int, seed: int, runtime: Runtime, labels: np.ndarray | None = None
+    ) -> None:
         self._images, self._batch_size, self._seed, self._runtime = images, batch_size, seed, runtime
-        self._shape = images.shape[1:]
+        self._shape, self._labels = images.shape[1:], labels
         self._levels = num_levels(images.dtype)
 
     def variational_bound(self, model: Model, variance_type: str, num_images: int, strata: int) -> tuple[Result, Curve]:
@@ -224,6 +228,7 @@ class HeldOutBits:
 
         parts = []
         for index, pixels in self._own_batches(num_images, f"variational bound, {model.weights}, {variance_type}"):
+            denoiser.class_labels = self._labels_of(index, num_images)
             x_0 = from_pixels(pixels, self._runtime.device)
             bound = likelihood.variational_bound(
                 network, scheduler, x_0, index=index, seed=self._seed, strata=strata or None, levels=self._levels
@@ -247,6 +252,7 @@ class HeldOutBits:
         denoiser = UNetDenoiser(model.pipe.unet.to(device))
         parts = []
         for index, pixels in self._own_batches(num_images, f"probability-flow ODE, {model.weights}"):
+            denoiser.class_labels = self._labels_of(index, num_images)
             x_0 = likelihood.dequantise(torch.from_numpy(pixels), index=index, seed=self._seed).to(device)
             nats = likelihood.probability_flow_nats(
                 denoiser,
@@ -269,6 +275,13 @@ class HeldOutBits:
         for index in progress(own.split(self._batch_size), title, disable=not self._runtime.is_main, leave=False):
             if len(index):  # with more ranks than images, some ranks have none
                 yield index, np.asarray(self._images[chosen[index.numpy()]])
+
+    def _labels_of(self, index: Tensor, num_images: int) -> Tensor | None:
+        """The labels of a batch of `_own_batches`, on the device."""
+        if self._labels is None:
+            return None
+        chosen = evenly_spaced(len(self._images), num_images)
+        return torch.from_numpy(self._labels[chosen[index.numpy()]]).to(self._runtime.device)
 
     def _result(self, measure: str, name: str, nats: Tensor) -> Result:
         bits = likelihood.bits_per_dim(nats, self._shape)

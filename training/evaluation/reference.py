@@ -67,15 +67,16 @@ def load_split(config: EvalConfig, model: Model) -> DataSplit:
         settings |= {"split_folders": False} | model.record.config
     if config.dataset_name or config.train_data_dir:
         settings |= {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
-        settings |= {"split": "train", "image_column": None, "include": None, "exclude": None, "split_folders": True}
+        settings |= {"split": "train", "image_column": None, "label_column": None}
+        settings |= {"include": None, "exclude": None, "split_folders": True}
         if config.dataset_name in (None, "moons"):  # a folder and the moons have no configurations and no such splits
             settings["dataset_config_name"] = None
             if settings["validation_split"] != "none":
                 settings["validation_split"] = None
     elif not (settings["dataset_name"] or settings["train_data_dir"]):
         raise ValueError("it is not known what this model was trained on: give --dataset_name or --train_data_dir")
-    names = "dataset_name dataset_config_name train_data_dir split image_column include exclude follow_links "
-    names += "split_folders center_crop background on_bad_image min_side"
+    names = "dataset_name dataset_config_name train_data_dir split image_column label_column include exclude "
+    names += "follow_links split_folders center_crop background on_bad_image min_side"
     size = model.pipe.unet.config.sample_size
     options = {name: settings[name] for name in names.split()}
     options["resolution"] = size if isinstance(size, int) else tuple(size)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
+from training.data.classes import Classes
 from training.progress import is_terminal, progress
 from training.run import checkpoint
 from training.run.record import RunRecord
@@ -160,6 +161,7 @@ class Shards:
 
     Args:
         pixel_dtype: of the saved samples, uint8 or uint16.
+        classes: of the data, with the numbers of the model; None: the model has none.
     """
 
     def __init__(
@@ -172,11 +174,14 @@ class Shards:
         precision: str,
         shape: tuple[int, ...],
         pixel_dtype: np.dtype[Any],
+        classes: Classes | None = None,
     ) -> None:
         weights = f"{model.weights.lower()}-{model.sha256[:12]}-scheduler-{model.scheduler_hash[:8]}"
         settings = f"steps{sampler.num_inference_steps}-eta{sampler.eta:g}-seed{seed}-{precision}"
+        if classes is not None:
+            settings += f"-classes-{hashlib.sha256(repr(classes.counts).encode()).hexdigest()[:8]}"
         self.folder = folder / "samples" / f"{weights}-{settings}"
-        self.seed, self.pixel_dtype = seed, pixel_dtype
+        self.seed, self.pixel_dtype, self._classes = seed, pixel_dtype, classes
         self._shape = (SHARD_SIZE, *shape)
 
     def missing(self, num_samples: int) -> list[int]:
@@ -192,6 +197,12 @@ class Shards:
         """The first samples: (num_samples, C, H, W)."""
         shards = [np.load(self._path(shard)) for shard in range(-(-num_samples // SHARD_SIZE))]
         return np.concatenate(shards)[:num_samples]
+
+    def labels(self, shard: int) -> list[int] | None:
+        """The class of each sample, as often as in the data; None for a model without classes."""
+        if self._classes is None:
+            return None
+        return self._classes.of_samples(np.arange(shard * SHARD_SIZE, (shard + 1) * SHARD_SIZE))
 
     def _is_complete(self, shard: int) -> bool:
         try:
@@ -227,12 +238,13 @@ def sample(
     title = f"sampling, {model.weights}, {sampler}"
     for shard in progress(own, title, unit=f" x {SHARD_SIZE}", disable=not runtime.is_main or not own):
         first = shards.seed + shard * SHARD_SIZE
-        seeds = list(range(first, first + SHARD_SIZE))
+        seeds, labels = list(range(first, first + SHARD_SIZE)), shards.labels(shard)
         images = []
         with runtime.autocast():
             for start in range(0, SHARD_SIZE, batch_size):
                 images += pipe(
                     seeds=seeds[start : start + batch_size],
+                    **({} if labels is None else {"class_labels": labels[start : start + batch_size]}),
                     num_inference_steps=sampler.num_inference_steps,
                     eta=sampler.eta,
                     output_type="latent",

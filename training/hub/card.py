@@ -5,6 +5,7 @@ what was not measured is not on the card.
 """
 
 import configparser
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from training.hub.files import (
     ROOT,
     WEIGHTS,
     built_in_limits,
+    class_names,
     count_parameters,
+    has_class_labels,
     has_current_code,
     is_hub_id,
     scheduler_config,
@@ -26,6 +29,12 @@ from training.run.record import RunRecord, bits_caveat, precision_name
 
 TASK = "unconditional-image-generation"
 WARNING = "> **The built-in classes do not fully support this model.** "
+MAX_NAMED = 50  # classes that the card lists
+BALANCE = {
+    "none": "In training a class was drawn as often as it is in the data.",
+    "sqrt": "In training a class was drawn by the square root of its number of images: rare ones more often.",
+    "equal": "In training all classes were drawn equally often, whatever their numbers of images.",
+}
 Measured = Mapping[str, Any]  # a Measurement as report.json holds it
 
 
@@ -51,7 +60,7 @@ def write_card(
         measured = [entry for entry in measured if entry["measure"] != "bits_per_dim"]
     model_name = repo_id.split("/")[-1]
     fields = {
-        "metadata": _metadata(record.config, measured, license, model_name),
+        "metadata": _metadata(record.config, measured, license, model_name, has_class_labels(unet_config(folder))),
         "model_name": model_name,
         "repo_id": repo_id,
         "revision": revision,
@@ -59,6 +68,9 @@ def write_card(
         "images": _images(folder, record),
         "remote_code": _remote_code(folder),
         "built_in_warning": "\n>\n".join(WARNING + limit for limit in built_in_limits(folder)),
+        "built_in_way": "" if has_class_labels(unet_config(folder)) else _built_in_way(repo_id, revision, record),
+        "class_labels": _class_labels(folder),
+        "classes": _classes(folder, record),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
         **_model_fields(folder),
@@ -83,7 +95,9 @@ def dataset_of(config: Mapping[str, Any]) -> str:
 # ---- Fields of the template ------------------------------------------------------------------------------------------
 
 
-def _metadata(config: Mapping[str, Any], measured: Sequence[Measured], license: str, model_name: str) -> str:
+def _metadata(
+    config: Mapping[str, Any], measured: Sequence[Measured], license: str, model_name: str, has_classes: bool
+) -> str:
     """The YAML block at the beginning of the card, which the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -93,7 +107,7 @@ def _metadata(config: Mapping[str, Any], measured: Sequence[Measured], license: 
         license=license,
         library_name="diffusers",
         pipeline_tag=TASK,
-        tags=["diffusers", "ddpm", "ddpm-pipeline", TASK],
+        tags=["diffusers", "ddpm", "ddpm-pipeline", *(["class-conditional"] if has_classes else []), TASK],
         datasets=[dataset] if config["dataset_name"] and is_hub_id(dataset) else None,
         base_model=base_model if base_model and is_hub_id(base_model) else None,
         model_name=model_name if measured else None,
@@ -138,6 +152,10 @@ def _images(folder: Path, record: RunRecord) -> str:
             f"Samples with consecutive seeds from {record.sample_seed:,}, {steps} sampling steps each. They are not "
             "curated."
         )
+        names = record.class_names
+        if names and record.sample_labels:
+            rows = ", ".join(f"`{names[label]}`" for label in dict.fromkeys(record.sample_labels))
+            sections[-1] += f" A row for each class, from top to bottom: {rows}. Without guidance."
     if (folder / trajectory).is_file():
         sections.append(
             f"## Sampling trajectory\n\n![Forward process and sampling trajectory]({trajectory})\n\n"
@@ -146,6 +164,52 @@ def _images(folder: Path, record: RunRecord) -> str:
             "network predicts at each of these steps."
         )
     return "\n\n".join(sections)
+
+
+def _built_in_way(repo_id: str, revision: str, record: RunRecord) -> str:
+    return (
+        "**With diffusers alone**: the built-in classes; no code from this repository runs.\n\n"
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", revision="{revision}")\n'
+        f"images = pipe(batch_size=4, num_inference_steps={record.config['ddpm_num_inference_steps']}).images\n```"
+    )
+
+
+def _class_labels(folder: Path) -> str:
+    """Labels of four images as an argument of a call, or nothing."""
+    unet = unet_config(folder)
+    if not has_class_labels(unet):
+        return ""
+    labels = class_names(unet) or [*range(max(1, (unet.get("num_class_embeds") or 2) - 1))]
+    four = [labels[i % len(labels)] for i in range(4)]
+    return f" class_labels={json.dumps(four, ensure_ascii=False)},"
+
+
+def _classes(folder: Path, record: RunRecord) -> str:
+    """The section on classes, or nothing."""
+    unet = unet_config(folder)
+    names = class_names(unet)
+    if names is None:
+        return ""
+    counts = dict(zip(record.class_names or (), record.class_counts or ()))
+    listed = [f"`{name}` ({counts[name]:,})" if name in counts else f"`{name}`" for name in names[:MAX_NAMED]]
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    images = ", with their numbers of training images" if counts else ""
+    lines = [
+        "## Classes",
+        f"It has {len(names)} classes{images}: {', '.join(listed)}{more}. `pipe.class_names` lists them. Every call "
+        "needs `class_labels`: names or numbers, one for all images or one for each.",
+    ]
+    if balance := BALANCE.get(record.config.get("balance_classes", "")):
+        lines.append(balance)
+    if unet["num_class_embeds"] > len(names):
+        lines.append(
+            f"In training an image had no label with probability {record.config.get('label_dropout', 0):g}, so it has "
+            "classifier-free guidance: `pipe(class_labels=..., guidance_scale=2.0)`. Its best scale was not measured."
+        )
+    else:
+        lines.append("In training every image had its label, so it has no guidance: `guidance_scale` must be 1.")
+    return "\n\n".join(lines)
 
 
 def _model_fields(folder: Path) -> dict[str, Any]:

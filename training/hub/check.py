@@ -3,6 +3,7 @@
 Each way runs load_once.py in its own process. Only the first of these can import ddpm_pipeline.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from ddpm_pipeline import kernels
-from training.hub.files import built_in_limits, has_class_labels, scheduler_config, unet_config
+from training.hub.files import built_in_limits, class_names, has_class_labels, scheduler_config, unet_config
 from training.hub.load_once import WAYS
 
 SCRIPT = Path(__file__).with_name("load_once.py")
@@ -60,8 +61,9 @@ def _sample(folder: Path) -> dict[str, Any]:
     """For each way to load, two images in a numpy array."""
     unet = unet_config(folder)
     options = ["--steps", str(min(10, scheduler_config(folder)["num_train_timesteps"]))]
-    if unet.get("num_class_embeds") is not None:
-        options += ["--class_labels", "0", str(unet["num_class_embeds"] - 1)]
+    if unet.get("num_class_embeds") is not None:  # the first class by its name, if it has one, and the last
+        names = class_names(unet)
+        options += ["--class_labels", json.dumps([names[0] if names else 0, unet["num_class_embeds"] - 1])]
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         environment |= {kernels.VARIABLE: "0"}  # only the package has them, and they round otherwise

@@ -45,6 +45,13 @@ def has_class_labels(unet: Mapping[str, Any]) -> bool:
     return unet.get("num_class_embeds") is not None or unet.get("class_embed_type") is not None
 
 
+def class_names(unet: Mapping[str, Any]) -> list[str] | None:
+    """The names of classes 0, 1, ..., without the null class; None if they are not saved or there are no classes."""
+    from ddpm_pipeline.labels import CLASS_NAMES  # imports torch: not before it is needed
+
+    return unet.get(CLASS_NAMES)
+
+
 def count_parameters(file: Path) -> int:
     """The number of parameters in a safetensors file, from its header."""
     from safetensors import safe_open

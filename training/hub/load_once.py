@@ -1,11 +1,12 @@
 """LOAD ONCE: load a published folder in one of the three ways, sample two images and save them. check.py runs it.
 
-    python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels K K]
+    python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels JSON]
 
 Each way has its own process: in all but the first, ddpm_pipeline cannot be imported.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("output")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--class_labels", type=int, nargs=2)
+    parser.add_argument("--class_labels", type=json.loads)  # a list of two
     args = parser.parse_args()
 
     if args.way == "package":

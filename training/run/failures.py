@@ -43,15 +43,18 @@ def check_same_run(
     num_images: int,
     source: str,
     data_digest: str | None = None,
+    labels_digest: str | None = None,
 ) -> None:
-    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or other images.
+    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or other data.
 
     Images with the same digest are the same, whatever the name of their folder is now.
     """
     names = [
         "denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type", "background",
-        "center_crop",
+        "center_crop", "class_conditional",
     ]  # fmt: skip
+    if config.class_conditional:
+        names += ["label_dropout", "balance_classes"]
     digest_before = manifest.get("data_digest")  # older checkpoints have none
     if digest_before is None:
         names.append("resolution")
@@ -62,6 +65,8 @@ def check_same_run(
         compared.append(("data set", data_set(manifest["source"]), data_set(source)))
         if digest_before is not None and data_digest is not None:  # a data set may have the same name
             compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
+    if labels_digest is not None and (labels_before := manifest.get("labels_digest")) is not None:
+        compared.append(("labels with sha256", labels_before[:12], labels_digest[:12]))
     for name, before, now in compared:
         if _meaning(name, before) != _meaning(name, now):
             raise CheckpointError(

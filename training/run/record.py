@@ -28,6 +28,10 @@ class RunRecord:
         num_images: images trained on.
         source: where they come from, see `data_set`.
         data_digest: sha256 of the decoded pixels, held-out images included; None in older records.
+        labels_digest: sha256 of the labels and their names; None without classes, as the next three.
+        class_names: of classes 0, 1, ...
+        class_counts: number of images trained on, of each class.
+        sample_labels: the class of each image in samples.png.
         held_out: where the held-out images come from, or "nothing".
         versions: of Python and of the libraries.
         commit: of this project's code; None outside a git checkout.
@@ -49,6 +53,10 @@ class RunRecord:
     num_images: int
     source: str
     data_digest: str | None = None
+    labels_digest: str | None = None
+    class_names: list[str] | None = None
+    class_counts: list[int] | None = None
+    sample_labels: list[int] | None = None
     held_out: str
     sample_seed: int = SAMPLE_SEED  # older records lack it
     versions: dict[str, str]

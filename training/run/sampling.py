@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ddpm_pipeline import DDPMPipeline, DDPMScheduler
     from training.config import Config
     from training.ema import FlatEMA
+    from training.run.inputs import Inputs
     from training.run.log import Log
     from training.run.runtime import Runtime
     from training.run.signals import StopSignal
@@ -33,11 +35,7 @@ PIPELINE = "pipeline"  # folder of the saved pipeline in the folder of the run
 
 
 class EMASampler:
-    """Samples with the EMA weights of a run, on all ranks.
-
-    Args:
-        x_0: (1, C, H, W) in [-1, 1], the training image whose forward process is in trajectory.png.
-    """
+    """Samples with the EMA weights of a run, on all ranks."""
 
     def __init__(
         self,
@@ -48,10 +46,17 @@ class EMASampler:
         ema: FlatEMA,
         log: Log,
         stop: StopSignal,
-        x_0: Tensor,
+        inputs: Inputs,
     ) -> None:
         self.unet, self.scheduler = unet, scheduler
-        self._config, self._runtime, self._ema, self._log, self._stop, self._x_0 = config, runtime, ema, log, stop, x_0
+        self._config, self._runtime, self._ema, self._log, self._stop = config, runtime, ema, log, stop
+        self._classes = inputs.classes
+        # The training image whose forward process is in trajectory.png, (1, C, H, W) in [-1, 1], and its label.
+        first = torch.zeros(1, dtype=torch.int64)
+        self._x_0, self._x_0_label = inputs.batches.images(0, first), None
+        if self._classes is not None:
+            i = np.searchsorted(inputs.split.train_indices, inputs.batches.indices(0, first))
+            self._x_0_label = self._classes.train[i].tolist()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -63,10 +68,13 @@ class EMASampler:
         finally:
             self.unet.train()
 
-    def draw(self, step: int, num_images: int) -> Tensor | None:
+    def draw(self, step: int, num_images: int, class_labels: Sequence[int] | None = None) -> Tensor | None:
         """Samples (num_images, C, H, W) in [-1, 1]: image i has seed SAMPLE_SEED + i, whatever the world size.
 
         None, on all ranks, if a signal ends the run, or, with a warning, if any rank is out of memory.
+
+        Args:
+            class_labels: one for each image; None for a network without classes.
         """
         runtime = self._runtime
         # Rank r draws images r, r + world_size, ... All ranks draw equally many: those with fewer repeat image 0.
@@ -82,8 +90,10 @@ class EMASampler:
                 title = f"sampling at step {step}"
                 pipe.set_progress_bar_config(desc=title, leave=False, disable=not (runtime.is_main and is_terminal()))
                 for start in range(0, per_rank, batch_size):
+                    batch = indices[start : start + batch_size]
                     images += pipe(
-                        seeds=[SAMPLE_SEED + i for i in indices[start : start + batch_size]],
+                        seeds=[SAMPLE_SEED + i for i in batch],
+                        class_labels=None if class_labels is None else [class_labels[i] for i in batch],
                         num_inference_steps=self._config.ddpm_num_inference_steps,
                         output_type="latent",
                         return_dict=False,
@@ -106,12 +116,22 @@ class EMASampler:
 
     def save_grid(self, step: int) -> Tensor | None:
         """Draw samples and save their grid as samples/step-NNNNNN.png. Returns what `draw` returns."""
-        samples = self.draw(step, self._config.num_sample_images)
+        number, labels = self._config.num_sample_images, None
+        if self._classes is not None:
+            labels = self._classes.of_grid(number)
+            number = len(labels)
+        samples = self.draw(step, number, labels)
         if samples is not None and self._runtime.is_main:
-            from ddpm_pipeline import visualize
-
-            self._log.sample_images(step, visualize.grid(samples))
+            self._log.sample_images(step, self._grid(samples))
         return samples
+
+    def _grid(self, samples: Tensor) -> Image.Image:
+        from ddpm_pipeline import visualize
+
+        if self._classes is None:
+            return visualize.grid(samples)
+        labels = self._classes.of_grid(len(samples))
+        return visualize.grid(samples, columns=labels.count(labels[0]))
 
     def save_pipeline(self, record: RunRecord) -> Tensor | None:
         """Write pipeline/: the EMA weights, the run record, samples, a trajectory. Returns what `draw` returns."""
@@ -126,13 +146,17 @@ class EMASampler:
 
         from ddpm_pipeline import visualize
 
-        images = {} if samples is None else {"samples.png": visualize.grid(samples)}
+        images = {} if samples is None else {"samples.png": self._grid(samples)}
         with self.ema_weights():
             pipe = self._make_pipeline()
             pipe.set_progress_bar_config(disable=True)
             try:
                 images["trajectory.png"] = visualize.trajectory_grid(
-                    pipe, self._x_0, num_inference_steps=self._config.ddpm_num_inference_steps, seed=SAMPLE_SEED
+                    pipe,
+                    self._x_0,
+                    num_inference_steps=self._config.ddpm_num_inference_steps,
+                    seed=SAMPLE_SEED,
+                    class_labels=self._x_0_label,
                 )
                 self._log.save_image(images["trajectory.png"], "trajectory.png")
             except (RuntimeError, MemoryError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, likelihood, objective, rng
 from ddpm_pipeline.pixels import from_pixels, num_levels, to_pixels
-from training.data.split import DataSplit, evenly_spaced
+from training.data.split import evenly_spaced
 from training.run.record import bits_caveat
 from training.run.sampling import images_at_once
 
 if TYPE_CHECKING:
     from ddpm_pipeline.features import Extractor
     from training.config import Config
+    from training.run.inputs import Inputs
     from training.run.log import Log
     from training.run.runtime import Runtime
     from training.run.sampling import EMASampler
@@ -37,21 +39,24 @@ TIMESTEPS_PER_IMAGE = 4  # for the loss
 STRATA = 8  # timesteps per image for the bound
 SEED = 0  # not the run's seed: runs with different seeds are validated with the same noise
 
-Network = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[..., Tensor]  # of x_t, t and, if there are labels, class_labels=
 Gather = Callable[[list[Any]], list[Any]]  # maps the values of this rank to those of all ranks
 
 
 class Validator:
     """Measures the EMA weights of a run on held-out images, on all ranks, and logs the result."""
 
-    def __init__(self, config: Config, runtime: Runtime, split: DataSplit, sampler: EMASampler, log: Log) -> None:
+    def __init__(self, config: Config, runtime: Runtime, inputs: Inputs, sampler: EMASampler, log: Log) -> None:
+        split, classes = inputs.split, inputs.classes
         self._num_samples, self._num_inference_steps = config.validation_samples, config.ddpm_num_inference_steps
+        self._sample_labels = None if classes is None else classes.of_samples(np.arange(config.validation_samples))
         self._runtime, self._sampler, self._log, self._held_out = runtime, sampler, log, split.held_out
         self._feature_cache = Path(config.cache_dir).expanduser() / "features"
         self._validation = Validation(
             split.held_out,
             config.num_validation_images,
             sampler.scheduler,
+            labels=None if classes is None else classes.held_out,
             device=runtime.device,
             batch_size=config.train_batch_size,
             rank=runtime.rank,
@@ -82,9 +87,10 @@ class Validator:
         unet = self._sampler.unet
         with self._sampler.ema_weights(), self._runtime.autocast():
             metrics = self._validation.measure(
-                lambda x_t, t: unet(x_t, t, return_dict=False)[0], gather=self._runtime.gather_objects
+                lambda x_t, t, **labels: unet(x_t, t, return_dict=False, **labels)[0],
+                gather=self._runtime.gather_objects,
             )
-        samples = self._sampler.draw(step, self._num_samples) if self._num_samples else None
+        samples = self._sampler.draw(step, self._num_samples, self._sample_labels) if self._num_samples else None
         if samples is not None and self._extractor is not None:
             metrics |= kernel_distance(samples, self._held_out, self._extractor, self._feature_cache)
         self._log.metrics(step, images=images_seen, **metrics)
@@ -103,6 +109,7 @@ class Validation:
     Args:
         images: (M, C, H, W) uint8 or uint16.
         num_images: number of them to use, evenly spaced.
+        labels: (M,) int64, of the images; None: the network takes none.
         batch_size: images per forward pass; None: as many as for sampling.
         rank, world_size: this process measures images rank, rank + world_size, ...
     """
@@ -113,12 +120,15 @@ class Validation:
         num_images: int,
         scheduler: DDPMScheduler,
         *,
+        labels: np.ndarray | None = None,
         device: torch.device,
         batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.pixels = np.asarray(images[evenly_spaced(len(images), num_images)])
+        chosen = evenly_spaced(len(images), num_images)
+        self.pixels = np.asarray(images[chosen])
+        self._labels = None if labels is None else torch.from_numpy(labels[chosen])
         self.num_images = len(self.pixels)
         self._scheduler, self._device = scheduler, device
         self._batch_size = batch_size or images_at_once(*images.shape[2:])
@@ -135,7 +145,7 @@ class Validation:
         """validation_loss, also per band of log SNR, and bits_per_dim with its standard error over the images.
 
         Args:
-            network: maps (x_t, t) to the prediction, with EMA weights and without dropout.
+            network: maps (x_t, t) and the labels to the prediction, with EMA weights and without dropout.
             gather: Runtime.gather_objects if there are several ranks.
         """
         losses: list[tuple[list[int], list[list[float]]]] = []  # per batch: image indices; losses at each image's t
@@ -144,9 +154,12 @@ class Validation:
             if not len(index):  # with more ranks than images, some ranks have none
                 continue
             x_0 = from_pixels(self.pixels[index.numpy()], self._device)
-            losses.append((index.tolist(), self._losses(network, x_0, index).tolist()))
+            of_batch = network
+            if self._labels is not None:
+                of_batch = partial(network, class_labels=self._labels[index].to(self._device))
+            losses.append((index.tolist(), self._losses(of_batch, x_0, index).tolist()))
             bound = likelihood.variational_bound(
-                network,
+                of_batch,
                 self._scheduler,
                 x_0,
                 index=index,

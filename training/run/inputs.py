@@ -1,0 +1,93 @@
+"""INPUTS: the images of a run, their classes and batches, the same on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.data.batches import Batches, Labels
+from training.data.classes import Classes, find_classes
+from training.data.split import DataSplit, load_data_split
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.run.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images, classes (None: not conditioned) and batches."""
+
+    split: DataSplit
+    classes: Classes | None
+    batches: Batches
+    global_batch: int
+    num_class_embeds: int | None  # of the network: one for each class and, if labels are dropped, the null class
+
+    @property
+    def num_images(self) -> int:
+        """How many images are trained on."""
+        return len(self.split.train_indices)
+
+
+def load_inputs(config: Config, runtime: Runtime) -> Inputs:
+    """Load the data of a run on all ranks, and print what it is.
+
+    Raises:
+        ValueError: as load_images, find_classes and Runtime.agree.
+    """
+    split = runtime.in_turn(lambda: load_split(config))
+    data = split.data
+    classes, labels, num_class_embeds = None, None, None
+    if config.class_conditional:
+        classes = find_classes(split)
+        labels = Labels(classes.data, len(classes.names), config.label_dropout, config.balance_classes)
+        num_class_embeds = len(classes.names) + (config.label_dropout > 0)
+    runtime.agree(
+        number_of_images=len(split.train_indices),
+        sha256_of_the_images=data.digest,
+        number_of_held_out_images=len(split.held_out),
+        sha256_of_the_labels=None if classes is None else classes.digest,
+    )
+    shape = f"{data.channels} x {data.height} x {data.width}"
+    runtime.print(f"{len(split.train_indices)} images, {shape}, {data.images.dtype}, from {data.source}")
+    if len(split.held_out):
+        runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
+    if classes is not None:
+        runtime.print(str(classes))
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+    batches = Batches(
+        data.images,
+        train_indices=split.train_indices,
+        batch_size=global_batch,
+        seed=config.seed,
+        random_flip=config.random_flip,
+        labels=labels,
+        device=runtime.device,
+    )
+    return Inputs(split, classes, batches, global_batch, num_class_embeds)
+
+
+def load_split(config: Config) -> DataSplit:
+    """The images to train on and the held-out images."""
+    return load_data_split(
+        config.validation_split if config.validation_steps != 0 else "none",
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        include=config.include,
+        exclude=config.exclude,
+        follow_links=config.follow_links,
+        split_folders=config.split_folders,
+        resolution=config.height_width,
+        center_crop=config.center_crop,
+        background=config.background,
+        on_bad_image=config.on_bad_image,
+        min_side=config.min_side,
+        cache_dir=Path(config.cache_dir).expanduser(),
+        num_workers=config.dataloader_num_workers,
+    )
