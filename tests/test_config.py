@@ -56,7 +56,6 @@ def make_config(**options):
         ("--prediction_type noise", "noise"),
         ("--variance_type learned", "learned"),
         ("--ddpm_beta_schedule exponential", "exponential"),
-        ("--denoiser=", "denoiser"),
         ("--ddpm_num_steps 20 --ddpm_num_inference_steps 21", "21"),
         ("--mixed_precision fp8", "fp8"),
         ("--on_bad_image ignore", "ignore"),
@@ -362,6 +361,7 @@ def test_a_value_in_a_file_has_the_type_of_its_setting(tmp_path, line, field, va
         (b"seeds: 1\n", "Option 'seeds'"),
         (b"mixed_precision: true\n", "mixed_precision is 'true': give one of auto, no, fp16, bf16"),
         (b'output_dir: ""\n', 'output_dir is ""'),
+        (b'denoiser: ""\n', 'denoiser is ""'),
         (None, "No such file"),
     ],
 )
