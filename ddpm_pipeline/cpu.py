@@ -137,8 +137,12 @@ class SharedCores:
         self._begin_streak(0, self._begun, self.threads)
         self._set_threads(self.threads)
 
-    def update(self) -> int | None:
-        """The new number of threads if it has changed, else None. Costs nothing until INTERVAL has passed."""
+    def update(self, at_once: bool = False) -> int | None:
+        """The new number of threads if it has changed, else None. Costs nothing until INTERVAL has passed.
+
+        Args:
+            at_once: lower the number without waiting for DOWN.
+        """
         now = self._clock()
         if now < self._next:
             return None
@@ -147,9 +151,9 @@ class SharedCores:
         seconds, busy, own = (after - earlier for after, earlier in zip(self._counted, before))
         others = max(0.0, busy - own) / seconds  # in CPUs
         others *= self.cores / max(self.cores, len(self._cpus or ()))  # in cores
-        return self._judge(now, seconds, others)
+        return self._judge(now, seconds, others, 0.0 if at_once else self.DOWN)
 
-    def _judge(self, now: float, seconds: float, others: float) -> int | None:
+    def _judge(self, now: float, seconds: float, others: float, down: float) -> int | None:
         """What follows from the last `seconds`, in which others kept so many cores busy on average."""
         free = min(self.most, max(1, self.cores - round(others)))
         direction = (free > self.threads) - (free < self.threads)
@@ -158,7 +162,7 @@ class SharedCores:
             self._begin_streak(direction, max(since, self._begun) if direction > 0 else since, free)
         # What was free all the time when there is more, what was free at some time when there is less.
         self._free = min(self._free, free) if direction > 0 else max(self._free, free)
-        if direction == 0 or now - self._since < (self.UP if direction > 0 else self.DOWN):
+        if direction == 0 or now - self._since < (self.UP if direction > 0 else down):
             return None
         self.threads, self.others = self._free, others
         self._begin_streak(0, now, self.threads)

@@ -91,6 +91,10 @@ class UNetDenoiser:
             self.progress_bar.update()
         return output
 
+    def forget_weights(self) -> None:
+        """After code of the user, which may have changed them: they are read again."""
+        self._weights.forget()
+
     def _guided(self, x_t: Tensor, t: Tensor) -> Tensor:
         labels = self.class_labels
         if labels is not None and len(labels) != len(x_t):

@@ -56,12 +56,12 @@ def has_kernel(x: Tensor) -> bool:
     """Whether GroupNorm of these images is a single pass here."""
     return (
         x.device.type == "cpu"
+        and is_computed_now(x)
         and x.dtype in (torch.bfloat16, torch.float32)
         and x.ndim == 4
         and 0 < x.shape[1] <= MOST_CHANNELS
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and is_computed_now(x)
         and kernel() is not None
     )
 
@@ -123,7 +123,8 @@ def _by_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Op
 
 def _factors(x: Tensor, options: Options) -> Tensor:
     """What dropout multiplies with: what the kernel makes of a constant 1."""
-    zero, one = torch.zeros_like(x, dtype=torch.float32), x.new_ones(x.shape[1], dtype=torch.float32)
+    zero = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.channels_last)
+    one = zero.new_ones(x.shape[1])
     return _in_one_pass(zero, 0 * one, one, options._replace(silu=False))[0]
 
 

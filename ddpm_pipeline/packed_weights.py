@@ -27,10 +27,18 @@ class FastConv2d(nn.Conv2d):
 
 
 class PackedWeights:
-    """Those of one sampling run. A layer's are packed when it is first called, and anew if it has others since."""
+    """Those of one sampling run. A layer's are packed when it is first called, and anew if it has others since.
+
+    That is seen by the tensor, its version and its address. What changes numbers behind torch's back, such as
+    `weight.data.mul_(2)`, changes none of them: call `forget` after code that may do so.
+    """
 
     def __init__(self) -> None:
         self._of: dict[nn.Module, _Packed] = {}
+
+    def forget(self) -> None:
+        """Pack all weights anew when they are next needed."""
+        self._of.clear()
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

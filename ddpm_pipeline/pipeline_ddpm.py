@@ -171,7 +171,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             for step in noising_steps(run.scheduler, x_0, run.step_options["generator"]):
                 run = run._replace(x_t=step.x_t)
                 yield step
-        yield from (step for step, _ in self._sampling_steps(run))
+        for step, _ in self._sampling_steps(run):
+            yield step
+            run.denoiser.forget_weights()
 
     def _sampling_steps(
         self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None

@@ -69,6 +69,7 @@ def sampling_steps(
         x_t = output.prev_sample
         if callback is not None:
             x_t = callback(i, step.t, x_t)
+            run.denoiser.forget_weights()
         if i == len(timesteps) - 1:
             step = LastStep(*step)
             step.images = x_t

@@ -135,6 +135,15 @@ class Machine:
             self.shared.update()
 
 
+def test_threads_are_left_without_a_wait_on_request():
+    machine = Machine(cores=2)
+    machine.run(0.9, others=1, step=0.3)
+    machine.now += 0.2
+    assert machine.shared.update(at_once=True) == 1
+    machine.run(5)
+    assert machine.shared.update(at_once=True) is None  # more of them only after a while
+
+
 def test_a_constant_neighbour_takes_a_thread_at_once_and_gives_it_back_later():
     machine = Machine(cores=2)
     machine.run(10)

@@ -193,6 +193,19 @@ def test_dropout_of_channels_that_come_in_no_pairs_and_its_gradient_of_the_gradi
     torch.testing.assert_close(*seconds, rtol=1e-4, atol=1e-3)
 
 
+@needs_kernel
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_dropout_in_a_graph_of_gradients_drops_the_same(needs_gradient):
+    torch.manual_seed(0)
+    norm, x = make_norm(2, 4), channels_last(2, 4, 5, 3).requires_grad_(needs_gradient)
+    found = []
+    for create_graph in (False, True):
+        torch.manual_seed(1)
+        y = group_norm(x, norm, silu=True, dropout=0.5)
+        found += torch.autograd.grad(y.square().sum(), norm.weight, create_graph=create_graph)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("where", ["kernel", "torch"])
 def test_dropout_drops_others_each_time_as_often_as_it_should(where):
     norm, p, n = nn.GroupNorm(1, 32), 0.1, 4 * 32 * 32 * 32

@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm_pipeline.denoiser import UNetDenoiser
 from ddpm_pipeline.packed_weights import FastConv2d, PackedWeights, _dtypes
-from tests.models import tiny_unet
+from tests.models import tiny_pipe, tiny_unet
 
 DTYPES = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}
 
@@ -167,3 +167,27 @@ def test_a_sampling_run_packs_each_convolution_once(packings):
     assert len(packings) == len(convolutions) * bool(_dtypes())
     unet(x, 3)
     assert len(packings) == len(convolutions) * bool(_dtypes())
+
+
+@pytest.mark.parametrize("how", ["callback", "trajectory"])
+def test_weights_that_a_user_changes_between_two_steps_count(how):
+    """Also behind torch's back, as adapters are merged."""
+
+    def change(*_):
+        for parameter in pipe.unet.parameters():
+            parameter.data.mul_(1.5)
+        return {}
+
+    results = []
+    for packs in (True, False):
+        pipe = tiny_pipe()
+        with pytest.MonkeyPatch.context() as patch:
+            if not packs:
+                patch.setattr("ddpm_pipeline.packed_weights._pack", lambda *_: None)
+            if how == "callback":
+                options = {"callback_on_step_end": change, "output_type": "latent"}
+                results.append(pipe(seeds=0, num_inference_steps=3, **options).images)
+            else:
+                steps = pipe.trajectory(seeds=0, num_inference_steps=3)
+                results.append([(step.x_t, change())[0] for step in steps][-1])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

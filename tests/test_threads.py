@@ -27,7 +27,7 @@ class Neighbour(SharedCores):
         self.begun.append(threads)
         super().begin(threads)
 
-    def update(self):
+    def update(self, at_once=False):
         self.step += 1
         if self.step not in (3, 6):
             return None

@@ -116,6 +116,18 @@ def test_the_next_run_takes_what_was_found(unet, runtime, monkeypatch, tmp_path,
             tune.tune(*arguments, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("disturbance", ["nothing was compared", "threads"])
+def test_what_a_busy_machine_found_is_not_kept(unet, runtime, monkeypatch, tmp_path, capsys, disturbance):
+    if disturbance == "threads":
+        seen = iter([2, 1])
+        monkeypatch.setattr(Runtime, "threads", property(lambda self: next(seen)))
+    else:
+        monkeypatch.setattr(tune, "SECONDS", -1.0)
+    tune.tune(unet, SHAPE, 2, runtime, tmp_path)
+    assert "the next run tries again" in capsys.readouterr().out
+    assert not (tmp_path / tune.FILE).exists()
+
+
 def test_another_process_finds_it(tmp_path):
     """Sets have another order in each process, and diffusers keeps one in the configuration."""
     code = (

@@ -158,7 +158,7 @@ def main(config: Config, stop: StopSignal) -> int:
         return signals.EXIT_CODE
     if state.step > first_step:
         skipped = f", {state.skipped} skipped" if state.skipped else ""
-        runtime.print(f"trained {state.step - first_step} steps in {state.clock.seconds / 60:.1f} minutes{skipped}")
+        runtime.print(f"trained {state.step - first_step} steps in {duration(state.clock.seconds)}{skipped}")
 
     # ---- Save --------------------------------------------------------------------------------------------------------
     samples = sampler.save_pipeline(run.record_at(state))
@@ -168,6 +168,10 @@ def main(config: Config, stop: StopSignal) -> int:
         lock.release()
     leave_process_group()  # the other ranks need not wait for the Hub
     return publisher.publish_final() if publisher is not None else 0
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
 def make_scheduler(config: Config) -> DDPMScheduler:

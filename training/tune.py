@@ -99,7 +99,7 @@ def choose(
     if tuning is None and (config.tune == "off" or config.compile):  # a compiled network has its own kernels
         tuning = default_tuning(runtime.device.type, runtime.dtype)
     if tuning is None:
-        runtime.adapt_threads()  # with more threads than free cores nothing could be measured
+        runtime.adapt_threads(at_once=True)  # with more threads than free cores nothing could be measured
         tuning = tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
     for parameter in unet.parameters():
         if 1 in parameter.shape:
@@ -165,9 +165,11 @@ def tune(
         runtime.print(f"tuned before: {cached} ({cache_dir / FILE})")
         return cached
     started = time.monotonic()
-    trial = Trial(unet, image_shape, batch_size, runtime, started + SECONDS)
+    trial, threads = Trial(unet, image_shape, batch_size, runtime, started + SECONDS), runtime.threads
     tuning = runtime.broadcast(trial.run(default_tuning(runtime.device.type, runtime.dtype)))
-    if runtime.is_main:
+    runtime.adapt_threads(at_once=True)
+    is_kept = len(trial.rates) > 1 and runtime.threads == threads
+    if runtime.is_main and is_kept:
         _write(cache_dir, key, tuning)
     rates = ", ".join(f"{candidate} {rate:.3g}" for candidate, rate in trial.rates.items() if candidate != tuning)
     speed = f" {trial.rates[tuning]:.3g} images/s" if tuning in trial.rates else ""
@@ -175,6 +177,7 @@ def tune(
         f"tuned in {time.monotonic() - started:.1f} s: {tuning}{speed}"
         + (f"; {rates}" if rates else "")
         + ("" if runtime.device.type != "cpu" or kernels.load()[0] else f"; GroupNorm by torch: {kernels.load()[1]}")
+        + ("" if is_kept else "; the next run tries again, for this machine was too busy to compare")
     )
     return tuning
 

@@ -120,9 +120,13 @@ class Runtime:
             self._shared_cores.most = min(most, self._shared_cores.most)
             self._shared_cores.begin(self._shared_cores.most)
 
-    def adapt_threads(self) -> None:
-        """Once a step: compute with the cores that other programs leave. Prints a line when the number changes."""
-        if self._shared_cores is None or (threads := self._shared_cores.update()) is None:
+    def adapt_threads(self, at_once: bool = False) -> None:
+        """Once a step: compute with the cores that other programs leave. Prints a line when the number changes.
+
+        Args:
+            at_once: leave them now, not after they have been busy for a while.
+        """
+        if self._shared_cores is None or (threads := self._shared_cores.update(at_once)) is None:
             return
         plural = "thread" if threads == 1 else "threads"
         if threads == self._shared_cores.most:
