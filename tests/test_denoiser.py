@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.fast_unet import speed_up
 from ddpm_pipeline.images import record_background
+from ddpm_pipeline.labels import record_class_names
 from tests.models import tiny_pipe, tiny_unet
+from training.data.sizes import nearest_size
 from training.denoiser import (
     FAMILIES,
     FORMER,
@@ -20,8 +22,8 @@ from training.denoiser import (
     find_network,
     load_initial_weights,
     make_denoiser,
-    nearest_size,
     network_of,
+    size_rule,
 )
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,7 +83,7 @@ def test_base_is_near_the_network_of_ho_et_al():
 def test_a_network_of_a_family_follows_its_rules(name):
     """At any size: 4 to 6 pixels a side at the lowest resolution, at most 256 pixels where there is attention."""
     for side in (*SIDES, 4, 8, 28, (50, 70), (48, 64), (64, 48), 100, (375, 500), 512):
-        height, width = nearest_size(name, *((side, side) if isinstance(side, int) else side))
+        height, width = nearest_size(size_rule(name), *((side, side) if isinstance(side, int) else side))
         model = on_meta(name, height, width)
         forward_flop(model, height, width)
         widths, last = model.config.block_out_channels, len(model.config.block_out_channels) - 1
@@ -108,23 +110,23 @@ def test_a_network_of_a_family_follows_its_rules(name):
     ],
 )  # fmt: skip
 def test_the_nearest_size(size, nearest):
-    assert nearest_size("tiny", *size) == nearest
+    assert nearest_size(size_rule("tiny"), *size) == nearest
 
 
 def test_the_nearest_size_is_one_that_fits_and_none_is_nearer():
     """Of squares, by looking at all."""
-    fits = [side for side in range(1, 300) if nearest_size("small", side, side) == (side, side)]
+    fits = [side for side in range(1, 300) if nearest_size(size_rule("small"), side, side) == (side, side)]
     for side in range(1, 280):
-        near = nearest_size("small", side, side)[0]
+        near = nearest_size(size_rule("small"), side, side)[0]
         assert abs(near - side) == min(abs(each - side) for each in fits)
-        make_size = nearest_size("small", side, 2 * side + 3)
-        assert nearest_size("small", *make_size) == make_size
+        make_size = nearest_size(size_rule("small"), side, 2 * side + 3)
+        assert nearest_size(size_rule("small"), *make_size) == make_size
 
 
 def test_the_nearest_size_of_a_configuration_is_a_multiple():
-    assert nearest_size("ddpm-cifar10", 28, 50) == (32, 48)
-    assert nearest_size(FORMER["small"], 28, 50) == (28, 52)
-    assert nearest_size(FORMER["small"], 1, 5) == (4, 4)
+    assert nearest_size(size_rule("ddpm-cifar10"), 28, 50) == (32, 48)
+    assert nearest_size(size_rule(FORMER["small"]), 28, 50) == (28, 52)
+    assert nearest_size(size_rule(FORMER["small"]), 1, 5) == (4, 4)
 
 
 # ---- Presets and shapes ----------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def test_the_network_of_a_published_model_takes_the_size_and_channels_of_the_dat
     with torch.device("meta"):
         model = make_denoiser(network, height=64, width=96, in_channels=1)
     assert (model.config.sample_size, model.config.in_channels, model.config.out_channels) == ((64, 96), 1, 1)
-    assert nearest_size(network, 28, 40) == (32, 32)
+    assert nearest_size(size_rule(network), 28, 40) == (32, 32)
     for name in ("block_out_channels", "down_block_types", "downsample_padding", "freq_shift", "norm_eps"):
         assert model.config[name] == CELEBAHQ[name]
 
@@ -395,6 +397,17 @@ def test_weights_of_a_family_go_to_another_size_level_by_level(tmp_path, before,
         (line,) = lines
         taken = 1 - sum(p.numel() for p in unet.down_blocks[0].parameters()) / count_parameters(unet)
         assert "tensors do not fit" in line and "down_blocks.0" in line and taken > 0.97
+
+
+def test_class_embeddings_go_to_the_classes_of_the_same_name(tmp_path):
+    earlier, unet = tiny_unet(num_class_embeds=4), tiny_unet(num_class_embeds=5, seed=1)
+    record_class_names(earlier, ["ant", "bee", "cow"])
+    record_class_names(unet, ["bee", "dog", "cow", "emu"])  # and each has the null class
+    DDPMPipeline(earlier, DDPMScheduler(20)).save_pretrained(tmp_path)
+    drawn, before = unet.class_embedding.weight.detach().clone(), earlier.class_embedding.weight
+    load_initial_weights(str(tmp_path), unet, DDPMScheduler(20), print)
+    expected = [before[1], drawn[1], before[2], drawn[3], before[3]]
+    assert torch.equal(unet.class_embedding.weight, torch.stack(expected))
 
 
 def test_initial_weights_that_do_not_exist():

@@ -15,6 +15,8 @@ from training.command_line import parse_dataclass
 
 CONFIGS = Path(__file__).parent / "configs"
 
+GLOBAL_BATCH = 64  # images of a step, if no batch size is given
+
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
@@ -59,15 +61,17 @@ class Config:
         cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
             decodes them.
-        denoiser: network: tiny (2 M parameters), small (10 M), base (39 M) or large (116 M), each made for the size of
-            the images; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on the Hub,
-            or config.json of a UNet2DModel.
+        denoiser: network: tiny (2 M parameters), small (11 M), base (40 M) or large (119 M), each made for the size of
+            the images; "auto", the largest of these that is fast enough here for the length of the run, or that of the
+            model in init_from; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on
+            the Hub, or config.json of a UNet2DModel.
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
         prediction_type: what the network predicts: epsilon, sample (x_0) or v_prediction.
         variance_type: variance of the reverse process: fixed_small (beta tilde) or fixed_large (beta).
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
-            times gradient_accumulation_steps.
+            times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
+            forward passes as memory allows.
         gradient_accumulation_steps: forward passes per step.
         max_train_minutes: minutes of training time, after which training ends. Sampling and validation do not count;
             what was trained before a run was resumed does. Default: no limit, or 60 if no other limit is given either.
@@ -152,12 +156,12 @@ class Config:
     min_side: int = 8
     cache_dir: str = "~/.cache/ddpm_pipeline"
     dataloader_num_workers: int = 0
-    denoiser: str = "small"
+    denoiser: str = "auto"
     ddpm_num_steps: int = 1000
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    train_batch_size: int = 64
+    train_batch_size: int | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = 1
     max_train_minutes: float | None = None
     max_train_steps: int | None = None
@@ -207,7 +211,7 @@ class Config:
             )
         self.height_width  # noqa: B018  raises if resolution is wrong
         at_least_one = (
-            "train_batch_size gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
+            "gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
             "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "
             "cpu_threads"
         )
@@ -220,6 +224,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"{name} is {value}: give an integer of at least {least}")
+        if self.train_batch_size != "auto" and self.train_batch_size < 1:
+            raise ValueError(f'train_batch_size is {self.train_batch_size}: give an integer of at least 1, or "auto"')
         for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -265,6 +271,11 @@ class Config:
         if self.resolution is None:
             return None
         return height_width(self.resolution, "resolution")
+
+    def batch_of_rank(self, world_size: int) -> int:
+        """Images of a step on each rank."""
+        size = -(-GLOBAL_BATCH // world_size) if self.train_batch_size == "auto" else self.train_batch_size
+        return size * self.gradient_accumulation_steps
 
     @property
     def trackers(self) -> list[str]:

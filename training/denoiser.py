@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.models.unets.unet_2d import UNet2DModel
 
+from training.data.sizes import Rule, halvings, nearest_size
 from training.messages import some
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ FORMER: dict[str, dict[str, Any]] = {
     },
 }
 
+CLASSES = "class_embedding.weight"  # (classes, time_embedding_dim)
+
 # Fields of a UNet2DModel that follow from the data, not from the architecture.
 OF_THE_DATA = ("sample_size", "in_channels", "out_channels", "class_embed_type", "num_class_embeds")
 
@@ -147,7 +150,7 @@ def _of_family(family: Family, height: int, width: int) -> dict[str, Any]:
 
     A level has attention if it has at most 16 x 16 pixels, whatever its shape, and as many channels as one head.
     """
-    num_levels = _halvings(height, width) + 1
+    num_levels = halvings(height, width) + 1
     last = len(family.widths) - 1
     widths = tuple(family.widths[min(i, last)] for i in reversed(range(num_levels)))
     attention = [
@@ -169,40 +172,28 @@ def _of_family(family: Family, height: int, width: int) -> dict[str, Any]:
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
 
-def nearest_size(denoiser: Denoiser, height: int, width: int) -> tuple[int, int]:
-    """The size (H, W) in pixels, nearest to this one, that the network can halve as often as it needs to.
+def size_rule(denoiser: Denoiser | None) -> Rule:
+    """Which sizes of images this network, or a family that is not chosen yet, can take: for `nearest_size`."""
+    if denoiser is None or (isinstance(denoiser, str) and denoiser not in PRESETS):
+        return None
+    fields = PRESETS[denoiser] if isinstance(denoiser, str) else denoiser
+    return int(2 ** (len(fields["block_out_channels"]) - 1))
 
-    For a family the shorter side is 4, 5 or 6 times a power of two: 28 x 28 becomes 32 x 32, 50 x 70 48 x 72.
+
+def check_size(denoiser: Denoiser | None, height: int, width: int) -> None:
+    """Raise ValueError if there is no such network, or it cannot halve this size as often as it needs to.
+
+    Args:
+        denoiser: None: a family.
     """
-    if isinstance(denoiser, str) and denoiser not in PRESETS:
-        unit = 2 ** _halvings(height, width)
-        # 7 units are 4 of twice the unit, so what is less is nearer to 6
-        near = [6 * unit if 6 * unit < side < 7 * unit else _round(side, unit) for side in (height, width)]
-        return max(4 * unit, near[0]), max(4 * unit, near[1])
-    unit = 2 ** (len(_architecture(denoiser, height, width)["block_out_channels"]) - 1)
-    return max(unit, _round(height, unit)), max(unit, _round(width, unit))
-
-
-def _round(side: int, unit: int) -> int:
-    """The multiple of a unit that is nearest; of two equally near ones the larger."""
-    return unit * math.floor(side / unit + 0.5)
-
-
-def _halvings(height: int, width: int) -> int:
-    """How often a family halves an image: until the shorter side, of a size that fits, is 4, 5 or 6 pixels."""
-    return max(0, math.floor(math.log2(min(height, width) / 3.5)))
-
-
-def check_size(denoiser: Denoiser, height: int, width: int) -> None:
-    """Raise ValueError if there is no such network, or it cannot halve this size as often as it needs to."""
     if isinstance(denoiser, str) and denoiser not in FAMILIES | PRESETS:
         raise ValueError(f"denoiser is {denoiser!r}: give one of {', '.join(FAMILIES | PRESETS)}, or a configuration")
     for side, value in (("height", height), ("width", width)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{side} is {value!r}: give an integer of at least 1")
-    near = nearest_size(denoiser, height, width)
+    near = nearest_size(size_rule(denoiser), height, width)
     if near != (height, width):
-        name = f"the denoiser {denoiser!r}" if isinstance(denoiser, str) else "this network"
+        name = f"the denoiser {denoiser!r}" if isinstance(denoiser, str) else "the network"
         raise ValueError(
             f"the size is {height}x{width}, which {name} cannot halve as often as it needs to: give --resolution "
             f"{near[0]}x{near[1]}"
@@ -212,22 +203,24 @@ def check_size(denoiser: Denoiser, height: int, width: int) -> None:
 # ---- Networks of other models ----------------------------------------------------------------------------------------
 
 
-def find_network(denoiser: str, manifest: Mapping[str, Any] | None = None) -> Denoiser:
-    """What `--denoiser` means, for `make_denoiser`.
+def find_network(denoiser: str, manifest: Mapping[str, Any] | None = None) -> Denoiser | None:
+    """What `--denoiser` means, for `make_denoiser`; None if that is to be found by a trial.
 
     Args:
-        denoiser: one of FAMILIES or PRESETS; else the folder of a pipeline or network, its config.json, or a model on
-            the Hub.
+        denoiser: "auto", one of FAMILIES or PRESETS; else the folder of a pipeline or network, its config.json, or a
+            model on the Hub.
         manifest: of the checkpoint that a run continues from: its network is the one.
     Raises:
         ValueError: it cannot be found or read, or is not the configuration of a UNet2DModel that can be trained here.
     """
-    if manifest is not None and denoiser == manifest["config"].get("denoiser", denoiser):
+    if manifest is not None and denoiser in ("auto", manifest["config"].get("denoiser", denoiser)):
         network = manifest.get("network") or FORMER.get(denoiser)  # a former checkpoint has no network
         if network is not None:
             return network
     if denoiser in FAMILIES | PRESETS:
         return denoiser
+    if denoiser == "auto":
+        return None
     import torch
 
     from ddpm_pipeline.loading import read_json, unet_on_meta
@@ -240,7 +233,7 @@ def find_network(denoiser: str, manifest: Mapping[str, Any] | None = None) -> De
         if config.get("time_embedding_type") == "fourier":
             raise ValueError(f"{file}: time_embedding_type is 'fourier', which is for continuous noise levels")
         unet = unet_on_meta(file, {name: value for name, value in config.items() if name not in OF_THE_DATA})
-        x_t = torch.zeros(1, 3, *nearest_size(network_of(unet), 64, 64), device="meta")
+        x_t = torch.zeros(1, 3, *nearest_size(size_rule(network_of(unet)), 64, 64), device="meta")
         unet(x_t, torch.zeros(1, dtype=torch.int64, device="meta"))
     except Exception as error:  # whatever a block raises
         raise ValueError(
@@ -276,7 +269,7 @@ def _config_file(name: str) -> Path:
             except (OSError, HFValidationError) as error:  # also if this computer is offline
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
     raise ValueError(
-        f"denoiser is {name!r} ({reason}): give one of {', '.join(FAMILIES | PRESETS)}, the folder of a pipeline, "
+        f"denoiser is {name!r} ({reason}): give auto, {', '.join(FAMILIES | PRESETS)}, the folder of a pipeline, "
         "config.json of a UNet2DModel, or user/model on the Hub"
     )
 
@@ -293,6 +286,23 @@ def _from_the_bottom(unet: UNet2DModel, other: UNet2DModel) -> dict[str, Tensor]
         return re.sub(r"^down_blocks\.(\d+)", lambda match: f"down_blocks.{int(match[1]) + shift}", name)
 
     return {name_there(name): tensor for name, tensor in unet.state_dict().items()}
+
+
+def _by_name(unet: UNet2DModel, other: UNet2DModel) -> Tensor:
+    """The class embeddings of a network in the order of the classes of another one, whose own remain for new classes.
+    Without names on both sides, those of the network as they are."""
+    from ddpm_pipeline.labels import class_names_of, null_class
+
+    weights: Tensor = unet.state_dict()[CLASSES]
+    there, here = class_names_of(unet), class_names_of(other)
+    if there is None or here is None:
+        return weights
+    embeddings = other.state_dict()[CLASSES].clone()
+    pairs = [(i, there.index(name)) for i, name in enumerate(here) if name in there]
+    nulls = null_class(other), null_class(unet)
+    for i, j in [*pairs, *([nulls] if None not in nulls else [])]:
+        embeddings[i] = weights[j]
+    return embeddings
 
 
 def load_initial_weights(name: str, unet: UNet2DModel, scheduler: DDPMScheduler, log: Callable[[str], object]) -> None:
@@ -317,6 +327,8 @@ def load_initial_weights(name: str, unet: UNet2DModel, scheduler: DDPMScheduler,
     except OSError as error:
         raise ValueError(f"init_from is {name!r}: {error}") from error
     weights, target = _from_the_bottom(pipe.unet, unet), unet.state_dict()
+    if CLASSES in weights and CLASSES in target:
+        weights[CLASSES] = _by_name(pipe.unet, unet)
     fitting = {key: tensor for key, tensor in weights.items() if key in target and tensor.shape == target[key].shape}
     new = [key for key in target if key not in fitting]
     share = sum(tensor.numel() for tensor in fitting.values()) / sum(tensor.numel() for tensor in target.values())

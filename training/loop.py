@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from training.data.batches import Batches
     from training.data.cache import ImageSet
     from training.ema import FlatEMA
+    from training.plan import Passes
     from training.run.validation import Validator
 
 CHECKPOINTING_STEPS = 1000  # or sooner, if the settings do not say
@@ -48,6 +49,7 @@ class Run:
 
     config: Config
     budget: Budget
+    passes: Passes
     runtime: Runtime
     output_dir: Path
     data: ImageSet
@@ -179,7 +181,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
     from ddpm_pipeline import objective, rng
 
     config, runtime = run.config, run.runtime
-    batch_size, num_passes = config.train_batch_size, config.gradient_accumulation_steps
+    batch_size, num_passes = run.passes.batch_size, run.passes.number
     torch.manual_seed(rng.key(config.seed, rng.Stream.DROPOUT, state.step, runtime.rank))
     loss_sum = torch.zeros((), device=runtime.device)
     passes: list[ForwardPass] = []
@@ -187,7 +189,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
         first = (i * runtime.world_size + runtime.rank) * batch_size
         index = torch.arange(first, first + batch_size)
         is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
-        with failures.explain_out_of_memory(config, state.step + 1, state.saved_step):
+        with failures.explain_out_of_memory(run.passes, state.step + 1, state.saved_step):
             x_0, labels = run.batches.images(state.step, index), run.batches.labels(state.step, index)
             batch = objective.draw_noised_batch(run.scheduler, x_0, seed=config.seed, step=state.step, index=index)
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):

@@ -10,9 +10,11 @@ Exit codes: 0 done; 1 a non-finite loss or gradient, out of memory or disk full;
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,8 @@ from training.step import make_optimizer
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
+    from training.denoiser import Denoiser
+    from training.plan import Memory
     from training.run.inputs import Inputs
     from training.tune import Tuning
 
@@ -67,11 +71,10 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
     with importing():
-        from ddpm_pipeline import rng
         from ddpm_pipeline.images import record_background
         from ddpm_pipeline.labels import record_class_names
-        from training import tune
-        from training.denoiser import check_size, find_network, load_initial_weights, make_denoiser, network_of
+        from training import plan, tune
+        from training.denoiser import check_size, find_network, load_initial_weights, network_of, size_rule
         from training.ema import FlatEMA
         from training.run.inputs import load_inputs
         from training.run.validation import Validator
@@ -81,32 +84,28 @@ def main(config: Config, stop: StopSignal) -> int:
     # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
     # Before the images are decoded, check what does not need them.
     found = resume.find(runtime, output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    network = runtime.in_turn(lambda: find_network(config.denoiser, found and found[1]))
+    name = config.init_from if config.init_from and config.denoiser == "auto" and found is None else config.denoiser
+    network = runtime.in_turn(lambda: find_network(name, found and found[1]))
     if config.height_width is not None:
         check_size(network, *config.height_width)
-    inputs = load_inputs(config, runtime)
+    inputs = load_inputs(config, runtime, size_rule(network))
     data, classes = inputs.split.data, inputs.classes
 
     # ---- Model: diffusion process and network ------------------------------------------------------------------------
-    scheduler = make_scheduler(config)
-    torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
-    # Any: diffusers annotates .to() without its argument.
-    unet: Any = make_denoiser(
-        network,
-        height=data.height,
-        width=data.width,
-        in_channels=data.channels,
-        num_class_embeds=inputs.num_class_embeds,
-    )
+    scheduler, budget = make_scheduler(config), Budget.of(config, inputs.global_batch)
+    image_shape = (data.channels, data.height, data.width)
+    make = partial(make_network, config=config, inputs=inputs, device=device)
+    unet = make(network or plan.choose_family(make, image_shape, runtime, config, budget))
     record_background(unet, config.background)
     if classes is not None:
         record_class_names(unet, classes.names)
-    unet.to(device)
     if config.init_from and found is None:
         model_name = config.init_from
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
-    tuning = tune.choose(config, runtime, unet, (data.channels, data.height, data.width), found)
+    tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
+    memory = plan.measure_memory(unet, image_shape, runtime)
+    passes = plan.plan_passes(config, runtime, memory, found and found[1])
 
     # ---- EMA, optimizer ----------------------------------------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
@@ -117,7 +116,7 @@ def main(config: Config, stop: StopSignal) -> int:
         model = torch.compile(model)
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
-    state, budget = TrainingState(), Budget.of(config, inputs.global_batch)
+    state = TrainingState()
     if found is not None:
         with runtime.together():
             if runtime.is_main:
@@ -139,10 +138,12 @@ def main(config: Config, stop: StopSignal) -> int:
     sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, inputs)
     validator = Validator(config, runtime, inputs, sampler, log)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
-    record = make_record(config, runtime, inputs, tuning, network_of(unet))
-    run = Run(config, budget, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer, record,
-              log, sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
-    runtime.print(describe(run))
+    record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
+    run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
+              record, log, sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
+    if tuning.images_per_second and found is None:
+        budget.expect(inputs.global_batch / (runtime.world_size * tuning.images_per_second))
+    runtime.print(describe(run, memory))
     first_step = state.step
     interrupted = train(run, state)
     if interrupted:
@@ -186,10 +187,30 @@ def make_scheduler(config: Config) -> DDPMScheduler:
     )
 
 
-def make_record(config: Config, runtime: Runtime, inputs: Inputs, tuning: Tuning, network: dict[str, Any]) -> RunRecord:
+def make_network(denoiser: Denoiser, config: Config, inputs: Inputs, device: torch.device) -> Any:
+    """An untrained network for these inputs; the same seed gives the same weights."""
+    from ddpm_pipeline import rng
+    from training.denoiser import make_denoiser
+
+    data = inputs.split.data
+    torch.manual_seed(rng.key(config.seed, rng.Stream.INITIAL_WEIGHTS))
+    unet: Any = make_denoiser(  # Any: diffusers annotates .to() without its argument
+        denoiser,
+        height=data.height,
+        width=data.width,
+        in_channels=data.channels,
+        num_class_embeds=inputs.num_class_embeds,
+    )
+    return unet.to(device)
+
+
+def make_record(
+    config: Config, runtime: Runtime, inputs: Inputs, tuning: Tuning, batch_size: int, network: dict[str, Any]
+) -> RunRecord:
     split, classes = inputs.split, inputs.classes
     return RunRecord(
         global_batch=inputs.global_batch,
+        batch_size=batch_size,
         num_processes=runtime.world_size,
         device=device_name(runtime.device),
         mixed_precision=runtime.mixed_precision,
@@ -209,14 +230,21 @@ def make_record(config: Config, runtime: Runtime, inputs: Inputs, tuning: Tuning
     )
 
 
-def describe(run: Run) -> str:
-    """One line about the network, the hardware and the length of the run."""
-    config, runtime = run.config, run.runtime
+def describe(run: Run, memory: Memory) -> str:
+    """The plan of the run: network, hardware, batch, memory, length."""
+    runtime, passes, budget = run.runtime, run.passes, run.budget
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
+    batch = f"{run.record.global_batch} images a step"
+    if runtime.world_size * passes.number > 1:
+        batch += f" in {runtime.world_size * passes.number} passes"
+    length = f"{budget}"
+    if math.isfinite(budget.total):
+        images = budget.total * run.record.global_batch
+        steps = "" if budget.total == budget.steps else f" = about {budget.total:,.0f} steps"
+        length += f"{steps} = {images:,.0f} images, {images / run.record.num_images:,.3g} passes over the data"
     return (
-        f"training: {config.denoiser}, {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on "
-        f"{runtime.world_size} x {runtime.device.type}; global batch {run.record.global_batch}, "
-        f"{run.budget}"
+        f"training: {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on {runtime.world_size} x "
+        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}"
     )
 
 

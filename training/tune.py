@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,11 +49,13 @@ class Tuning:
         memory_format: of the images in the network.
         attention: "chunks" or "fused", see ddpm_pipeline/attention.py.
         threads: on a CPU; None: as many as the runtime has set.
+        images_per_second: that it was measured at on each rank, in steps without optimizer; None: it was not.
     """
 
     memory_format: Literal["channels_last", "contiguous"] = "contiguous"
     attention: Literal["chunks", "fused"] = "fused"
     threads: int | None = None
+    images_per_second: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         threads = self.threads
@@ -60,6 +63,7 @@ class Tuning:
             self.memory_format not in CHOICES["memory_format"]
             or self.attention not in CHOICES["attention"]
             or not (threads is None or (isinstance(threads, int) and threads >= 1))
+            or not isinstance(self.images_per_second, int | float | None)
         ):
             raise ValueError(f"{self} is no way to compute: give values of {CHOICES} and at least 1 thread")
 
@@ -100,7 +104,8 @@ def choose(
         tuning = default_tuning(runtime.device.type, runtime.dtype)
     if tuning is None:
         runtime.adapt_threads(at_once=True)  # with more threads than free cores nothing could be measured
-        tuning = tune(unet, image_shape, config.train_batch_size, runtime, Path(config.cache_dir).expanduser())
+        batch_size = config.batch_of_rank(runtime.world_size) // config.gradient_accumulation_steps
+        tuning = tune(unet, image_shape, batch_size, runtime, Path(config.cache_dir).expanduser())
     for parameter in unet.parameters():
         if 1 in parameter.shape:
             parameter.register_hook(_with_plain_strides)
@@ -166,7 +171,8 @@ def tune(
         return cached
     started = time.monotonic()
     trial, threads = Trial(unet, image_shape, batch_size, runtime, started + SECONDS), runtime.threads
-    tuning = runtime.broadcast(trial.run(default_tuning(runtime.device.type, runtime.dtype)))
+    tuning = trial.run(default_tuning(runtime.device.type, runtime.dtype))
+    tuning = runtime.broadcast(replace(tuning, images_per_second=trial.rates.get(tuning)))
     runtime.adapt_threads(at_once=True)
     is_kept = len(trial.rates) > 1 and runtime.threads == threads
     if runtime.is_main and is_kept:
@@ -180,6 +186,26 @@ def tune(
         + ("" if is_kept else "; the next run tries again, for this machine was too busy to compare")
     )
     return tuning
+
+
+@contextmanager
+def without_traces(unet: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """A context for training steps of which neither the mode of the network nor the random numbers keep a trace."""
+    was_training = unet.training
+    unet.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        unet.train(was_training)
+
+
+def random_inputs(
+    unet: Any, image_shape: tuple[int, int, int], number: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x_t, t and class labels (None for a network without classes) of so many images."""
+    x_t, t = torch.randn(number, *image_shape, device=device), torch.randint(1000, (number,), device=device)
+    return x_t, t, None if unet.config["num_class_embeds"] is None else torch.zeros_like(t)
 
 
 class Trial:
@@ -207,11 +233,10 @@ class Trial:
 
     def run(self, default: Tuning) -> Tuning:
         """The fastest candidate, or the default where none is clearly faster or there is no time to try."""
-        device, was_training = self._runtime.device, self._unet.training
+        device = self._runtime.device
         threads = threads_before = torch.get_num_threads()
-        self._unet.train()
         best = default
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with without_traces(self._unet, device):
             self._cut_batch(default)
             for field, values in CHOICES.items():
                 if self._clock() < self._deadline and not (field == "attention" and device.type != "cpu"):
@@ -224,8 +249,13 @@ class Trial:
                     break
         if device.type == "cpu":
             torch.set_num_threads(threads_before)
-        self._unet.train(was_training)
         return best
+
+    def measure(self, tuning: Tuning) -> float:
+        """Images per second with this candidate alone, on this rank."""
+        with without_traces(self._unet, self._runtime.device):
+            self._cut_batch(tuning)
+            return self._rate(tuning)
 
     def _faster(self, best: Tuning, *candidates: Tuning) -> Tuning:
         """The first unless another one is clearly faster."""
@@ -250,17 +280,13 @@ class Trial:
         if tuning.threads is not None:
             torch.set_num_threads(tuning.threads)
         device = self._runtime.device
-        x = torch.randn(self._batch_size, *self._image_shape, device=device)
-        t = torch.randint(1000, (self._batch_size,), device=device)
-        labels = None  # of a network without classes
-        if getattr(self._unet, "config", {}).get("num_class_embeds") is not None:
-            labels = torch.zeros_like(t)
+        inputs = random_inputs(self._unet, self._image_shape, self._batch_size, device)
         seconds = []
         for _ in range(number):
             self._wait()
             begin = time.perf_counter()
             with self._runtime.autocast():
-                prediction = self._unet(x, t, class_labels=labels, return_dict=False)[0]
+                prediction = self._unet(*inputs, return_dict=False)[0]
             prediction.float().square().mean().backward()
             self._wait()
             seconds.append(time.perf_counter() - begin)

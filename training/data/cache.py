@@ -26,7 +26,7 @@ from dataclasses import astuple, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Generic, NamedTuple, TypeVar
+from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -34,6 +34,7 @@ from PIL import Image
 from ddpm_pipeline.decode import Payload, Target, background_values, decode, failure_reason, parse_colour, read_header
 from training.data.disk import create_folder, flush_to_disk, needs_space
 from training.data.folder import image_folder
+from training.data.sizes import LARGEST, Rule, nearest_size, proposed_size
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset
 from training.messages import some
 from training.progress import progress
@@ -120,11 +121,12 @@ class ImageSet:
 class DecodeSettings:
     """What the pixels depend on besides the source. These are in the cache key, in this order."""
 
-    size: tuple[int, int] | None  # (H, W); None is the most common size in the data
+    size: tuple[int, int] | None  # (H, W); None is the most common size in the data, or the nearest that fits
     center_crop: bool
     background: tuple[int, int, int]
     on_bad_image: str
     min_side: int
+    size_rule: Rule | Literal["any"]  # which sizes fit if none is given, see sizes.py
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ def load_images(
     split: str = "train",
     train_data_dir: str | Path | None = None,
     resolution: int | str | tuple[int, int] | None = None,
+    size_rule: Rule | Literal["any"] = "any",
     center_crop: bool = True,
     background: str = "white",
     on_bad_image: str = "stop",
@@ -159,6 +162,8 @@ def load_images(
             test, one of these.
         train_data_dir: folder of image files, searched recursively. Give this or dataset_name.
         resolution: one side, (H, W) or "HxW", in pixels; None: the most common size in the data (moons: 32).
+        size_rule: of the network, see sizes.py; without a resolution the images get the size nearest to the most common
+            one that fits, and images larger than LARGEST are refused. "any": every size fits.
         center_crop: resize an image of another size until it covers the target, then crop its centre; False: stretch it
             to the target.
         background: colour behind transparent pixels, a CSS name or #rrggbb; for gray images its luminance.
@@ -206,7 +211,9 @@ def load_images(
         include=include, exclude=exclude, follow_links=follow_links, split_folders=split_folders,
     )  # fmt: skip
     size = source.size if isinstance(source, Moons) else size
-    settings = DecodeSettings(size, bool(center_crop), colour, on_bad_image, min_side)
+    settings = DecodeSettings(
+        size, bool(center_crop), colour, on_bad_image, min_side, size_rule if size is None else "any"
+    )
 
     folder = cache_dir / cache_key(source, settings)
     if not (folder / "meta.json").exists():
@@ -321,8 +328,11 @@ def write_decoded(
     if not count:
         raise ValueError(f"{source.description} has no images")
     num_resized = headers.sizes.total() - headers.sizes[target.height, target.width]
+    size = headers.sizes.most_common(1)[0][0]
+    is_rounded = settings.size is None and size != (target.height, target.width)
+    reason = f", the size nearest to {size[0]} x {size[1]} that the network can halve" if is_rounded else ""
     notes = [
-        (num_resized, f"resized to {target.height} x {target.width}"),
+        (num_resized, f"resized to {target.height} x {target.width}{reason}"),
         (headers.num_narrowed, "reduced from 16 to 8 bits per colour channel"),
         (headers.num_animated, "with several frames, only the first is used"),
         (len(skipped), "unreadable and left out"),
@@ -384,9 +394,21 @@ def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
         )
     channels = max(numbers, default=1)
     most_common = headers.sizes.most_common(1)[0][0] if headers.sizes else (1, 1)
-    height, width = settings.size or most_common
+    height, width = settings.size or _fitting_size(most_common, settings.size_rule)
     background = background_values(settings.background, channels)
     return Target(channels, f"uint{headers.bits}", height, width, settings.center_crop, background)
+
+
+def _fitting_size(size: tuple[int, int], rule: Rule | Literal["any"]) -> tuple[int, int]:
+    if rule == "any":
+        return size
+    if max(size) > LARGEST:
+        small, large = proposed_size(rule, *size), nearest_size(rule, *size)
+        raise ValueError(
+            f"most images are {size[0]}x{size[1]} (height x width), which takes long to train at: give --resolution "
+            f"{small[0]}x{small[1]}, or {large[0]}x{large[1]} for that size"
+        )
+    return nearest_size(rule, *size)
 
 
 class Attempt(NamedTuple, Generic[T]):

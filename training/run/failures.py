@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from training.config import Config
     from training.data.batches import Batches
     from training.data.cache import ImageSet
+    from training.plan import Passes
 
 
 class OutOfMemoryError(RuntimeError):
@@ -83,7 +84,7 @@ def _meaning(setting: str, value: Any) -> Any:
 
 
 @contextmanager
-def explain_out_of_memory(config: Config, step: int, saved: int) -> Iterator[None]:
+def explain_out_of_memory(passes: Passes, step: int, saved: int) -> Iterator[None]:
     """Turn running out of memory in this context into OutOfMemoryError, which suggests settings that need less.
 
     Args:
@@ -95,7 +96,7 @@ def explain_out_of_memory(config: Config, step: int, saved: int) -> Iterator[Non
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        batch_size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
+        batch_size, accumulation = passes.batch_size, passes.number
         divisor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), None)
         if divisor is None:
             advice = "train_batch_size is 1 already: use a smaller resolution or denoiser"

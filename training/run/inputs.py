@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from training.data.batches import Batches, Labels
 from training.data.classes import Classes, find_classes
+from training.data.sizes import Rule
 from training.data.split import DataSplit, load_data_split
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ class Inputs:
         return len(self.split.train_indices)
 
 
-def load_inputs(config: Config, runtime: Runtime) -> Inputs:
+def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
     """Load the data of a run on all ranks, and print what it is.
 
+    Args:
+        size_rule: of the network, see sizes.py.
     Raises:
         ValueError: as load_images, find_classes and Runtime.agree.
     """
-    split = runtime.in_turn(lambda: load_split(config))
+    split = runtime.in_turn(lambda: load_split(config, size_rule))
     data = split.data
     classes, labels, num_class_embeds = None, None, None
     if config.class_conditional:
@@ -56,7 +59,7 @@ def load_inputs(config: Config, runtime: Runtime) -> Inputs:
         runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
     if classes is not None:
         runtime.print(str(classes))
-    global_batch = config.train_batch_size * config.gradient_accumulation_steps * runtime.world_size
+    global_batch = config.batch_of_rank(runtime.world_size) * runtime.world_size
     batches = Batches(
         data.images,
         train_indices=split.train_indices,
@@ -69,7 +72,7 @@ def load_inputs(config: Config, runtime: Runtime) -> Inputs:
     return Inputs(split, classes, batches, global_batch, num_class_embeds)
 
 
-def load_split(config: Config) -> DataSplit:
+def load_split(config: Config, size_rule: Rule) -> DataSplit:
     """The images to train on and the held-out images."""
     return load_data_split(
         config.validation_split if config.validation_steps != 0 else "none",
@@ -84,6 +87,7 @@ def load_split(config: Config) -> DataSplit:
         follow_links=config.follow_links,
         split_folders=config.split_folders,
         resolution=config.height_width,
+        size_rule=size_rule,
         center_crop=config.center_crop,
         background=config.background,
         on_bad_image=config.on_bad_image,

@@ -19,6 +19,7 @@ class RunRecord:
     Args:
         step: optimizer steps done.
         global_batch: images per optimizer step.
+        batch_size: images per forward pass; None in older records.
         num_processes: world size.
         device: name of the processor or GPU.
         threads: CPU threads that rank 0 computes with at this step; None on another device and in older records.
@@ -44,6 +45,7 @@ class RunRecord:
 
     step: int = 0
     global_batch: int
+    batch_size: int | None = None
     num_processes: int
     device: str
     threads: int | None = None

@@ -41,7 +41,8 @@ class Runtime:
         mistake: of this process. It joins the others only to tell them, and all raise it: else they would wait for it.
     Attributes:
         rank, world_size: index of this process and number of processes. `is_main` is true on rank 0.
-        num_nodes: number of machines; `name` says which rank this is, and on which of them, for messages.
+        num_nodes, processes_per_node: number of machines, and of processes on each; `name` says which rank this is, and
+            on which machine, for messages.
         mixed_precision: no, fp16 or bf16.
         dtype: what the network computes in, inside `autocast()`.
     Raises:
@@ -70,7 +71,7 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.processes_per_node = processes_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.num_nodes = max(1, self.world_size // processes_per_node)
         # For objects, and for waiting: NCCL gives up after ten minutes, in which one rank may still decode images. Not
         # between machines, where gloo may find no way if NCCL does.

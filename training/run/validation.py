@@ -58,7 +58,7 @@ class Validator:
             sampler.scheduler,
             labels=None if classes is None else classes.held_out,
             device=runtime.device,
-            batch_size=config.train_batch_size,
+            batch_size=None if config.train_batch_size == "auto" else config.train_batch_size,
             rank=runtime.rank,
             world_size=runtime.world_size,
         )

@@ -1,0 +1,157 @@
+"""The plan of a run: memory against closed forms, the batch that fits, and the network that is fast enough."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.short_run import fresh_accelerate
+from training import plan
+from training.budget import Budget
+from training.config import Config
+from training.denoiser import FAMILIES, make_denoiser
+from training.plan import Memory, Passes, fit_passes, measure_memory
+from training.run.runtime import Runtime
+
+GB = 1e9
+
+
+@pytest.fixture
+def runtime():
+    with fresh_accelerate():
+        yield Runtime("no", 1)
+
+
+class Squares(torch.nn.Module):
+    """x^2, which keeps x for its backward pass, and nothing else."""
+
+    config = SimpleNamespace(__getitem__=None)
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"num_class_embeds": None}
+        self.weight = torch.nn.Parameter(torch.ones(1000))
+
+    def forward(self, x_t, t, labels, return_dict):
+        return (x_t.requires_grad_() * x_t,)
+
+
+def test_memory_of_what_is_kept(runtime):
+    memory = measure_memory(Squares(), (3, 8, 16), runtime)
+    assert memory.per_image == plan.KEPT * 4 * 3 * 8 * 16
+    assert memory.fixed == plan.LIBRARIES + plan.WEIGHTS * 4 * 1000
+
+
+def test_memory_grows_with_the_images_and_leaves_no_trace(runtime):
+    torch.manual_seed(0)
+    unet = make_denoiser("tiny", height=16, width=16, in_channels=3, dropout=0.1).eval()
+    torch.manual_seed(1)
+    one, two, five = (plan._kept_bytes(unet, (3, 16, 16), number, runtime) for number in (1, 2, 5))
+    assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
+    assert five - one == pytest.approx(4 * (two - one), rel=0.01)
+    assert not unet.training and all(parameter.grad is None for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("train_batch_size", "of_rank", "available", "expected"),
+    [
+        ("auto", 64, 100 * GB, (64, 1)),
+        ("auto", 64, 12.6 * GB, (8, 8)),  # 80 % of it: 10 images fit
+        ("auto", 63, 12.6 * GB, (9, 7)),
+        ("auto", 64, 1.4 * GB, (1, 64)),
+        (64, 128, 65 * GB, (64, 2)),  # what was asked for may take all
+    ],
+)
+def test_the_largest_batch_that_fits(train_batch_size, of_rank, available, expected):
+    memory = Memory(fixed=0.05 * GB, per_image=1 * GB)
+    assert fit_passes(train_batch_size, of_rank, memory, available) == Passes(*expected)
+
+
+def test_what_does_not_fit_is_refused_with_what_does():
+    memory = Memory(fixed=1 * GB, per_image=0.5 * GB)
+    with pytest.raises(ValueError, match=r"train_batch_size is 64, .* 33\.0 GB, .* 10\.0 GB are free: give "
+                       "--train_batch_size 8 --gradient_accumulation_steps 16, which is the same"):  # fmt: skip
+        fit_passes(64, 128, memory, 10 * GB)
+    for train_batch_size in (64, "auto"):
+        with pytest.raises(ValueError, match=r"one image needs about 1\.5 GB, and 1\.0 GB are free"):
+            fit_passes(train_batch_size, 64, memory, 1 * GB)
+
+
+def test_a_resumed_run_keeps_its_batches(runtime, monkeypatch):
+    config, memory = Config(dataset_name="moons"), Memory(0, 1 * GB)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 40 * GB)
+    assert plan.plan_passes(config, runtime, memory, None) == Passes(32, 2)
+    assert plan.plan_passes(config, runtime, memory, {"batch_size": 16}) == Passes(16, 4)
+    assert plan.plan_passes(config, runtime, memory, {"batch_size": 64}) == Passes(32, 2)  # now there is less memory
+    assert plan.plan_passes(config, runtime, memory, {}) == Passes(32, 2)
+
+
+def test_memory_in_a_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "CGROUP", tmp_path)
+    free = plan.available_bytes(torch.device("cpu"))
+    assert free > 1e6
+    for name, content in (
+        ("memory.max", "5000000"),
+        ("memory.current", "4000000"),
+        ("memory.stat", "a 1\ninactive_file 7\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert plan.available_bytes(torch.device("cpu")) == 1_000_007
+    (tmp_path / "memory.max").write_text("max\n")
+    assert plan.available_bytes(torch.device("cpu")) > 1e6
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+
+RATES = {"tiny": 400.0, "small": 60.0, "base": 12.0, "large": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen", "tried"),
+    [
+        ({"max_train_minutes": 10}, "tiny", 2),
+        ({"max_train_minutes": 60}, "small", 3),
+        ({}, "small", 3),
+        ({"max_train_minutes": 300}, "base", 4),
+        ({"max_train_minutes": 3000}, "large", 4),
+        ({"max_train_minutes": 0.1}, "tiny", 1),
+        ({"max_train_steps": 100}, "base", 4),  # 6,400 images take 8.9 minutes with base, and 36 with large
+        ({"max_train_steps": 10**6}, "small", 3),
+    ],
+)
+def test_the_largest_family_that_sees_enough_images(runtime, monkeypatch, capsys, settings, chosen, tried):
+    names = []
+
+    def make(name):
+        names.append(name)
+        return make_denoiser("tiny", height=4, width=4, in_channels=1)
+
+    monkeypatch.setattr(plan, "images_per_second", lambda *_: RATES[names[-1]])
+    config = Config(dataset_name="moons", **settings)
+    assert plan.choose_family(make, (1, 4, 4), runtime, config, Budget.of(config, 64)) == chosen
+    assert names == list(FAMILIES)[:tried]
+    assert f"denoiser: {chosen}, the largest that sees " in capsys.readouterr().out
+
+
+def test_a_family_that_does_not_fit_is_not_chosen(runtime, monkeypatch, capsys):
+    memories = iter([Memory(0, 1), Memory(math.inf, 1)])
+    monkeypatch.setattr(plan, "measure_memory", lambda *_: next(memories))
+    monkeypatch.setattr(plan, "images_per_second", lambda *_: 1e9)
+    config = Config(dataset_name="moons")
+
+    def make(name):
+        return make_denoiser("tiny", height=4, width=4, in_channels=1)
+
+    assert plan.choose_family(make, (1, 4, 4), runtime, config, Budget.of(config, 64)) == "tiny"
+    assert "small needs more memory" in capsys.readouterr().out
+
+
+def test_without_a_trial_the_smallest_on_a_cpu(runtime):
+    config = Config(dataset_name="moons", tune="off")
+    assert plan.choose_family(None, (1, 4, 4), runtime, config, Budget.of(config, 64)) == "tiny"
+
+
+def test_the_speed_of_a_family_is_measured(runtime):
+    unet = make_denoiser("tiny", height=8, width=8, in_channels=1)
+    assert 1 < plan.images_per_second(unet, (1, 8, 8), runtime) < 1e6

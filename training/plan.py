@@ -1,0 +1,191 @@
+"""PLAN: what a run will take on this machine, measured before its first step: network, batch, time and memory.
+
+`--denoiser auto` tries the families from the smallest up, for a second each, and takes the largest one that sees ENOUGH
+images in the time of the run. What the forward passes of one and of two images keep for the backward pass tells how
+much memory an image needs, and so which batch fits.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from training import tune
+from training.budget import DEFAULT_MINUTES, Budget
+from training.config import GLOBAL_BATCH
+from training.denoiser import FAMILIES
+
+if TYPE_CHECKING:
+    from training.config import Config
+    from training.run.runtime import Runtime
+
+ENOUGH = 200_000  # images, each counted as often as it is seen: with fewer, a larger network draws no better
+SECONDS = 2.0  # for one network
+# Of the memory of a step: for each weight the gradient, two moments of AdamW, the EMA and a copy in bf16; for what the
+# forward pass keeps also gradients of activations, work space and fragments.
+WEIGHTS, KEPT = 5.5, 2.0
+LIBRARIES = 0.8e9  # bytes of a process that has loaded them
+SAFE = 0.8  # of the memory that is free
+CGROUP = Path("/sys/fs/cgroup")  # of this container
+
+ImageShape = tuple[int, int, int]  # (C, H, W)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step needs: fixed + images * per_image."""
+
+    fixed: float
+    per_image: float
+
+    def of(self, images: int) -> float:
+        return self.fixed + images * self.per_image
+
+    def largest_batch(self, available: float) -> int:
+        """How many images fit; 0: not one."""
+        return max(0, math.floor((available - self.fixed) / self.per_image))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward passes of a step on each rank: `number` of them with `batch_size` images."""
+
+    batch_size: int
+    number: int
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+
+
+def choose_family(
+    make: Callable[[str], Any], image_shape: ImageShape, runtime: Runtime, config: Config, budget: Budget
+) -> str:
+    """The largest family that sees ENOUGH images in time, the same on all ranks; prints why.
+
+    For a run that is limited in steps: that has done them in DEFAULT_MINUTES. Without trials (`tune` is off) the
+    smallest on a CPU, and the second elsewhere.
+
+    Args:
+        make: a network of the family on the device of the runtime.
+    """
+    if config.tune == "off":
+        return list(FAMILIES)[runtime.device.type != "cpu"]
+    runtime.adapt_threads(at_once=True)
+    global_batch = config.batch_of_rank(runtime.world_size) * runtime.world_size
+    minutes = min(budget.seconds / 60, DEFAULT_MINUTES if math.isinf(budget.seconds) else math.inf)
+    wanted = min(ENOUGH, budget.steps * global_batch)
+    chosen, found = next(iter(FAMILIES)), []
+    for name in FAMILIES:
+        unet = make(name)
+        tune.apply(tune.default_tuning(runtime.device.type, runtime.dtype), unet)
+        fits = measure_memory(unet, image_shape, runtime).largest_batch(SAFE * available_bytes(runtime.device)) > 0
+        rate = images_per_second(unet, image_shape, runtime) if fits else 0.0
+        rate, fits = runtime.broadcast((rate, fits))
+        del unet
+        seen = rate * 60 * minutes
+        seen_text = f"{name} {rate:.3g} images/s, {seen:,.0f} in {minutes:g} minutes"
+        found.append(seen_text if fits else f"{name} needs more memory")
+        if seen < wanted:
+            break
+        chosen = name
+    runtime.print(f"denoiser: {chosen}, the largest that sees {wanted:,.0f} images ({'; '.join(found)})")
+    return chosen
+
+
+def images_per_second(unet: Any, image_shape: ImageShape, runtime: Runtime) -> float:
+    """Of a training step without its optimizer, all ranks together."""
+    tuning = tune.default_tuning(runtime.device.type, runtime.dtype)
+    trial = tune.Trial(unet, image_shape, GLOBAL_BATCH, runtime, time.monotonic() + SECONDS)
+    return runtime.world_size * trial.measure(tuning)
+
+
+# ---- Memory and batch ------------------------------------------------------------------------------------------------
+
+
+def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict[str, Any] | None) -> Passes:
+    """How each rank computes its images of a step, the same on all ranks.
+
+    Args:
+        manifest: of the checkpoint that the run continues from, with its batches if that is possible.
+    Raises:
+        ValueError: that does not fit into memory; the message says what does.
+    """
+    processes = runtime.processes_per_node if runtime.device.type == "cpu" else 1  # which share the memory
+    available = runtime.broadcast(available_bytes(runtime.device) / processes)
+    of_rank, memory = config.batch_of_rank(runtime.world_size), runtime.broadcast(memory)
+    before = (manifest or {}).get("batch_size")
+    if config.train_batch_size == "auto" and before and of_rank % before == 0 and memory.of(before) <= available:
+        return Passes(before, of_rank // before)
+    return fit_passes(config.train_batch_size, of_rank, memory, available)
+
+
+def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Memory, available: float) -> Passes:
+    """Passes for `of_rank` images of a step, if so many bytes are available; ValueError: see `plan_passes`."""
+    fitting = memory.largest_batch(SAFE * available)
+    divisors = [n for n in range(1, of_rank + 1) if of_rank % n == 0 and n <= fitting]
+    if train_batch_size != "auto" and memory.of(train_batch_size) <= available:
+        return Passes(train_batch_size, of_rank // train_batch_size)
+    if not divisors:
+        raise ValueError(
+            f"a step with one image needs about {memory.of(1) / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free: "
+            "give a smaller --resolution or --denoiser"
+        )
+    best = divisors[-1]
+    if train_batch_size != "auto":
+        raise ValueError(
+            f"train_batch_size is {train_batch_size}, which needs about {memory.of(train_batch_size) / 1e9:.1f} GB, "
+            f"and {available / 1e9:.1f} GB are free: give --train_batch_size {best} --gradient_accumulation_steps "
+            f"{of_rank // best}, which is the same global batch"
+        )
+    return Passes(best, of_rank // best)
+
+
+def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime) -> Memory:
+    """What a training step of this network needs."""
+    one, two = (_kept_bytes(unet, image_shape, number, runtime) for number in (1, 2))
+    weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
+    fixed = WEIGHTS * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
+    return Memory(fixed, KEPT * max(1, two - one))
+
+
+def _kept_bytes(unet: Any, image_shape: ImageShape, number: int, runtime: Runtime) -> int:
+    """Bytes that a forward pass of so many images keeps for the backward pass, and of the weights."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        tune.without_traces(unet, runtime.device),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        runtime.autocast(),
+    ):
+        output = unet(*tune.random_inputs(unet, image_shape, number, runtime.device), return_dict=False)
+        total = sum(kept.values())
+        del output
+    return total
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that is free on this device; in a container, what its limit leaves."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    try:
+        limit, used = (float((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no container, or no limit
+        return free
+    return min(free, limit - used + (float(cached[1]) if cached else 0.0))
