@@ -213,7 +213,7 @@ def test_a_saved_model_is_a_plain_unet_with_equal_predictions(tmp_path, size):
         ({"height": 28, "width": 28}, "size is 28x28, which the denoiser 'tiny' .*: give --resolution 32x32"),
         ({"width": 7}, "size is 32x7, .*: give --resolution 32x8"),
         ({"denoiser": "ddpm-cifar10", "width": 28}, "size is 32x28, .*: give --resolution 32x32"),
-        ({"denoiser": FORMER["small"], "width": 31}, "which this network cannot halve .*: give --resolution 32x32"),
+        ({"denoiser": FORMER["small"], "width": 31}, "which the network cannot halve .*: give --resolution 32x32"),
         ({"height": 0}, "height is 0"),
         ({"height": -32}, "height is -32"),
         ({"height": 32.0}, "height is 32.0"),
@@ -293,8 +293,8 @@ def test_a_configuration_that_cannot_be_trained_is_refused_with_a_proposal(tmp_p
 def test_a_network_that_does_not_exist(tmp_path):
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     for name, message in (
-        ("huge", r"denoiser is 'huge' \(no such file or folder\): give one of tiny, small, base, large, ddpm-cifar10"),
-        (str(tmp_path / "nothing"), "denoiser is .*nothing.*: give one of tiny"),
+        ("huge", r"denoiser is 'huge' \(no such file or folder\): give auto, tiny, small, base, large, ddpm-cifar10"),
+        (str(tmp_path / "nothing"), "denoiser is .*nothing.*: give auto, tiny"),
         (str(tmp_path / "run"), "a folder without config.json of a UNet2DModel: give .*pipeline"),
     ):
         with pytest.raises(ValueError, match=message):

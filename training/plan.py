@@ -1,7 +1,7 @@
 """PLAN: what a run will take on this machine, measured before its first step: network, batch, time and memory.
 
 `--denoiser auto` tries the families from the smallest up, for a second each, and takes the largest one that sees ENOUGH
-images in the time of the run. What the forward passes of one and of two images keep for the backward pass tells how
+images in the time of the run. What the forward passes of two and of three images keep for the backward pass tells how
 much memory an image needs, and so which batch fits.
 """
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from training.config import Config
     from training.run.runtime import Runtime
 
-ENOUGH = 200_000  # images, each counted as often as it is seen: with fewer, a larger network draws no better
+# Images, each counted as often as it is seen: with fewer than ENOUGH a larger network draws no better, and after FEW
+# samples hardly differ from noise.
+ENOUGH, FEW = 200_000, 20_000
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW, the EMA and a copy in bf16; for what the
 # forward pass keeps also gradients of activations, work space and fragments.
@@ -96,8 +98,19 @@ def choose_family(
         if seen < wanted:
             break
         chosen = name
-    runtime.print(f"denoiser: {chosen}, the largest that sees {wanted:,.0f} images ({'; '.join(found)})")
+    why = "the smallest" if chosen == next(iter(FAMILIES)) else f"the largest that sees {wanted:,.0f} images"
+    runtime.print(f"denoiser: {chosen}, {why} ({'; '.join(found)})")
     return chosen
+
+
+def check_time(images: float, rate: float) -> str | None:
+    """A warning if the time of a run is hopeless, for so many images at so many a second."""
+    if images >= FEW:
+        return None
+    return (
+        f"WARNING: after {images:,.0f} images samples hardly differ from noise: give more time, at least "
+        f"--max_train_minutes {FEW / rate / 60:.2g}, or a smaller --resolution"
+    )
 
 
 def images_per_second(unet: Any, image_shape: ImageShape, runtime: Runtime) -> float:
@@ -150,10 +163,10 @@ def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Me
 
 def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime) -> Memory:
     """What a training step of this network needs."""
-    one, two = (_kept_bytes(unet, image_shape, number, runtime) for number in (1, 2))
+    two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
     weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
     fixed = WEIGHTS * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
-    return Memory(fixed, KEPT * max(1, two - one))
+    return Memory(fixed, KEPT * max(1, three - two))
 
 
 def _kept_bytes(unet: Any, image_shape: ImageShape, number: int, runtime: Runtime) -> int:

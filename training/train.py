@@ -141,9 +141,12 @@ def main(config: Config, stop: StopSignal) -> int:
     record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
               record, log, sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
-    if tuning.images_per_second and found is None:
-        budget.expect(inputs.global_batch / (runtime.world_size * tuning.images_per_second))
+    rate = runtime.world_size * (tuning.images_per_second or 0)
+    if rate and found is None:
+        budget.expect(inputs.global_batch / rate)
     runtime.print(describe(run, memory))
+    if rate and (warning := plan.check_time(budget.total * inputs.global_batch, rate)):
+        runtime.print(warning)
     first_step = state.step
     interrupted = train(run, state)
     if interrupted:

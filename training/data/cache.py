@@ -244,7 +244,8 @@ def load_images(
 
 
 def cache_key(source: Source | Moons, settings: DecodeSettings) -> str:
-    key = json.dumps([FORMAT, source.identity, *astuple(settings)])
+    *parts, rule = astuple(settings)
+    key = json.dumps([FORMAT, source.identity, *parts, *([] if rule == "any" else [rule])])
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -329,8 +330,9 @@ def write_decoded(
         raise ValueError(f"{source.description} has no images")
     num_resized = headers.sizes.total() - headers.sizes[target.height, target.width]
     size = headers.sizes.most_common(1)[0][0]
-    is_rounded = settings.size is None and size != (target.height, target.width)
-    reason = f", the size nearest to {size[0]} x {size[1]} that the network can halve" if is_rounded else ""
+    reason = ""
+    if settings.size is None and size != (target.height, target.width):
+        reason = f", the size nearest to {size[0]} x {size[1]} that the network can halve"
     notes = [
         (num_resized, f"resized to {target.height} x {target.width}{reason}"),
         (headers.num_narrowed, "reduced from 16 to 8 bits per colour channel"),
@@ -400,15 +402,13 @@ def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
 
 
 def _fitting_size(size: tuple[int, int], rule: Rule | Literal["any"]) -> tuple[int, int]:
-    if rule == "any":
-        return size
-    if max(size) > LARGEST:
+    if rule != "any" and max(size) > LARGEST:
         small, large = proposed_size(rule, *size), nearest_size(rule, *size)
         raise ValueError(
             f"most images are {size[0]}x{size[1]} (height x width), which takes long to train at: give --resolution "
             f"{small[0]}x{small[1]}, or {large[0]}x{large[1]} for that size"
         )
-    return nearest_size(rule, *size)
+    return size if rule == "any" else nearest_size(rule, *size)
 
 
 class Attempt(NamedTuple, Generic[T]):
