@@ -13,7 +13,7 @@ import io
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -42,6 +42,14 @@ class Header:
     bits: int  # per channel, after decoding
     narrowed: bool  # the file has more than 8 bits per colour channel, and Pillow keeps 8
     animated: bool  # or several pages: more than one frame
+
+
+class Size(NamedTuple):
+    """What to resize an image to, and how: see Target."""
+
+    height: int
+    width: int
+    center_crop: bool
 
 
 @dataclass(frozen=True)
@@ -157,9 +165,13 @@ def decode(payload: Payload, target: Target) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def decode_for(payload: Payload, channels: int, background: tuple[int, int, int]) -> np.ndarray:
-    """One image with this many channels, (C, H, W) uint8 or uint16, at its own size and depth.
+def decode_for(
+    payload: Payload, channels: int, background: tuple[int, int, int], size: Size | None = None
+) -> np.ndarray:
+    """One image with this many channels, (C, H, W) uint8 or uint16, at its own depth.
 
+    Args:
+        size: to resize it to; None: its own.
     Raises:
         ValueError: only a .npy file can have this many channels, or this one has others.
         Exception: as read_header and decode.
@@ -171,13 +183,15 @@ def decode_for(payload: Payload, channels: int, background: tuple[int, int, int]
     elif channels not in IMAGE_CHANNELS:
         raise ValueError(f"the model has {channels} channels, and PIL images have 1, 3 or 4: give arrays or tensors")
     behind = background_values(background, channels)
-    target = Target(channels, f"uint{header.bits}", header.height, header.width, center_crop=False, background=behind)
-    return decode(payload, target)
+    height, width, center_crop = size or Size(header.height, header.width, center_crop=False)
+    return decode(payload, Target(channels, f"uint{header.bits}", height, width, center_crop, behind))
 
 
-def decode_mask(payload: Payload) -> np.ndarray:
-    """Luminance times alpha, (H, W) in [0, 1], at the full depth of the image.
+def decode_mask(payload: Payload, size: Size | None = None) -> np.ndarray:
+    """Luminance times alpha, (H, W) in [0, 1].
 
+    Args:
+        size: to resize it to; None: its own.
     Raises:
         ValueError: a .npy file with several channels.
         Exception: as read_header and decode.
@@ -187,10 +201,14 @@ def decode_mask(payload: Payload) -> np.ndarray:
         array = _open_npy(payload)
         if array.shape[2] != 1:
             raise ValueError(f"the array is {array.shape} {array.dtype}: a mask has one channel")
-        return array[:, :, 0] / np.iinfo(array.dtype).max
-    pixels, alpha = _layers(payload, "L")
-    white = float(np.iinfo(pixels.dtype).max)
-    return (pixels / white if alpha is None else (pixels / white) * (alpha / white))[:, :, 0]
+        mask = array / np.iinfo(array.dtype).max
+    else:
+        pixels, alpha = _layers(payload, "L")
+        white = float(np.iinfo(pixels.dtype).max)
+        mask = pixels / white if alpha is None else (pixels / white) * (alpha / white)
+    if size is not None and mask.shape[:2] != size[:2]:
+        mask = _resize(np.rint(65535 * mask).astype(np.uint16), size) / 65535
+    return mask[:, :, 0]
 
 
 def _pixels(payload: Payload, target: Target) -> np.ndarray:
@@ -247,7 +265,7 @@ def _scaled_key(key: Any, coding: str) -> Any:
     return key
 
 
-def _resize(pixels: np.ndarray, target: Target) -> np.ndarray:
+def _resize(pixels: np.ndarray, target: Target | Size) -> np.ndarray:
     height, width = pixels.shape[:2]
     box = (0.0, 0.0, float(width), float(height))
     if target.center_crop:

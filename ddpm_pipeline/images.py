@@ -13,13 +13,14 @@ from diffusers.utils.pil_utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from .decode import IMAGE_CHANNELS, decode_for, decode_mask, failure_reason, parse_colour, read_header
+from .decode import IMAGE_CHANNELS, Size, decode_for, decode_mask, failure_reason, parse_colour, read_header
 from .pixels import from_array, from_pixels, height_width
 from .precision import compute_dtype
 from .scheduling_ddpm import DDPMScheduler, check_choice
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-BACKGROUND = "_background"  # the field of the network's configuration; diffusers keeps a "_" field and ignores it
+# Fields of the network's configuration; diffusers keeps a "_" field and ignores it.
+BACKGROUND, CENTER_CROP = "_background", "_center_crop"
 
 T = TypeVar("T")
 
@@ -61,7 +62,18 @@ def record_background(unet: UNet2DModel, colour: str) -> None:
         unet.register_to_config(**{BACKGROUND: colour})
 
 
-def to_tensor(images: Any, name: str, channels: int, background: str = "white") -> Tensor:
+def record_center_crop(unet: UNet2DModel, center_crop: bool) -> None:
+    """Save how images of another size were resized for training with the network, in its configuration."""
+    unet.register_to_config(**{CENTER_CROP: center_crop})
+
+
+def size_of(unet: UNet2DModel) -> Size | None:
+    """What images are resized to, as in training; None if that is not saved."""
+    center_crop, size = unet.config.get(CENTER_CROP), unet.config["sample_size"]
+    return None if center_crop is None or size is None else Size(*height_width(size), bool(center_crop))
+
+
+def to_tensor(images: Any, name: str, channels: int, background: str = "white", size: Size | None = None) -> Tensor:
     """Images of any kind as (B, C, H, W), float32 or float64, in [-1, 1], on the CPU.
 
     Args:
@@ -70,6 +82,7 @@ def to_tensor(images: Any, name: str, channels: int, background: str = "white") 
             single ones.
         name: of the argument, for messages.
         background: colour behind transparent pixels of files and PIL images.
+        size: that files and PIL images are resized to; None: they keep theirs.
     Raises:
         ValueError: another type, shape, dtype or number of channels, values that are out of range or non-finite, or a
             file that cannot be read.
@@ -77,14 +90,21 @@ def to_tensor(images: Any, name: str, channels: int, background: str = "white") 
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list: give at least one image")
-        single = [to_tensor(image, name, channels, background) for image in images]
+        single = [to_tensor(image, name, channels, background, size) for image in images]
         shapes = sorted({tuple(image.shape[1:]) for image in single})
         if len(shapes) > 1:
             raise ValueError(f"{name} has images of shapes {shapes}: they must be equal")
         return torch.cat(single)
     if isinstance(images, (str, os.PathLike, Image.Image)):
         colour = parse_colour(background)
-        return from_pixels(_read(lambda payload: decode_for(payload, channels, colour), images, name))[None]
+        header = _read(read_header, images, name)
+        if size is not None and (header.height, header.width) != size[:2]:
+            warnings.warn(
+                f"{name}: images of {header.height} x {header.width} pixels are resized to {size.height} x "
+                f"{size.width}, as in training",
+                stacklevel=2,
+            )
+        return from_pixels(_read(lambda payload: decode_for(payload, channels, colour, size), images, name))[None]
     if isinstance(images, np.ndarray):
         values = _own_tensor(images, name)
         values = values[..., None] if values.ndim == 2 else values
@@ -141,7 +161,8 @@ def _own_tensor(array: np.ndarray, name: str) -> Tensor:
 
 
 def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) -> Tensor:
-    """Checked images for a method that needs our scheduler, of the network's size.
+    """Checked images for a method that needs our scheduler, of the network's size. Files and PIL images of another size
+    are resized as in training, if the network's configuration tells how.
 
     Args:
         images, name: as for `to_tensor`.
@@ -156,12 +177,15 @@ def prepare_images(images: Any, name: str, unet: UNet2DModel, scheduler: Any) ->
             f"the scheduler is a {kind.__module__}.{kind.__name__}, but this method needs a {DDPMScheduler.__module__}."
             "DDPMScheduler: set pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)"
         )
-    x_0 = to_tensor(images, name, unet.config["in_channels"], background_of(unet))
+    x_0 = to_tensor(images, name, unet.config["in_channels"], background_of(unet), size_of(unet))
     height, width = x_0.shape[2:]
     size = unet.config["sample_size"]
     if size is not None and (height, width) != height_width(size):
         allowed = " x ".join(map(str, height_width(size)))
-        raise ValueError(f"{name} is {height} x {width} pixels: this network generates {allowed} (height x width)")
+        raise ValueError(
+            f"{name} is {height} x {width} pixels: this network generates {allowed} (height x width). Resize it; files "
+            "and PIL images are resized if the model says how its training images were"
+        )
     check_image_size(unet, height, width)
     return x_0.to(compute_dtype(unet.dtype))
 
@@ -193,7 +217,7 @@ def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
-def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
+def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None) -> Tensor:
     """Where to paint, bool, (B, C, H, W): where the mask is white, above the middle of its range.
 
     Args:
@@ -201,14 +225,15 @@ def to_mask(mask: Any, shape: tuple[int, ...]) -> Tensor:
             that broadcasts to (B, C, H, W), bool, uint8, uint16, or numbers in [0, 1]; an array may also be
             (B, H, W, C) or (H, W, C), and both may be (B, H, W).
         shape: (B, C, H, W) of the images.
+        size: that a file or PIL image of another size is resized to; None: it is an error.
     Raises:
         ValueError: another type or shape, values that are out of range, or a mask without white.
     """
     if isinstance(mask, (str, os.PathLike, Image.Image)):
-        mask = _read(decode_mask, mask, "mask")
+        mask = _read(lambda payload: decode_mask(payload, size), mask, "mask")
         if mask.shape != shape[2:]:
-            size, given = (" x ".join(map(str, side)) for side in (shape[2:], mask.shape))
-            raise ValueError(f"mask is {given} pixels (height x width), but the images are {size}")
+            wanted, given = (" x ".join(map(str, side)) for side in (shape[2:], mask.shape))
+            raise ValueError(f"mask is {given} pixels (height x width), but the images are {wanted}")
     if isinstance(mask, np.ndarray):
         mask_shape = mask.shape
         if mask.ndim in (3, 4) and mask_shape[-1] in (1, shape[1]) and mask_shape[-3:-1] == shape[2:]:

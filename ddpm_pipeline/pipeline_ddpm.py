@@ -23,7 +23,7 @@ from torch import Tensor
 from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
 from .calls import Calls, OfThread, WithCalls, checked_callback
 from .denoiser import UNetDenoiser
-from .images import check_output_type, prepare_images, squared_pixel_distance, to_mask, to_output
+from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
@@ -43,8 +43,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
 
     `invert`, `fuse`, `vary` and `inpaint` start from images: files, PIL images, arrays (uint8, uint16, or floats in
     [-1, 1], channels last), tensors (the same, channels first), or lists of them, of the size that the network
-    generates; files and PIL images are read as in training. They need our scheduler. An invalid argument is a
-    ValueError that names it, its value and what is allowed.
+    generates; files and PIL images are read, and resized, as in training. They need our scheduler. An invalid argument
+    is a ValueError that names it, its value and what is allowed.
 
     Args:
         unet: the network, a UNet2DModel, with or without classes.
@@ -406,7 +406,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         """
         check_output_type(output_type, self.unet.config.in_channels)
         known, denoiser = self._image_input(image, "image", class_labels, generator=generator, seeds=seeds)
-        to_paint = to_mask(mask, tuple(known.shape)).to(known.device)
+        to_paint = to_mask(mask, tuple(known.shape), size_of(self.unet)).to(known.device)
         jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         levels = repaint_levels(number, jump_length, check_int("resamples", resamples, 1, 1000))

@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.__main__ import main
-from ddpm_pipeline.images import to_mask, to_tensor
+from ddpm_pipeline.decode import Size
+from ddpm_pipeline.images import record_center_crop, size_of, to_mask, to_tensor
 from ddpm_pipeline.pixels import from_pixels
 from tests.arrays import random_images
 from tests.data.image_files import chw, png, png_chunk, smooth, tiff
@@ -483,6 +484,43 @@ def test_other_masks_are_refused(mask, message):
 
 
 # ---- The pipeline and the command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_images_of_another_size_are_resized_as_in_training(tmp_path, center_crop):
+    pipe = tiny_pipe(3)
+    record_center_crop(pipe.unet, center_crop)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(random_images(20, 13, 3)).save(tmp_path / "images" / "a.png")
+    trained_on = load(tmp_path / "images", resolution=8, center_crop=center_crop)
+    expected = from_pixels(np.array(trained_on.images))
+    file = tmp_path / "images" / "a.png"
+    for image in (file, Image.open(file), [file]):
+        with pytest.warns(UserWarning, match="images of 20 x 13 pixels are resized to 8 x 8, as in training"):
+            varied = pipe.vary(image, 0.0, num_inference_steps=3, output_type="latent").images
+        assert torch.equal(varied, expected)
+    with pytest.raises(ValueError, match="images is 20 x 13 pixels: this network generates 8 x 8"):
+        pipe.vary(np.asarray(Image.open(file)), 0.0)
+    pipe.save_pretrained(tmp_path / "model")
+    assert size_of(type(pipe).from_pretrained(tmp_path / "model").unet) == (8, 8, center_crop)
+
+
+def test_a_mask_is_resized_like_its_image(tmp_path):
+    """The left half of an image of twice the size is the left half."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, :8] = 255
+    white = to_mask(Image.fromarray(mask), (1, 3, 8, 8), Size(8, 8, True))
+    assert torch.equal(white, torch.tensor([True] * 4 + [False] * 4).expand(1, 3, 8, 8))
+    np.save(tmp_path / "mask.npy", mask)
+    assert torch.equal(to_mask(tmp_path / "mask.npy", (1, 3, 8, 8), Size(8, 8, True)), white)
+    pipe, options = tiny_pipe(3), {"num_inference_steps": 3, "seeds": 0, "resamples": 1, "output_type": "latent"}
+    record_center_crop(pipe.unet, True)
+    image = random_images(16, 16, 3)
+    with pytest.warns(UserWarning, match="resized"):
+        painted = pipe.inpaint(Image.fromarray(image), Image.fromarray(mask), **options).images
+    with pytest.warns(UserWarning, match="resized"):
+        known = pipe.vary(Image.fromarray(image), 0.0, output_type="latent").images
+    assert torch.equal(painted[..., 4:], known[..., 4:]) and not torch.equal(painted, known)
 
 
 def test_methods_take_files_and_composite_on_the_saved_background(tmp_path):

@@ -71,7 +71,7 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # Only now: these import diffusers, which takes seconds, and the checks above need none of it.
     with importing():
-        from ddpm_pipeline.images import record_background
+        from ddpm_pipeline.images import record_background, record_center_crop
         from ddpm_pipeline.labels import record_class_names
         from training import plan, tune
         from training.denoiser import check_size, find_network, load_initial_weights, network_of, size_rule
@@ -97,6 +97,7 @@ def main(config: Config, stop: StopSignal) -> int:
     make = partial(make_network, config=config, inputs=inputs, device=device)
     unet = make(network or plan.choose_family(make, image_shape, runtime, config, budget))
     record_background(unet, config.background)
+    record_center_crop(unet, config.center_crop)
     if classes is not None:
         record_class_names(unet, classes.names)
     if config.init_from and found is None:
