@@ -239,8 +239,8 @@ def describe(run: Run, memory: Memory) -> str:
     runtime, passes, budget = run.runtime, run.passes, run.budget
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
     batch = f"{run.record.global_batch} images a step"
-    if runtime.world_size * passes.number > 1:
-        batch += f" in {runtime.world_size * passes.number} passes"
+    if passes.number > 1:
+        batch += f" in {passes.number} passes"
     length = f"{budget}"
     if math.isfinite(budget.total):
         images = budget.total * run.record.global_batch
