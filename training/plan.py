@@ -108,8 +108,8 @@ def check_time(images: float, rate: float) -> str | None:
     if images >= FEW:
         return None
     return (
-        f"WARNING: this run sees {images:,.0f} images, and after so few samples may be little more than noise: give more "
-        f"time, --max_train_minutes {FEW / rate / 60:.2g} at least, or a smaller --resolution"
+        f"WARNING: this run sees {images:,.0f} images, and after so few samples may be little more than noise: give "
+        f"more time, --max_train_minutes {FEW / rate / 60:.2g} at least, or a smaller --resolution"
     )
 
 

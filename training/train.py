@@ -246,9 +246,12 @@ def describe(run: Run, memory: Memory) -> str:
         images = budget.total * run.record.global_batch
         steps = "" if budget.total == budget.steps else f" = about {budget.total:,.0f} steps"
         length += f"{steps} = {images:,.0f} images, {images / run.record.num_images:,.3g} passes over the data"
+    every = run.config.save_images_steps
+    samples = "each tenth" if every is None else f"each {every:,} steps" if every else "the end"
     return (
         f"training: {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on {runtime.world_size} x "
-        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}"
+        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; samples "
+        f"after {samples}"
     )
 
 
