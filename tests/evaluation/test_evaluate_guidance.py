@@ -110,8 +110,12 @@ def test_the_best_scale_draws_the_right_classes_and_keeps_their_variety(report):
     """At scale 1 many samples are of another class, at 4 all of a class are alike: 2 is between."""
     guidance = report["guidance"]
     assert (guidance["scales"], guidance["interval"], guidance["best_scale"]) == ([1, 2, 4], None, 2)
-    names = [measure["name"].split(" (")[0] for measure in guidance["measures"]]
-    assert names == ["kernel distance within a class, mean of 2", "kernel distance", "accuracy"]
+    assert guidance["extractor"].startswith("classifier (3 labels")
+    assert [measure["name"] for measure in guidance["measures"]] == [
+        "kernel distance within a class, mean of 2",
+        "kernel distance",
+        "accuracy",
+    ]
     accuracies = [find_measurement(report, "accuracy", guidance_scale=scale)["value"] for scale in P_ASKED]
     assert guidance["measures"][2]["values"] == accuracies
 
@@ -154,7 +158,7 @@ def test_the_interval_reaches_the_pipeline_and_the_report(work, band_run, monkey
     assert {m["sampler"].rpartition(", ")[2] for m in report["measurements"]} == {
         "labels as in the data", "guidance 2 at 5 <= t < 15"
     }  # fmt: skip
-    assert [line["name"] for line in report["guidance"]["measures"]] == ["kernel distance (pixels-16x16)"]
+    assert [line["name"] for line in report["guidance"]["measures"]] == ["kernel distance"]
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ MEANINGS = {
     "images; near 1: copies of training images; below 0.5: farther away, as blurred images are.",
     "mean_shift": "mean brightness of the samples minus that of the data. 0 is best.",
     "std_ratio": "contrast of the samples over that of the data. 1 is best; below 1 the samples are flat.",
-    "mean_class_kernel_distance": "the kernel distance between the samples of a class and its real images, as a mean "
-    "over classes. It also grows when samples are of another class than the one asked for.",
-    "class_kernel_distance": "the same for a single class.",
-    "class_frechet_distance": "the Frechet distance of a single class.",
+    "class_kernel_distance": "the kernel distance between the samples of a class and its images in the reference set.",
+    "class_frechet_distance": "the Frechet distance between these.",
+    "mean_class_kernel_distance": "the mean of the kernel distances within a class. It also grows when samples are of "
+    "another class than the one asked for.",
     "accuracy": "how often a classifier recognises the class that was asked for. Its accuracy on real images that it "
     "was not trained on stands beside it: a perfect model gets about that, typical images with guidance may get more.",
     "bits_per_dim": "an upper bound on the bits that an ideal code based on the model needs for one value of one pixel "

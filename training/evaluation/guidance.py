@@ -21,8 +21,8 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
     Args:
         interval: timesteps that were guided; None: all.
     Returns:
-        interval, scales, best_scale (None without a distance), and a list of measures: name, values, standard_errors,
-        real_data_baseline. None if there is only one scale.
+        interval, scales, best_scale and the extractor of the distances (None without distances), and a list of
+        measures: name, values, standard_errors, real_data_baseline. None if there is only one scale.
     """
     columns: dict[str, list[Measurement]] = {}
     for measure in MEASURES:
@@ -38,9 +38,10 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
         "interval": interval,
         "scales": scales,
         "best_scale": None if best is None else best.guidance_scale,
+        "extractor": None if best is None else best.extractor,
         "measures": [
             {
-                "name": f"{column[0].name} ({column[0].extractor})",
+                "name": column[0].name,
                 "values": [m.value for m in column],
                 "standard_errors": [m.standard_error for m in column],
                 "real_data_baseline": column[0].real_data_baseline,

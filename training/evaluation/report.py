@@ -162,7 +162,10 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
     for extractor in dict.fromkeys(m.extractor for m in of_samples):
         lines += _samples_table(extractor, [m for m in of_samples if m.extractor == extractor])
     if report.guidance is not None:
-        lines += ["", "## Guidance", "", *guidance_table(report.guidance)]
+        extractor = report.guidance["extractor"]
+        features = f"; distances are in features of the {extractor}" if extractor else ""
+        lines += ["", "## Guidance", "", f"With the first weights, steps and eta{features}.", ""]
+        lines += guidance_table(report.guidance)
     lines += _classes_table([m for m in report.measurements if m.class_name is not None and m.primary])
     if of_held_out := [m for m in report.measurements if m.sampler is None]:
         lines += ["", "## Bits per dimension of held-out images", "", "| weights | measure | images | value |",
@@ -281,7 +284,9 @@ def plot_guidance(folder: Path, measurements: Sequence[Measurement]) -> list[str
     figure, *_ = _figure(len(panels))
     for axes, chosen in zip(figure.axes, panels):
         _plot_over(axes, chosen, "guidance_scale")
-        axes.set(xlabel="guidance scale")
+        axes.set(
+            xlabel="guidance scale", xticks=sorted({m.guidance_scale for m in chosen if m.guidance_scale is not None})
+        )
     return [_save(figure, figure.axes, folder / "guidance.png")]
 
 
@@ -303,7 +308,7 @@ def _plot_over(axes: Axes, measurements: Sequence[Measurement], over: str) -> No
     if first.real_data_baseline is not None:
         axes.axhline(first.real_data_baseline, color="gray", linestyle="--", label="real-data baseline")
         lowest.append(first.real_data_baseline)
-    axes.set_ylabel(f"{first.name}, {first.extractor}")
+    axes.set_ylabel(f"{first.name},\n{first.extractor}")
     if first.measure != "accuracy":  # which has no need of its 0
         axes.set_ylim(bottom=min(0.0, 1.1 * min(lowest)))
 

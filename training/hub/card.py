@@ -205,7 +205,10 @@ def _guidance(report: Mapping[str, Any] | None) -> list[str]:
     if guidance is None or guidance["best_scale"] is None:
         return ["Its best scale was not measured."]
     at = " (at timesteps {:g} <= t < {:g})".format(*guidance["interval"]) if guidance["interval"] else ""
-    best = f"Of the scales that were measured{at}, {guidance['best_scale']:g} has the smallest distance:"
+    best = (
+        f"Of the scales that were measured{at}, {guidance['best_scale']:g} has the smallest distance, in features of "
+        f"the {guidance['extractor']}:"
+    )
     return [best, "\n".join(guidance_table(guidance))]
 
 
