@@ -23,7 +23,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.common import CACHE_DIR, FEATURES_DIR, machine, write_json  # noqa: E402
 from ddpm_pipeline import DDPMPipeline  # noqa: E402
 from ddpm_pipeline.classifier import Classifier, train_classifier  # noqa: E402
-from ddpm_pipeline.pixels import num_levels, to_pixels  # noqa: E402
+from ddpm_pipeline.pixels import to_pixels  # noqa: E402
 from training.data.cache import load_images  # noqa: E402
 
 CONFIDENT = 0.9  # probability of the predicted class
@@ -56,12 +56,12 @@ def main() -> None:
 
 
 def measure_classifier(classifier: Classifier, images: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
-    confidence, digits = predict(classifier, images)
+    digits, confidence = classifier.predict(images)
     return {
         "name": classifier.name,
         "num_test_images": len(images),
         "test_accuracy": (digits == labels).mean().item(),
-        "confident_test_fraction": (confidence >= CONFIDENT).double().mean().item(),
+        "confident_test_fraction": (confidence >= CONFIDENT).mean().item(),
     }
 
 
@@ -76,23 +76,15 @@ def classify_samples(classifier: Classifier, args: argparse.Namespace) -> dict[s
         steps = args.num_inference_steps
         samples += pipe(seeds=seeds, num_inference_steps=steps, output_type="latent", return_dict=False)
     seconds = time.monotonic() - started
-    confidence, digits = predict(classifier, to_pixels(torch.cat(samples)))
+    digits, confidence = classifier.predict(to_pixels(torch.cat(samples)))
     return {
         "num_samples": args.num_samples,
-        "confident_fraction": (confidence >= CONFIDENT).double().mean().item(),
+        "confident_fraction": (confidence >= CONFIDENT).mean().item(),
         "num_of_each_digit": np.bincount(digits, minlength=10).tolist(),
         "num_inference_steps": args.num_inference_steps,
         "seed": args.seed,
         "sampling_seconds": round(seconds, 1),
     }
-
-
-def predict(classifier: Classifier, images: np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Probability of the predicted class, and the class, (N,) each, for images (N, C, H, W)."""
-    x = torch.from_numpy(images).float() / (num_levels(images.dtype) - 1)
-    probabilities = torch.cat([classifier.probabilities(batch) for batch in x.split(500)])
-    confidence, index = probabilities.max(dim=1)
-    return confidence, classifier.classes[index.numpy()]
 
 
 if __name__ == "__main__":

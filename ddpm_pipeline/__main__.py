@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     iterations_help = "fixed-point iterations for each timestep of the inversion (%(default)s)"
-    add_command("generate", "generate images, one for each seed")
+    generate = add_command("generate", "generate images, one for each seed")
 
     invert = add_command(
         "invert", "DDIM inversion: images to latents, and the images reconstructed from them", "+", seeds=False
@@ -106,6 +106,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     trajectory = add_command("trajectory", "sampling trajectory as a strip, or animated if the output is .gif or .webp")
     trajectory.add_argument("--image", type=Path, help="start with the forward process from this image")
+    for command in (generate, trajectory):
+        command.add_argument(
+            "--guidance_scale", type=float, help="classifier-free guidance: above 1 more typical of the class (1)"
+        )
+        command.add_argument(
+            "--guidance_interval",
+            type=float,
+            nargs=2,
+            metavar=("LO", "HI"),
+            help="guide at timesteps LO <= t < HI alone",
+        )
     trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
     return parser
 
@@ -133,6 +144,10 @@ def check(args: argparse.Namespace) -> None:
     latents = getattr(args, "latents", None)
     if latents is not None and latents.suffix.lower() != ".npy":
         raise ValueError(f"--latents is {latents}: give a name that ends in .npy")
+    if getattr(args, "guidance_interval", None) is not None and args.guidance_scale is None:
+        raise ValueError(
+            f"--guidance_interval is {args.guidance_interval}, without guidance: give --guidance_scale too"
+        )
     if getattr(args, "columns", 2) < 2:
         raise ValueError(f"--columns is {args.columns}: give at least 2")
     if getattr(args, "strip", None) is not None and args.strip < 2:
@@ -167,6 +182,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
     if args.class_label is not None:
         is_number = args.class_label.isdecimal() and args.class_label not in (pipe.class_names or ())
         common["class_labels"] = int(args.class_label) if is_number else args.class_label
+    if getattr(args, "guidance_scale", None) is not None:
+        common |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
     seeds = getattr(args, "seeds", None) or [0]
     sampling = {"seeds": seeds, "eta": getattr(args, "eta", None), "output_type": "latent"}
     x_0: torch.Tensor

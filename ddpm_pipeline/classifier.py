@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .pixels import num_levels
 from .tensor_cache import hash_images, hash_tensors, load_tensors, save_tensors
 
-BATCH_SIZE = 128
+BATCH_SIZE, TEST_BATCH_SIZE = 128, 256
 HELD_OUT_EVERY = 20  # the accuracy is that on images 0, 20, 40, ..., which are not trained on
 
 
@@ -93,6 +93,18 @@ class Classifier:
         """Predicted probability of each class, (B, num_classes), of images (B, C, H, W) in [0, 1]."""
         probabilities: Tensor = self.network(x).softmax(dim=1)
         return probabilities
+
+    def predict(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The predicted class of each image, (N,), from `classes`, and its probability, (N,).
+
+        Args:
+            images: (N, C, H, W), uint8 or uint16.
+        """
+        device = self.network.head.weight.device
+        x = torch.from_numpy(images).float() / (num_levels(images.dtype) - 1)
+        probabilities = torch.cat([self.probabilities(batch.to(device)).cpu() for batch in x.split(TEST_BATCH_SIZE)])
+        confidence, index = probabilities.max(dim=1)
+        return self.classes[index.numpy()], confidence.numpy()
 
 
 def train_classifier(
@@ -186,8 +198,8 @@ def _train(
     num_correct, num_tested, squares = 0, 0, []
     with torch.no_grad():
         for turn_index in range(1 if targets is not None else len(turns)):
-            for start in range(0, len(held_out), 256):
-                indices = held_out[start : start + 256]
+            for start in range(0, len(held_out), TEST_BATCH_SIZE):
+                indices = held_out[start : start + TEST_BATCH_SIZE]
                 x, target = batch(indices, torch.full((len(indices),), turn_index))
                 features = network.extract(x)
                 squares.append(features.square().flatten())

@@ -7,6 +7,7 @@ compare the values of two extractors.
     frechet_distance, kernel_distance     distance between the two distributions, 0 if they are equal
     precision_recall, density_coverage    whether samples look real, and whether they cover all kinds of images
     nearest, memorisation                 whether samples are copies of training images
+    accuracy                              whether samples are of the class that was asked for
     channel_shift                         brightness and contrast, of the pixels themselves
 
 An `Estimate` has a standard error: how much the value would vary with other images from the same distribution.
@@ -212,6 +213,18 @@ def memorisation(samples: Tensor, training: Tensor, held_out: Tensor) -> Estimat
     losses = _fraction_below(held_out_distance, sample_distance)  # of each held-out image, against samples
     variance = wins.var() / len(wins) + losses.var() / len(losses)
     return Estimate(wins.mean().item(), variance.sqrt().item())
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> Estimate:
+    """Fraction of the predictions, (N,), that are equal to the labels, (N,); its standard error is sqrt(p (1 - p) / N).
+
+    Raises:
+        ValueError: no predictions, or another number of labels.
+    """
+    if predicted.shape != labels.shape or predicted.ndim != 1 or not len(labels):
+        raise ValueError(f"predicted has shape {predicted.shape}, labels {labels.shape}: give (N,) for both, N above 0")
+    p = (predicted == labels).mean().item()
+    return Estimate(p, math.sqrt(p * (1 - p) / len(labels)))
 
 
 def _fraction_below(values: Tensor, others: Tensor) -> Tensor:

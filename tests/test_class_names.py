@@ -10,6 +10,7 @@ from PIL import Image
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.__main__ import main
+from ddpm_pipeline.denoiser import UNetDenoiser
 from ddpm_pipeline.labels import record_class_names
 from tests.models import quiet, tiny_pipe, tiny_unet
 
@@ -189,3 +190,31 @@ def test_the_command_line_takes_names_and_numbers(tmp_path, capsys):
     assert images["dog"] == images["1"] != images["2"] == images["0"]  # the name "0" is that of class 2
     assert main(["generate", str(tmp_path / "model"), "--class_label", "fox"]) == 2
     assert "class_labels has 'fox'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "trajectory"])
+def test_the_command_line_guides(tmp_path, monkeypatch, capsys, command):
+    named_pipe(["cat", "dog"]).save_pretrained(tmp_path / "model")
+    output = tmp_path / "out.png"
+    start = [command, str(tmp_path / "model"), "--class_label=dog", "--num_inference_steps=2", "-o", str(output)]
+    guided = [*start, "--guidance_scale=3"]
+    seen = []
+    init = UNetDenoiser.__init__
+
+    def record(self, unet, *arguments):
+        init(self, unet, *arguments)
+        seen.append((self.guidance_scale, self.guidance_interval))
+
+    monkeypatch.setattr(UNetDenoiser, "__init__", record)
+    images = []
+    for arguments in (start, guided, [*guided, "--guidance_interval", "0", "2"]):
+        assert main(arguments) == 0
+        images.append(output.read_bytes())
+    assert seen == [(1, None), (3, None), (3, (0, 2))] and images[0] != images[1]
+    capsys.readouterr()
+    for wrong, message in (
+        ([*start, "--guidance_interval", "0", "2"], "--guidance_interval is [0.0, 2.0], without guidance: give"),
+        ([*guided, "--guidance_interval", "3", "2"], "guidance_interval is [3.0, 2.0]: give (lo, hi)"),
+        ([*start, "--guidance_scale=nan"], "guidance_scale is nan: give a finite number"),
+    ):
+        assert main(wrong) == 2 and message in capsys.readouterr().err

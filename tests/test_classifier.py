@@ -60,6 +60,11 @@ def test_probabilities_belong_to_the_labels_of_the_images(trained):
     probabilities = again.probabilities(torch.from_numpy(images).float() / 255)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(100))
     assert (again.classes[probabilities.argmax(dim=1)] == labels).all()
+    many = np.concatenate([images] * 3)  # more than a batch
+    for pixels in (many, many * np.uint16(257)):
+        predicted, confidence = again.predict(pixels)
+        assert np.array_equal(predicted, np.tile(labels, 3))
+        np.testing.assert_allclose(confidence, probabilities.amax(dim=1).repeat(3).numpy(), rtol=1e-5)
 
 
 def test_a_trained_classifier_is_read_from_the_cache(trained, monkeypatch):

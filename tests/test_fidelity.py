@@ -11,6 +11,7 @@ from torch import nn
 
 from ddpm_pipeline import fidelity, image_arrays
 from ddpm_pipeline.fidelity import (
+    accuracy,
     channel_shift,
     density_coverage,
     frechet_distance,
@@ -286,6 +287,20 @@ def test_memorisation_equals_the_u_statistic_of_scipy():
     table = np.array([[(a < b) + (a == b) / 2 for b in to_training[1]] for a in to_training[0]])
     delong = table.mean(axis=1).var(ddof=1) / 30 + table.mean(axis=0).var(ddof=1) / 25
     assert error == pytest.approx(math.sqrt(delong), rel=1e-12)
+
+
+def test_accuracy_is_a_fraction_with_the_error_of_many_draws():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=50)
+    draws = [accuracy(np.where(rng.random(50) < 0.8, labels, labels + 1), labels) for _ in range(2000)]
+    value, error = np.array(draws).T
+    std = math.sqrt(0.8 * 0.2 / 50)  # of a binomial fraction
+    assert abs(value.mean() - 0.8) < 4 * std / math.sqrt(2000)
+    assert value.std() == pytest.approx(std, rel=0.07) and error.mean() == pytest.approx(std, rel=0.03)
+    assert accuracy(np.array(["a", "b"]), np.array(["a", "b"])) == (1, 0)
+    for predicted in (labels[:0], labels[:49]):
+        with pytest.raises(ValueError, match="predicted has shape"):
+            accuracy(predicted, labels[: len(predicted) // 49 * 50])
 
 
 # ---- Pixel statistics ------------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from training.evaluation.config import METRICS, EvalConfig, check_installed, par
 
 def test_defaults():
     config = EvalConfig("runs/x")
-    assert config.metrics == ("frechet", "kernel", "precision", "density", "memorisation", "shift", "bound")
+    assert config.metrics == ("frechet", "kernel", "precision", "density", "memorisation", "shift", "accuracy", "bound")
     assert (config.num_inference_steps, config.eta, config.weights) == ((50,), (1.0,), ("ema", "online"))
     assert config.extractor == ("classifier",) and config.output_dir is None
+    assert (config.guidance_scales, config.guidance_interval) == ((1.0,), None)
     assert config == parse(["runs/x"])
 
 
@@ -19,6 +20,9 @@ def test_lists_are_separated_by_commas_and_the_extractor_may_be_repeated():
         ["runs/x", "--num_inference_steps", "50,10", "--eta=1,0.5", "--weights=ema", "--metrics", "bound, flow",
          "--extractor", "pixels", "--extractor=a/b.pt", "--num_samples=64"]
     )  # fmt: skip
+    assert parse(["runs/x", "--guidance_scales=1,1.5", "--guidance_interval", "100,600"]) == EvalConfig(
+        "runs/x", guidance_scales=(1.0, 1.5), guidance_interval=(100.0, 600.0)
+    )
     assert config == EvalConfig(
         "runs/x", num_inference_steps=(50, 10), eta=(1.0, 0.5), weights=("ema",), metrics=("bound", "flow"),
         extractor=("pixels", "a/b.pt"), num_samples=64,
@@ -52,6 +56,11 @@ def test_metrics_by_what_they_need():
         ("weights", "best", "weights has 'best': give some of ema,online"),
         ("eta", "0,1.5", "eta has 1.5: give numbers from 0 to 1"),
         ("eta", "nan", "eta is 'nan'"),
+        ("guidance_scales", "1,high", "guidance_scales is"),
+        ("guidance_scales", "", "guidance_scales is"),
+        ("guidance_scales", "2,2", "guidance_scales is 2.0,2.0: give each value once"),
+        ("guidance_interval", "100", "guidance_interval is"),
+        ("guidance_interval", "100,600", "guidance_interval is 100.0,600.0, but guidance_scales is 1, no guidance"),
         ("num_inference_steps", "10,0", "num_inference_steps has 0: give at least 1"),
         ("num_inference_steps", "10,10", "num_inference_steps is 10,10: give each value once"),
         ("train_data_dir", "x --dataset_name=moons", "dataset_name is 'moons' and train_data_dir is 'x': give one"),
@@ -72,6 +81,7 @@ def test_a_bad_flag_exits_with_2_and_names_its_value(capsys, name, value, messag
     ("settings", "message"),
     [
         ({"eta": (float("nan"),)}, "eta has nan: give numbers from 0 to 1"),
+        ({"guidance_scales": (1.0, float("inf"))}, "guidance_scales has inf: give finite numbers"),
         ({"extractor": ()}, "extractor is empty: give at least one value"),
         ({"num_samples": 3}, "num_samples is 3: give at least 16"),
     ],

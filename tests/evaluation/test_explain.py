@@ -18,7 +18,7 @@ def measurement(measure, value, baseline, *, error=0.01, primary=True, sampler="
     return Measurement(
         measure=measure, name=measure, value=value, standard_error=error, real_data_baseline=baseline, n=100,
         extractor="pixels", channel=None, reference="images", weights="EMA", primary=primary, seed=0, seconds=0.0,
-        sampler=sampler, num_inference_steps=50, eta=1.0,
+        sampler=sampler, num_inference_steps=50, eta=1.0, guidance_scale=1.0, class_name=None,
     )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def measurement(measure, value, baseline, *, error=0.01, primary=True, sampler="
         ([("precision", 0.3, 0.7)], "do not look real", "variety"),
         ([("memorisation", 0.9, 0.5)], "copies", "variety"),
         ([("memorisation", 0.61, 0.5)], "", "copies"),  # within two standard errors of the limit
+        ([("accuracy", 0.934, 0.991)], "in 93.4% of them (in 99.1% of real images)", "times"),
         ([("frechet_distance", 3.0, None), ("recall", 0.3, None)], "", "times"),
         ([("kernel_distance", 0.2, -0.001)], "", "times"),
         ([("frechet_distance", 3.0, 0.0)], "", "times"),

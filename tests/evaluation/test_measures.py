@@ -91,7 +91,7 @@ def test_a_measurement_has_the_keys_of_the_report():
         "measure": "recall", "name": "recall", "value": 0.5, "standard_error": 0.1, "real_data_baseline": 0.9, "n": 16,
         "extractor": "pixels-16x16", "channel": None, "reference": "40 training images", "weights": "EMA",
         "primary": True, "seed": 3, "seconds": 1.3, "sampler": "DDPMScheduler, eta 0.5, trailing",
-        "num_inference_steps": 5, "eta": 0.5,
+        "num_inference_steps": 5, "eta": 0.5, "guidance_scale": 1.0, "class_name": None,
     }  # fmt: skip
     of_held_out = make_measurement(result, model, None, **options)
     assert (of_held_out.sampler, of_held_out.num_inference_steps, of_held_out.eta) == (None, None, None)

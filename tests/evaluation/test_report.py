@@ -23,13 +23,14 @@ from training.hub import stage
 def test_the_report_has_all_its_keys(first_report, run):
     assert next(iter(first_report)) == "format" and first_report["format"] == 2
     assert first_report.keys() == {
-        "format", "weights_sha256", "command", "measurements", "warnings", "curves", "data", "reference",
+        "format", "weights_sha256", "command", "measurements", "warnings", "guidance", "curves", "data", "reference",
         "real_data_baseline", "held_out", "extractors", "step", "precision", "seconds", "num_processes", "device",
         "date", "commit", "versions",
     }  # fmt: skip
     weights = (run / "pipeline" / WEIGHTS_FILE).read_bytes()
     assert first_report["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     assert (first_report["step"], first_report["precision"], first_report["num_processes"]) == (6, "float32", 1)
+    assert first_report["guidance"] is None
     assert first_report["reference"]["n"] == NUM_REFERENCE
     assert first_report["real_data_baseline"] == {"description": "held-out images", "n": NUM_SAMPLES}
     assert first_report["held_out"]["n"] == 1024 and "1024 moons" in first_report["held_out"]["description"]
@@ -38,7 +39,8 @@ def test_the_report_has_all_its_keys(first_report, run):
     for m in first_report["measurements"]:
         assert m.keys() == {
             "measure", "name", "value", "standard_error", "n", "extractor", "channel", "reference", "weights",
-            "real_data_baseline", "sampler", "num_inference_steps", "eta", "seed", "seconds", "primary",
+            "real_data_baseline", "sampler", "num_inference_steps", "eta", "guidance_scale", "class_name", "seed",
+            "seconds", "primary",
         }  # fmt: skip
         assert math.isfinite(m["value"]) and m["standard_error"] >= 0
         assert m["n"] == (NUM_SAMPLES if m["sampler"] else NUM_BOUND_IMAGES)

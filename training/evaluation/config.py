@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from training.command_line import parse_dataclass
 
 FEATURE_METRICS = ("frechet", "kernel", "precision", "density", "memorisation")  # need samples and an extractor
-SAMPLE_METRICS = (*FEATURE_METRICS, "shift")  # need samples
+SAMPLE_METRICS = (*FEATURE_METRICS, "shift", "accuracy")  # need samples; accuracy needs classes too
 HELD_OUT_METRICS = ("bound", "flow")  # need held-out images, no samples
 METRICS = (*SAMPLE_METRICS, *HELD_OUT_METRICS)
 WEIGHTS = ("ema", "online")
@@ -24,13 +25,17 @@ class EvalConfig:
         model: folder of a finished run, folder of a saved pipeline, or a name on the Hub.
         output_dir: folder for report.json, report.md and the samples; default: the folder of the run.
         metrics: what to measure, separated by commas. Samples are compared with training images by frechet, kernel,
-            precision (with recall), density (with coverage), memorisation, and shift (brightness and contrast). bound
+            precision (with recall), density (with coverage), memorisation, and shift (brightness and contrast).
+            accuracy is for models with classes: whether a classifier recognises in a sample the class asked for. bound
             is the variational bound on the bits per dimension of held-out images, flow their likelihood by the
             probability-flow ODE, which needs the extra `ode`. Default: all but flow.
         num_samples: number of samples to draw with each sampler.
         num_inference_steps: numbers of sampling steps, separated by commas. The model card shows the first.
         eta: 1: ancestral sampling (DDPM), 0: deterministic sampling (DDIM); several are separated by commas. The model
             card shows the first.
+        guidance_scales: scales of classifier-free guidance, separated by commas; samples are drawn with each. The model
+            card shows the first, and which is best.
+        guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         weights: ema (the published weights), online (without EMA; measured with the first sampler only), or both.
         extractor: features that samples are compared in: pixels, classifier (trained on the training images first) or
             a .th or .pt file, see ddpm_pipeline/features.py; repeat the flag for several.
@@ -55,6 +60,8 @@ class EvalConfig:
     num_samples: int = 2048
     num_inference_steps: tuple[int, ...] = (50,)
     eta: tuple[float, ...] = (1.0,)
+    guidance_scales: tuple[float, ...] = (1.0,)
+    guidance_interval: tuple[float, float] | None = None
     weights: tuple[str, ...] = WEIGHTS
     extractor: tuple[str, ...] = ("classifier",)
     seed: int = 0
@@ -85,13 +92,18 @@ class EvalConfig:
         if self.seed > limit:
             raise ValueError(f"seed is {self.seed}: give at most {limit}, so that every sample has a seed below 2^32")
         self._check_lists()
+        if self.guidance_interval is not None and set(self.guidance_scales) == {1}:
+            raise ValueError(
+                f"guidance_interval is {_join(self.guidance_interval)}, but guidance_scales is 1, no guidance: give "
+                "other scales too"
+            )
         if self.dataset_name and self.train_data_dir:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
             )
 
     def _check_lists(self) -> None:
-        for name in ("metrics", "weights", "num_inference_steps", "eta", "extractor"):
+        for name in ("metrics", "weights", "num_inference_steps", "eta", "guidance_scales", "extractor"):
             values = getattr(self, name)
             if not values:
                 raise ValueError(f"{name} is empty: give at least one value")
@@ -102,6 +114,8 @@ class EvalConfig:
                 raise ValueError(f"{name} has {unknown[0]!r}: give some of {_join(allowed)}")
         if wrong := [steps for steps in self.num_inference_steps if steps < 1]:
             raise ValueError(f"num_inference_steps has {wrong[0]}: give at least 1")
+        if wrong_scales := [scale for scale in self.guidance_scales if not math.isfinite(scale)]:
+            raise ValueError(f"guidance_scales has {wrong_scales[0]}: give finite numbers")
         if wrong_eta := [eta for eta in self.eta if not 0 <= eta <= 1]:
             raise ValueError(f"eta has {wrong_eta[0]}: give numbers from 0 to 1")
 

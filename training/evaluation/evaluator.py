@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ddpm_pipeline.classifier import Classifier, train_classifier
 from ddpm_pipeline.features import Extractor, make_extractor
-from training.data.classes import Classes, find_classes
+from ddpm_pipeline.labels import check_guidance_interval, null_class
+from training.data.classes import find_classes
 from training.evaluation import measures, report
 from training.evaluation.config import EvalConfig
+from training.evaluation.guidance import guidance_effect
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
 from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
 from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
+from training.messages import some
 from training.progress import quiet_libraries
 from training.run.record import bits_caveat, precision_name
 from training.run.runtime import Runtime, commit, device_name, versions
@@ -41,7 +46,7 @@ class Evaluator:
         self.folder = self.output_dir / "evaluation"
         self.cache_dir = Path(config.cache_dir).expanduser() / "features"
         self.warnings: list[str] = []
-        self.classes: Classes | None = None  # of the data, with the numbers of the model
+        self.classifier: Classifier | None = None  # for the accuracy
 
     def load_images(self) -> RealImages:
         """Load the data, and choose the reference set and the real-data baseline."""
@@ -52,9 +57,9 @@ class Evaluator:
         split = self.runtime.in_turn(lambda: load_split(self.config, self.models[0]))  # rank 0 decodes for all
         is_training_data = was_trained_on(self.models[0], split)
         kind = "training images" if is_training_data else f"images of {split.data.source}"
-        if (names := getattr(self.models[0].pipe, "class_names", None)) is not None:
-            self.classes = find_classes(split).numbered_as(names)
-        real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind)
+        names = getattr(self.models[0].pipe, "class_names", None)
+        classes = None if names is None else find_classes(split).numbered_as(names)
+        real = choose_real_images(split, self.config.num_reference, self.config.num_samples, kind, classes)
         self.runtime.print(
             f"reference set: {real.reference_description} of {split.data.source}; real-data baseline: "
             f"{len(real.baseline)} {real.baseline_description}"
@@ -78,28 +83,31 @@ class Evaluator:
                 f"the model was trained on other images, {record.num_images} of {record.source}: it may have seen the "
                 "images that are held out here"
             )
-        if "frechet" in config.metrics and config.num_samples < 2048:
+        if "frechet" in config.metrics and config.num_samples < measures.ENOUGH_FOR_FRECHET:
             self.warnings.append(
                 f"Frechet distances of {config.num_samples} samples are too large, by an error that shrinks as 1 / n: "
-                "use 2048 samples or more"
+                f"use {measures.ENOUGH_FOR_FRECHET} samples or more"
             )
+        if real.classes is not None and {"frechet", "kernel"} & set(config.metrics):
+            labels = np.array(real.classes.of_samples(np.arange(config.num_samples)))
+            large = measures.large_classes(labels, real)
+            if small := [name for number, name in enumerate(real.classes.names) if number not in large]:
+                self.warnings.append(
+                    f"classes with fewer than {measures.CLASS_IMAGES} images in the samples or in the reference set "
+                    f"have no distances of their own: {some(small)}"
+                )
 
     def make_extractors(self, real: RealImages) -> list[Extractor]:
-        """The feature extractors of the config; the classifier is trained on the training images."""
-        if not self.config.feature_metrics:
-            return []
+        """The feature extractors of the config, and the classifier for the accuracy, trained on the training images."""
+        labels = real.split.train_labels() if real.classes is None else real.classes.train
+        options: dict[str, Any] = {"labels": labels, "cache_dir": self.cache_dir, "device": self.runtime.device}
 
         def make_all() -> list[Extractor]:
-            return [
-                make_extractor(
-                    which,
-                    images=real.split.train_images,
-                    labels=real.split.train_labels(),
-                    cache_dir=self.cache_dir,
-                    device=self.runtime.device,
-                )
-                for which in self.config.extractor
-            ]
+            images = real.split.train_images
+            if real.classes is not None and "accuracy" in self.config.metrics:
+                self.classifier = train_classifier(images, **options)
+            extractors = self.config.extractor if self.config.feature_metrics else ()
+            return [make_extractor(which, images=images, **options) for which in extractors]
 
         extractors = self.runtime.in_turn(make_all)  # rank 0 trains the classifier for all
         self.warnings += [weak for extractor in extractors if (weak := weak_classifier(extractor, real))]
@@ -112,7 +120,13 @@ class Evaluator:
         """
         if not self.config.sample_metrics:
             return []
-        samplers = [SamplerConfig(steps, eta) for eta in self.config.eta for steps in self.config.num_inference_steps]
+        config = self.config
+        samplers = [
+            SamplerConfig(steps, eta, scale, config.guidance_interval)
+            for scale in config.guidance_scales
+            for eta in config.eta
+            for steps in config.num_inference_steps
+        ]
         measurements = []
         for model in self.models:
             for sampler in samplers if model is self.models[0] else samplers[:1]:
@@ -126,16 +140,19 @@ class Evaluator:
         config = self.config
         shards = Shards(
             self.folder, model, sampler, seed=config.seed, precision=self.precision, shape=real.reference.shape[1:],
-            pixel_dtype=real.reference.dtype, classes=self.classes,
+            pixel_dtype=real.reference.dtype, classes=real.classes,
         )  # fmt: skip
         seconds = sample(model, sampler, shards, config.num_samples, batch_size=config.batch_size, runtime=self.runtime)
         if not self.runtime.is_main:
             return []
         samples = shards.load(config.num_samples)
+        labels = None if real.classes is None else np.array(real.classes.of_samples(np.arange(config.num_samples)))
         results: list[Result] = []
+        if labels is not None and self.classifier is not None:
+            results.append(measures.measure_accuracy(samples, labels, self.classifier))
         try:
             for extractor in extractors:
-                results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir)
+                results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir, labels)
             if "shift" in config.metrics:
                 results += measures.compare_channels(samples, real)
         except ValueError as error:  # all samples are equal, or all pixels of a channel, as of alpha
@@ -163,7 +180,7 @@ class Evaluator:
         scheduler = self.models[0].pipe.scheduler
         if "bound" in config.metrics and (caveat := bits_caveat(scheduler.prediction_type, scheduler.variance_type)):
             self.warnings.append(caveat)
-        labels = None if self.classes is None else self.classes.held_out
+        labels = None if real.classes is None else real.classes.held_out
         bits = HeldOutBits(
             real.held_out, batch_size=config.batch_size, seed=config.seed, runtime=self.runtime, labels=labels
         )
@@ -215,6 +232,7 @@ class Evaluator:
                     {"name": extractor.name, "key": extractor.key, "accuracy": extractor.accuracy}
                     for extractor in extractors
                 ],
+                guidance=guidance_effect(measurements, self.config.guidance_interval),
                 step=None if first.record is None else first.record.step,
                 precision=self.precision,
                 seconds=round(time.monotonic() - self.started, 1),
@@ -255,6 +273,13 @@ def check_fits_model(config: EvalConfig, model: Model) -> None:
             "them with ddpm_pipeline.labels.record_class_names, and save the model"
         )
     num_timesteps = model.pipe.scheduler.config.num_train_timesteps
+    if guided := [scale for scale in config.guidance_scales if scale != 1]:
+        if null_class(model.pipe.unet) is None:
+            raise ValueError(
+                f'guidance_scales has {guided[0]:g}, but {config.model} has no class for "no label": give 1 (for '
+                "guidance, train with --class_conditional and --label_dropout 0.1)"
+            )
+        check_guidance_interval(config.guidance_interval, num_timesteps)
     if config.sample_metrics and (wrong := [steps for steps in config.num_inference_steps if steps > num_timesteps]):
         raise ValueError(
             f"num_inference_steps has {wrong[0]}: give at most {num_timesteps}, the model's number of diffusion "

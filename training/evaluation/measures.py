@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
+from ddpm_pipeline.classifier import Classifier
 from ddpm_pipeline.denoiser import UNetDenoiser
 from ddpm_pipeline.features import Extractor, extract_features
 from ddpm_pipeline.fidelity import Estimate
@@ -28,6 +29,8 @@ from training.evaluation.samples import Model, SamplerConfig
 from training.progress import progress
 from training.run.runtime import Runtime
 
+CLASS_IMAGES = 100  # a class with fewer samples or reference images has no distances of its own
+ENOUGH_FOR_FRECHET = 2048  # images in both sets; with fewer its bias, which shrinks as 1 / n, is too large
 ODE_TOLERANCE = 1e-3  # relative and absolute, of the ODE solver
 
 Curve = dict[str, Any]  # an entry of "curves" in report.json, see HeldOutBits._curve
@@ -44,6 +47,7 @@ class Result:
         real_data_baseline: the same measure with real images instead of samples; None if there is none.
         extractor: name of the feature extractor; None for measures of pixels and for bits.
         channel: index of the colour channel, for measures of a single channel.
+        class_name: for measures of a single class.
     """
 
     measure: str
@@ -53,6 +57,7 @@ class Result:
     real_data_baseline: float | None = None
     extractor: str | None = None
     channel: int | None = None
+    class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Measurement:
         primary: whether it is of the first weights and the first sampler, which a model card shows.
         seed: of the first sample, or of the random numbers for held-out images.
         seconds: time for sampling, or for measuring held-out images.
-        sampler, num_inference_steps, eta: how the samples were drawn; None for held-out images.
+        sampler, num_inference_steps, eta, guidance_scale: how the samples were drawn; None for held-out images.
     """
 
     measure: str
@@ -76,6 +81,7 @@ class Measurement:
     n: int
     extractor: str | None
     channel: int | None
+    class_name: str | None
     reference: str
     weights: str
     primary: bool
@@ -84,6 +90,7 @@ class Measurement:
     sampler: str | None
     num_inference_steps: int | None
     eta: float | None
+    guidance_scale: float | None
 
 
 def make_measurement(
@@ -102,6 +109,7 @@ def make_measurement(
     if sampler is not None:
         labels = ", labels as in the data" if getattr(model.pipe, "class_names", None) else ""
         description = f"{type(scheduler).__name__}, eta {sampler.eta:g}, {scheduler.config.timestep_spacing}{labels}"
+        description += sampler.guidance_text
     return Measurement(
         measure=result.measure,
         name=result.name,
@@ -111,6 +119,7 @@ def make_measurement(
         n=result.n,
         extractor=result.extractor,
         channel=result.channel,
+        class_name=result.class_name,
         reference=reference,
         weights=model.weights,
         primary=primary,
@@ -119,19 +128,56 @@ def make_measurement(
         sampler=description,
         num_inference_steps=None if sampler is None else sampler.num_inference_steps,
         eta=None if sampler is None else sampler.eta,
+        guidance_scale=None if sampler is None else sampler.guidance_scale,
     )
 
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 
+class _Features(NamedTuple):
+    """Feature vectors of the images that are compared, (N, D) each."""
+
+    samples: Tensor
+    reference: Tensor
+    baseline: Tensor | None  # is compared with baseline_reference
+    baseline_reference: Tensor
+
+    def frechet_distance(self) -> tuple[Estimate, float | None]:
+        """Of the samples, and of the baseline."""
+        real = None if self.baseline is None else fidelity.frechet_distance(self.baseline, self.baseline_reference)
+        return fidelity.jackknife(fidelity.frechet_distance, self.samples, self.reference), real
+
+    def kernel_distance(self) -> tuple[Estimate, float | None]:
+        """Of the samples, and of the baseline."""
+        real = None if self.baseline is None else fidelity.kernel_distance(self.baseline, self.baseline_reference).value
+        return fidelity.kernel_distance(self.samples, self.reference), real
+
+    def of_class(self, number: int, labels: np.ndarray, real: RealImages) -> _Features:
+        """Those of one class. The baseline of a small class, which may be half of its images, is left out."""
+        assert real.reference_labels is not None and real.baseline_labels is not None
+        of_reference = torch.from_numpy(real.reference_labels == number)
+        samples, reference = self.samples[torch.from_numpy(labels == number)], self.reference[of_reference]
+        baseline_reference = self.baseline_reference[of_reference[torch.from_numpy(real.not_in_baseline)]]
+        baseline = None if self.baseline is None else self.baseline[torch.from_numpy(real.baseline_labels == number)]
+        if baseline is not None and min(len(baseline), len(baseline_reference)) < CLASS_IMAGES // 2:
+            baseline = None
+        return _Features(samples, reference, baseline, baseline_reference)
+
+
 def compare_features(
-    samples: np.ndarray, real: RealImages, extractor: Extractor, metrics: Sequence[str], cache_dir: Path
+    samples: np.ndarray,
+    real: RealImages,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    cache_dir: Path,
+    labels: np.ndarray | None = None,
 ) -> Iterator[Result]:
     """Distances between samples and the reference set in the features of an extractor.
 
     Args:
         samples: (N, C, H, W), uint8 or uint16.
+        labels: (N,) int64, the classes that were asked for; None: the model has none.
         metrics: others than FEATURE_METRICS are ignored.
         cache_dir: for the features of real images.
     Raises:
@@ -143,18 +189,17 @@ def compare_features(
     reference = extract_features(extractor, real.reference, cache_dir=cache_dir)
     baseline_reference = reference[torch.from_numpy(real.not_in_baseline)]
     baseline = extract_features(extractor, real.baseline, cache_dir=cache_dir) if len(real.baseline) else None
+    compared = _Features(features, reference, baseline, baseline_reference)
 
     def result(measure: str, name: str, estimate: Estimate, real_value: float | None) -> Result:
         return Result(measure, name, estimate, len(samples), real_value, extractor.name)
 
+    frechet_name = "FID" if extractor.is_inception else "Frechet distance"
+    kernel_name = "KID" if extractor.is_inception else "kernel distance"
     if "frechet" in metrics:
-        estimate = fidelity.jackknife(fidelity.frechet_distance, features, reference)
-        real_value = None if baseline is None else fidelity.frechet_distance(baseline, baseline_reference)
-        yield result("frechet_distance", "FID" if extractor.is_inception else "Frechet distance", estimate, real_value)
+        yield result("frechet_distance", frechet_name, *compared.frechet_distance())
     if "kernel" in metrics:
-        estimate = fidelity.kernel_distance(features, reference)
-        real_value = None if baseline is None else fidelity.kernel_distance(baseline, baseline_reference).value
-        yield result("kernel_distance", "KID" if extractor.is_inception else "kernel distance", estimate, real_value)
+        yield result("kernel_distance", kernel_name, *compared.kernel_distance())
     # Between sets of equal size, because the balls around the images shrink as their number grows.
     equal = reference[evenly_spaced(len(reference), len(samples))]
     for metric, measures, statistic in (
@@ -173,6 +218,57 @@ def compare_features(
         held_out = extract_features(extractor, real.held_out, cache_dir=cache_dir)
         estimate = fidelity.memorisation(features, reference, held_out)
         yield result("memorisation", "memorisation (0.5: none, 1: copies)", estimate, 0.5)
+    if labels is not None:
+        yield from _compare_classes(compared, labels, real, extractor, metrics, (frechet_name, kernel_name))
+
+
+def large_classes(labels: np.ndarray, real: RealImages) -> list[int]:
+    """The classes with at least CLASS_IMAGES samples, whose labels these are, and reference images."""
+    assert real.classes is not None and real.reference_labels is not None
+    num_classes = len(real.classes.names)
+    counts = [np.bincount(each, minlength=num_classes) for each in (labels, real.reference_labels)]
+    return np.flatnonzero(np.minimum(*counts) >= CLASS_IMAGES).tolist()
+
+
+def _compare_classes(
+    compared: _Features,
+    labels: np.ndarray,
+    real: RealImages,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    names: tuple[str, str],
+) -> Iterator[Result]:
+    """Distances within each large class, and the mean of its kernel distances.
+
+    That mean also grows with samples of a wrong class, which the distance of all samples does not see. A Frechet
+    distance of fewer than ENOUGH_FOR_FRECHET images is mostly bias, which differs between classes: left out.
+    """
+    assert real.classes is not None
+    kernel_distances = []
+    for number in large_classes(labels, real):
+        own = compared.of_class(number, labels, real)
+        fields: dict[str, Any] = {"extractor": extractor.name, "class_name": real.classes.names[number]}
+        n = len(own.samples)
+        if "frechet" in metrics and min(n, len(own.reference)) >= ENOUGH_FOR_FRECHET:
+            estimate, real_value = own.frechet_distance()
+            yield Result("class_frechet_distance", names[0], estimate, n, real_value, **fields)
+        if "kernel" in metrics:
+            estimate, real_value = own.kernel_distance()
+            kernel_distances.append((estimate, real_value))
+            yield Result("class_kernel_distance", names[1], estimate, n, real_value, **fields)
+    if kernel_distances:
+        values, errors = zip(*(estimate for estimate, _ in kernel_distances))
+        real_values = [value for _, value in kernel_distances if value is not None]
+        mean = Estimate(np.mean(values).item(), np.linalg.norm(errors).item() / len(errors))
+        real_mean = np.mean(real_values).item() if len(real_values) == len(values) else None
+        name = f"{names[1]} within a class, mean of {len(values)}"
+        yield Result("mean_class_kernel_distance", name, mean, len(labels), real_mean, extractor.name)
+
+
+def measure_accuracy(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> Result:
+    """How often the classifier recognises the class that was asked for, beside its accuracy on real images."""
+    estimate = fidelity.accuracy(classifier.predict(samples)[0], labels)
+    return Result("accuracy", "accuracy", estimate, len(samples), classifier.accuracy, classifier.name)
 
 
 def compare_channels(samples: np.ndarray, real: RealImages) -> Iterator[Result]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from training.config import Config
+from training.data.classes import Classes
 from training.data.split import DataSplit, evenly_spaced, load_data_split, splits_to_hold_out
 from training.evaluation.config import EvalConfig
 from training.evaluation.samples import Model
@@ -33,6 +34,8 @@ class RealImages:
         baseline: (M, C, H, W), real images that are measured as if they were samples; M may be 0.
         baseline_description: what these are, for the report.
         not_in_baseline: (N,) bool, the reference images that the baseline is compared with.
+        classes: of the images, with the numbers of the model; None: it has none.
+        reference_labels, baseline_labels: (N,) and (M,) int64; None without classes.
         warning: why the baseline is missing or less comparable; None if it is neither.
     """
 
@@ -42,6 +45,9 @@ class RealImages:
     baseline: np.ndarray
     baseline_description: str
     not_in_baseline: np.ndarray
+    classes: Classes | None
+    reference_labels: np.ndarray | None
+    baseline_labels: np.ndarray | None
     warning: str | None
 
     @property
@@ -102,7 +108,11 @@ def was_trained_on(model: Model, split: DataSplit) -> bool:
 
 
 def choose_real_images(
-    split: DataSplit, num_reference: int, num_samples: int, kind: str = "training images"
+    split: DataSplit,
+    num_reference: int,
+    num_samples: int,
+    kind: str = "training images",
+    classes: Classes | None = None,
 ) -> RealImages:
     """A reference set of num_reference training images (0: all), and a baseline of num_samples real images.
 
@@ -111,20 +121,24 @@ def choose_real_images(
 
     Args:
         kind: what the report calls the training images.
+        classes: of the images, with the numbers of the model.
     """
     train, held_out = split.train_indices, split.held_out
+    labels = None
     reference = train if not num_reference else train[evenly_spaced(len(train), num_reference)]
     if len(held_out) >= num_samples:
-        baseline, description = held_out[evenly_spaced(len(held_out), num_samples)], "held-out images"
-        not_in_baseline = np.ones(len(reference), bool)
+        chosen = evenly_spaced(len(held_out), num_samples)
+        baseline, description, not_in_baseline = held_out[chosen], "held-out images", np.ones(len(reference), bool)
+        labels = None if classes is None else classes.held_out[chosen]
     else:
         unused = np.setdiff1d(train, reference)
         candidates = unused if len(unused) >= num_samples else train
         chosen = candidates[evenly_spaced(len(candidates), min(num_samples, len(train) // 2))]
         baseline, description, not_in_baseline = split.data.images[chosen], kind, ~np.isin(reference, chosen)
+        labels = None if classes is None else classes.data[chosen]
     warning = None
     if min(len(baseline), int(not_in_baseline.sum())) < SMALLEST_BASELINE:
-        baseline = baseline[:0]
+        baseline, labels = baseline[:0], None if labels is None else labels[:0]
         warning = f"there is no real-data baseline: {len(train)} images are too few to set {SMALLEST_BASELINE} aside"
     elif len(baseline) < num_samples:
         warning = (
@@ -139,5 +153,8 @@ def choose_real_images(
         baseline=np.asarray(baseline),
         baseline_description=description,
         not_in_baseline=not_in_baseline,
+        classes=classes,
+        reference_labels=None if classes is None else classes.data[reference],
+        baseline_labels=labels,
         warning=warning,
     )

@@ -19,7 +19,8 @@ from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import from_pixels
 from training.evaluation.config import EvalConfig
 from training.evaluation.explain import in_short, meanings
-from training.evaluation.measures import Curve, Measurement
+from training.evaluation.guidance import MEASURES, guidance_table
+from training.evaluation.measures import CLASS_IMAGES, ENOUGH_FOR_FRECHET, Curve, Measurement
 from training.evaluation.samples import SamplerConfig
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of report.json; publishing leaves out a report of another format
 PLOTTED = ("frechet_distance", "kernel_distance")  # over the number of sampling steps
-PRINTED = (*PLOTTED, "precision", "recall")  # in samples_line
+PRINTED = (*PLOTTED, "precision", "recall", "accuracy")  # in samples_line
 PATH_FIELDS = ("output_dir", "train_data_dir", "dataset_name", "extractor", "cache_dir")  # of EvalConfig
 
 
@@ -40,6 +41,7 @@ class Report:
         weights_sha256: of the first measured weights, by default the EMA weights.
         command: the command that writes this report, without paths of this machine.
         warnings: sentences without a full stop.
+        guidance: see guidance_effect; None if samples were drawn with one guidance scale.
         curves: the terms of the variational bound over t, for each weights and variance.
         data: the data set.
         reference: description, n and sha256 of the reference set.
@@ -61,6 +63,7 @@ class Report:
     command: str
     measurements: list[Measurement]
     warnings: list[str]
+    guidance: dict[str, Any] | None
     curves: list[Curve]
     data: str
     reference: dict[str, Any]
@@ -80,7 +83,8 @@ class Report:
 def write(output_dir: Path, folder: Path, report: Report) -> None:
     """Write report.json and report.md into output_dir, replacing each at once, and plots into folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = [*plot_distances(folder, report.measurements), *plot_bound(folder, report.curves)]
+    plots = [*plot_distances(folder, report.measurements), *plot_guidance(folder, report.measurements)]
+    plots += plot_bound(folder, report.curves)
     if (folder / "nearest.png").is_file():
         plots.append("nearest.png")
     for name, text in (
@@ -145,7 +149,7 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         f"Data: {report.data}. Reference set: {report.reference['description']}. Real-data baseline: {baseline['n']} "
         f"{baseline['description']}, measured as if they were samples.",
     ]
-    if summary := in_short(report.measurements):
+    if summary := in_short(report.measurements, report.guidance):
         lines += ["", f"**In short:** {summary}"]
     lines += [f"\n> {warning}." for warning in report.warnings]
     lines += [
@@ -154,9 +158,15 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         for extractor in report.extractors
         if extractor["accuracy"] is not None
     ]
-    of_samples = [m for m in report.measurements if m.sampler is not None]
+    of_samples = [m for m in report.measurements if m.sampler is not None and m.class_name is None]
     for extractor in dict.fromkeys(m.extractor for m in of_samples):
         lines += _samples_table(extractor, [m for m in of_samples if m.extractor == extractor])
+    if report.guidance is not None:
+        extractor = report.guidance["extractor"]
+        features = f"; distances are in features of the {extractor}" if extractor else ""
+        lines += ["", "## Guidance", "", f"With the first weights, steps and eta{features}.", ""]
+        lines += guidance_table(report.guidance)
+    lines += _classes_table([m for m in report.measurements if m.class_name is not None and m.primary])
     if of_held_out := [m for m in report.measurements if m.sampler is None]:
         lines += ["", "## Bits per dimension of held-out images", "", "| weights | measure | images | value |",
                   "|---|---|---|---|"]  # fmt: skip
@@ -185,6 +195,31 @@ def _samples_table(extractor: str | None, measurements: Sequence[Measurement]) -
         lines.append("| " + " | ".join([*map(str, key), *(values.get(name, "") for name in names)]) + " |")
     baseline = {m.name: m.real_data_baseline for m in measurements}
     lines.append("| real-data baseline | | | | " + " | ".join(_number(baseline[name]) for name in names) + " |")
+    return lines
+
+
+def _classes_table(measurements: Sequence[Measurement]) -> list[str]:
+    """A table with a line for each class and extractor, or nothing."""
+    if not measurements:
+        return []
+    names = list(dict.fromkeys(m.name for m in measurements))
+    lines = [
+        "",
+        "## Within each class",
+        "",
+        "Samples of a class against its images in the reference set, with the first sampler. A class needs "
+        f"{CLASS_IMAGES} images in both, and for a Frechet distance, which is mostly bias with fewer, "
+        f"{ENOUGH_FOR_FRECHET}.",
+        "",
+        "| class | extractor | samples | " + " | ".join(f"{name} | real-data baseline" for name in names) + " |",
+        "|---" * (3 + 2 * len(names)) + "|",
+    ]
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    for m in measurements:
+        cell = f"{_with_error(m)} | {_number(m.real_data_baseline)}"
+        rows.setdefault((m.class_name, m.extractor, m.n), {})[m.name] = cell
+    for key, values in rows.items():
+        lines.append("| " + " | ".join([*map(str, key), *(values.get(name, " | ") for name in names)]) + " |")
     return lines
 
 
@@ -224,24 +259,58 @@ def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[st
         if len(steps) < 2:
             continue
         figure, axes = _figure()
-        for weights, eta in dict.fromkeys((m.weights, m.eta) for m in chosen):
-            points = sorted(
-                (m.num_inference_steps or 0, m.value, m.standard_error or 0)
-                for m in chosen
-                if (m.weights, m.eta) == (weights, eta)
-            )
-            numbers, values, errors = zip(*points)
-            axes.errorbar(numbers, values, errors, marker="o", capsize=3, label=f"{weights}, eta {eta:g}")
-        baseline = chosen[0].real_data_baseline
-        if baseline is not None:
-            axes.axhline(baseline, color="gray", linestyle="--", label="real-data baseline")
-        axes.set(xscale="log", xlabel="number of sampling steps", ylabel=f"{chosen[0].name}, {chosen[0].extractor}")
-        lowest = min(m.value for m in chosen) if baseline is None else min(baseline, *(m.value for m in chosen))
-        axes.set_ylim(bottom=min(0.0, 1.1 * lowest))
+        _plot_over(axes, chosen, "num_inference_steps")
+        axes.set(xscale="log", xlabel="number of sampling steps")
         axes.set_xticks(steps, [f"{number}" for number in steps])
         axes.minorticks_off()
-        names.append(_save(figure, axes, folder / f"{measure}.png"))
+        names.append(_save(figure, [axes], folder / f"{measure}.png"))
     return names
+
+
+def plot_guidance(folder: Path, measurements: Sequence[Measurement]) -> list[str]:
+    """Plot distances, in features of the first extractor, and accuracy over the guidance scale.
+
+    Returns:
+        The name of the file; none if there is only one scale.
+    """
+    panels = []
+    for measure in MEASURES:
+        chosen = [m for m in measurements if m.measure == measure]
+        chosen = [m for m in chosen if m.extractor == chosen[0].extractor]
+        if len({m.guidance_scale for m in chosen}) > 1:
+            panels.append(chosen)
+    if not panels:
+        return []
+    figure, *_ = _figure(len(panels))
+    for axes, chosen in zip(figure.axes, panels):
+        _plot_over(axes, chosen, "guidance_scale")
+        axes.set(
+            xlabel="guidance scale", xticks=sorted({m.guidance_scale for m in chosen if m.guidance_scale is not None})
+        )
+    return [_save(figure, figure.axes, folder / "guidance.png")]
+
+
+def _plot_over(axes: Axes, measurements: Sequence[Measurement], over: str) -> None:
+    """Values and standard errors over num_inference_steps or guidance_scale, a line for all else, and the baseline."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for m in measurements:
+        label = f"{m.weights}, eta {m.eta:g}"
+        if over == "guidance_scale":
+            label += f", {m.num_inference_steps} steps"
+        elif m.guidance_scale != 1:
+            label += f", guidance {m.guidance_scale:g}"
+        lines.setdefault(label, []).append((getattr(m, over), m.value, m.standard_error or 0))
+    for label, points in lines.items():
+        numbers, values, errors = zip(*sorted(points))
+        axes.errorbar(numbers, values, errors, marker="o", capsize=3, label=label)
+    first = measurements[0]
+    lowest = [m.value for m in measurements]
+    if first.real_data_baseline is not None:
+        axes.axhline(first.real_data_baseline, color="gray", linestyle="--", label="real-data baseline")
+        lowest.append(first.real_data_baseline)
+    axes.set_ylabel(f"{first.name},\n{first.extractor}")
+    if first.measure != "accuracy":  # which has no need of its 0
+        axes.set_ylim(bottom=min(0.0, 1.1 * min(lowest)))
 
 
 def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
@@ -256,25 +325,27 @@ def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
         yscale="log", xscale="symlog", xlim=(0, None), xlabel="t (at 0: the decoder)",
         ylabel="bits per dimension of one timestep",
     )  # fmt: skip
-    names = [_save(figure, axes, folder / "bound.png")]
+    names = [_save(figure, [axes], folder / "bound.png")]
     figure, axes = _figure()
     for curve in curves:
         progressive = curve["rate_distortion"]
         label = f"{curve['weights']}, {curve['variance_type']}"
         axes.plot(progressive["rate"], progressive["distortion"], marker=".", label=label)
     axes.set(xlabel="rate, bits per dimension", ylabel="distortion, RMS error of 255", ylim=(0, None))
-    return [*names, _save(figure, axes, folder / "rate_distortion.png")]
+    return [*names, _save(figure, [axes], folder / "rate_distortion.png")]
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(panels: int = 1) -> tuple[Figure, Axes]:
+    """A figure with panels side by side, and the first of them."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(6.4 if panels == 1 else 4.8 * panels, 4), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0, 0]
 
 
-def _save(figure: Figure, axes: Axes, path: Path) -> str:
-    axes.grid(alpha=0.3)
-    axes.legend()
+def _save(figure: Figure, panels: Sequence[Axes], path: Path) -> str:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=120)
     return path.name

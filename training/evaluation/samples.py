@@ -48,13 +48,34 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How samples are drawn: the number of sampling steps, and eta from 0 (DDIM) to 1 (DDPM)."""
+    """How samples are drawn: the number of sampling steps, eta from 0 (DDIM) to 1 (DDPM), and guidance.
+
+    Args:
+        guidance_scale: 1: no guidance.
+        guidance_interval: timesteps that are guided; None: all.
+    """
 
     num_inference_steps: int
     eta: float
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """Arguments of a call of the pipeline; empty without guidance."""
+        if self.guidance_scale == 1:
+            return {}
+        interval = {} if self.guidance_interval is None else {"guidance_interval": self.guidance_interval}
+        return {"guidance_scale": self.guidance_scale, **interval}
+
+    @property
+    def guidance_text(self) -> str:
+        """Such as ", guidance 2 at 100 <= t < 600"; empty without guidance."""
+        at = " at {:g} <= t < {:g}".format(*self.guidance_interval) if self.guidance_interval else ""
+        return f", guidance {self.guidance_scale:g}{at}" if self.guidance else ""
 
     def __str__(self) -> str:
-        return f"{self.num_inference_steps} steps, eta {self.eta:g}"
+        return f"{self.num_inference_steps} steps, eta {self.eta:g}{self.guidance_text}"
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -178,6 +199,9 @@ class Shards:
     ) -> None:
         weights = f"{model.weights.lower()}-{model.sha256[:12]}-scheduler-{model.scheduler_hash[:8]}"
         settings = f"steps{sampler.num_inference_steps}-eta{sampler.eta:g}-seed{seed}-{precision}"
+        if sampler.guidance:
+            interval = "-{:g}-{:g}".format(*sampler.guidance_interval) if sampler.guidance_interval else ""
+            settings += f"-guidance{sampler.guidance_scale:g}{interval}"
         if classes is not None:
             settings += f"-classes-{hashlib.sha256(repr(classes.counts).encode()).hexdigest()[:8]}"
         self.folder = folder / "samples" / f"{weights}-{settings}"
@@ -247,6 +271,7 @@ def sample(
                     **({} if labels is None else {"class_labels": labels[start : start + batch_size]}),
                     num_inference_steps=sampler.num_inference_steps,
                     eta=sampler.eta,
+                    **sampler.guidance,
                     output_type="latent",
                     return_dict=False,
                     callback_on_step_end=lambda *_: runtime.adapt_threads(),

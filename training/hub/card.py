@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from training.evaluation.guidance import guidance_table
 from training.hub.files import (
     IMAGES,
     ROOT,
@@ -69,8 +70,8 @@ def write_card(
         "remote_code": _remote_code(folder),
         "built_in_warning": "\n>\n".join(WARNING + limit for limit in built_in_limits(folder)),
         "built_in_way": "" if has_class_labels(unet_config(folder)) else _built_in_way(repo_id, revision, record),
-        "class_labels": _class_labels(folder),
-        "classes": _classes(folder, record),
+        "class_labels": _class_labels(folder) + _guidance_arguments(report),
+        "classes": _classes(folder, record, report),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
         **_model_fields(folder),
@@ -83,9 +84,13 @@ def write_card(
 
 
 def primary_measurements(report: Mapping[str, Any] | None) -> list[Measured]:
-    """The measurements of the EMA weights with the first sampler. The others are only in report.json."""
+    """The measurements of the EMA weights with the first sampler, but for those of a single class.
+
+    The others are only in report.json.
+    """
     entries = [] if report is None else report["measurements"]
-    return [entry for entry in entries if entry["weights"] == "EMA" and entry.get("primary", True)]
+    entries = [entry for entry in entries if entry["weights"] == "EMA" and entry.get("class_name") is None]
+    return [entry for entry in entries if entry.get("primary", True)]
 
 
 def dataset_of(config: Mapping[str, Any]) -> str:
@@ -185,7 +190,29 @@ def _class_labels(folder: Path) -> str:
     return f" class_labels={json.dumps(four, ensure_ascii=False)},"
 
 
-def _classes(folder: Path, record: RunRecord) -> str:
+def _guidance_arguments(report: Mapping[str, Any] | None) -> str:
+    """The best measured guidance as arguments of a call, or nothing."""
+    guidance = (report or {}).get("guidance")
+    if guidance is None or guidance["best_scale"] in (None, 1):
+        return ""
+    interval = f" guidance_interval={tuple(guidance['interval'])}," if guidance["interval"] else ""
+    return f" guidance_scale={guidance['best_scale']:g},{interval}"
+
+
+def _guidance(report: Mapping[str, Any] | None) -> list[str]:
+    """What was measured of guidance: which scale is best, and a table."""
+    guidance = (report or {}).get("guidance")
+    if guidance is None or guidance["best_scale"] is None:
+        return ["Its best scale was not measured."]
+    at = " (at timesteps {:g} <= t < {:g})".format(*guidance["interval"]) if guidance["interval"] else ""
+    best = (
+        f"Of the scales that were measured{at}, {guidance['best_scale']:g} has the smallest distance, in features of "
+        f"the {guidance['extractor']}:"
+    )
+    return [best, "\n".join(guidance_table(guidance))]
+
+
+def _classes(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) -> str:
     """The section on classes, or nothing."""
     unet = unet_config(folder)
     names = class_names(unet)
@@ -205,8 +232,9 @@ def _classes(folder: Path, record: RunRecord) -> str:
     if unet["num_class_embeds"] > len(names):
         lines.append(
             f"In training an image had no label with probability {record.config.get('label_dropout', 0):g}, so it has "
-            "classifier-free guidance: `pipe(class_labels=..., guidance_scale=2.0)`. Its best scale was not measured."
+            "classifier-free guidance: `pipe(class_labels=..., guidance_scale=2.0)`."
         )
+        lines += _guidance(report)
     else:
         lines.append("In training every image had its label, so it has no guidance: `guidance_scale` must be 1.")
     return "\n\n".join(lines)

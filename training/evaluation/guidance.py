@@ -1,0 +1,69 @@
+"""GUIDANCE: distances and accuracy over the scale of classifier-free guidance, and which scale is best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it imports torch, which the model card does not need
+    from training.evaluation.measures import Measurement
+
+DISTANCES = ("mean_class_kernel_distance", "kernel_distance")  # the first that was measured says which scale is best
+MEASURES = (*DISTANCES, "accuracy")
+
+
+def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, float] | None) -> dict[str, Any] | None:
+    """The "guidance" of report.json: each measure at each scale, with the first weights, steps, eta and extractor.
+
+    The best scale has the smallest mean distance within a class, which grows with samples of a wrong class too; if
+    classes are too small for it, the smallest distance of all samples.
+
+    Args:
+        interval: timesteps that were guided; None: all.
+    Returns:
+        interval, scales, best_scale and the extractor of the distances (None without distances), and a list of
+        measures: name, values, standard_errors, real_data_baseline. None if there is only one scale.
+    """
+    columns: dict[str, list[Measurement]] = {}
+    for measure in MEASURES:
+        of_measure = [m for m in measurements if m.measure == measure]
+        first = [_settings(m) for m in of_measure[:1]]
+        columns[measure] = [m for m in of_measure if _settings(m) in first]
+    columns = {measure: column for measure, column in columns.items() if len(column) > 1}
+    if not columns:
+        return None
+    scales = [m.guidance_scale for m in next(iter(columns.values()))]
+    best = next((min(columns[measure], key=lambda m: m.value) for measure in DISTANCES if measure in columns), None)
+    return {
+        "interval": interval,
+        "scales": scales,
+        "best_scale": None if best is None else best.guidance_scale,
+        "extractor": None if best is None else best.extractor,
+        "measures": [
+            {
+                "name": column[0].name,
+                "values": [m.value for m in column],
+                "standard_errors": [m.standard_error for m in column],
+                "real_data_baseline": column[0].real_data_baseline,
+            }
+            for column in columns.values()
+        ],
+    }
+
+
+def _settings(m: Measurement) -> tuple[Any, ...]:
+    return m.weights, m.num_inference_steps, m.eta, m.extractor
+
+
+def guidance_table(guidance: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: a line for each scale, and one for the real-data baseline."""
+    measures = guidance["measures"]
+    lines = [
+        "| guidance scale | " + " | ".join(each["name"] for each in measures) + " |",
+        "|---" * (1 + len(measures)) + "|",
+    ]
+    for i, scale in enumerate(guidance["scales"]):
+        cells = [f"{each['values'][i]:.4g} &plusmn; {each['standard_errors'][i]:.2g}" for each in measures]
+        lines.append(f"| {scale:g} | " + " | ".join(cells) + " |")
+    real = ["" if (value := each["real_data_baseline"]) is None else f"{value:.4g}" for each in measures]
+    return [*lines, "| real-data baseline | " + " | ".join(real) + " |"]
