@@ -17,6 +17,7 @@ TRAINING = Path(__file__).parents[1] / "training"
 SHORT_RUN = {
     "denoiser": "tiny",
     "ddpm_num_steps": 20,
+    "prediction_type": "epsilon",
     "random_flip": True,
     "max_train_steps": 6,
     "learning_rate": 1e-3,

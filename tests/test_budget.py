@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate
+from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate, with_learning_rate
 from training.config import Config
 from training.loop import seconds_left
 from training.run.state import TrainingState
@@ -176,6 +176,14 @@ def test_the_warm_up_that_is_not_given_is_short_in_a_short_run():
     assert [long(n) for n in (1, 250, 500, 501)] == pytest.approx([0.0002, 0.05, 0.1, 0.1])
     assert rates(200, lr_warmup_steps=0)(1) == 0.1
     assert rates(10, lr_warmup_steps=20, lr_scheduler="constant")(10) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("given", "millions", "expected"), [(None, 2, 1e-3), (None, 36, 2e-4), (5e-4, 36, 5e-4)])
+def test_the_learning_rate_that_is_not_given_depends_on_the_network(given, millions, expected):
+    config = make_config(learning_rate=given)
+    assert with_learning_rate(config, int(millions * 1e6)).learning_rate == expected
+    finetuning = make_config(learning_rate=given, init_from="user/model")
+    assert with_learning_rate(finetuning, int(millions * 1e6)).learning_rate == (given or 1e-4)
 
 
 def test_in_minutes_the_learning_rate_falls_as_in_steps():

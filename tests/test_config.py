@@ -396,7 +396,7 @@ def test_resuming_with_the_folder_alone_takes_the_settings_of_its_run(tmp_path, 
 
     assert parse(["--output_dir", str(run), "--seed=1"]).prediction_type == "v_prediction"  # a new run: the moons
     other = parse(["--output_dir", str(run), "--resume_from_checkpoint", "latest", *MOONS])
-    assert other.prediction_type == "epsilon"  # the data set is named, so the command line is whole
+    assert other.prediction_type == "v_prediction"  # the data set is named, so the command line is whole
     new = parse([f"--output_dir={tmp_path / 'new'}", "--resume_from_checkpoint", "auto"])
     assert new.prediction_type == "v_prediction"
     with pytest.raises(SystemExit) as exit_:

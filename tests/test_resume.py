@@ -154,7 +154,7 @@ def test_a_change_that_matters_is_said(before, now, message):
 
 
 def test_another_precision_is_said():
-    config = Config(dataset_name="moons")
+    config = Config(dataset_name="moons", learning_rate=1e-3)
     manifest = {"step": 5, "global_batch": 4, "config": config.as_dict(), "mixed_precision": "fp16"}
     assert "mixed_precision fp16 -> bf16" in resume.describe_changes(manifest, config, Budget(10), "bf16")
 
@@ -170,7 +170,7 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
         unet = torch.nn.Conv2d(1, 1, 1)
         ema, optimizer = FlatEMA(unet), torch.optim.AdamW(unet.parameters())
         states = {"model": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        config = Config(dataset_name="moons")
+        config = Config(dataset_name="moons", learning_rate=1e-3)
         record = {"config": config.as_dict(), "global_batch": 4, "mixed_precision": "no"}
         if saved != "missing":
             state = torch.amp.GradScaler("cpu", init_scale=2.0).state_dict()

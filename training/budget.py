@@ -12,7 +12,7 @@ whatever the speed does. All this is in the checkpoint, so a resumed run has the
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -132,11 +132,20 @@ class Budget:
             self.since, self.share_then, self.total = step, min(1.0, used), max(step + 1, round(step / used))
 
 
+def with_learning_rate(config: Config, num_parameters: int) -> Config:
+    """The settings with the default learning rate of such a network, if they give none."""
+    if config.learning_rate is not None:
+        return config
+    default = 1e-4 if config.init_from else 1e-3 if num_parameters <= 20e6 else 2e-4
+    return replace(config, learning_rate=default)
+
+
 def learning_rate(config: Config, budget: Budget, step: int) -> float:
     """The learning rate of optimizer step 1, 2, ...: linear warm-up, times the decay of `lr_scheduler`.
 
     The warm-up ends after `lr_warmup_steps`, or where that is None after WARMUP_STEPS or WARMUP_SHARE of the budget.
     """
+    assert config.learning_rate is not None  # `with_learning_rate`
     used = budget.share(step - 1)
     if config.lr_warmup_steps is None:
         factor = min(1.0, max(step / WARMUP_STEPS, budget.share(step) / WARMUP_SHARE))

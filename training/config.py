@@ -67,7 +67,7 @@ class Config:
             the Hub, or config.json of a UNet2DModel.
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
-        prediction_type: what the network predicts: epsilon, sample (x_0) or v_prediction.
+        prediction_type: what the network predicts: v_prediction, epsilon or sample (x_0).
         variance_type: variance of the reverse process: fixed_small (beta tilde) or fixed_large (beta).
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
             times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
@@ -78,7 +78,8 @@ class Config:
         max_train_steps: number of steps after which training ends. Of several limits the first that is reached counts.
         max_train_images: number of images after which training ends, each counted as often as it is seen; rounded to
             whole steps.
-        learning_rate: learning rate of AdamW at the end of its warm-up.
+        learning_rate: learning rate of AdamW at the end of its warm-up; default: 1e-3, for networks of more than 20
+            million parameters 2e-4, and with init_from 1e-4.
         lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run, or constant.
         lr_warmup_steps: steps over which the learning rate rises linearly from 0; default: 500, but at most a
             twentieth of the run.
@@ -159,18 +160,18 @@ class Config:
     denoiser: str = "auto"
     ddpm_num_steps: int = 1000
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear"
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
     variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
     train_batch_size: int | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = 1
     max_train_minutes: float | None = None
     max_train_steps: int | None = None
     max_train_images: int | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_steps: int | None = None
     adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    adam_beta2: float = 0.99
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0

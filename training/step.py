@@ -31,7 +31,7 @@ FUSED = ("cpu", "cuda")  # devices whose fused AdamW is known to honour grad_sca
 def make_optimizer(config: Config, unet: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         unet.parameters(),
-        lr=config.learning_rate,
+        lr=config.learning_rate or 0.0,  # each step sets its own
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline.cpu import importing
-from training.budget import Budget
+from training.budget import Budget, with_learning_rate
 from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
@@ -96,6 +96,7 @@ def main(config: Config, stop: StopSignal) -> int:
     image_shape = (data.channels, data.height, data.width)
     make = partial(make_network, config=config, inputs=inputs, device=device)
     unet = make(network or plan.choose_family(make, image_shape, runtime, config, budget))
+    config = with_learning_rate(config, unet.num_parameters())
     record_background(unet, config.background)
     record_center_crop(unet, config.center_crop)
     if classes is not None:
