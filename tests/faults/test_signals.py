@@ -57,7 +57,8 @@ def test_a_new_run_stopped_before_its_first_checkpoint_leaves_those_of_the_earli
 @pytest.mark.parametrize(("to", "logging_steps"), [("all", 1), ("one", 1), ("one", 100)])
 def test_two_processes_stop_after_the_same_step(workspace, undisturbed, to, logging_steps):
     """Between two entries of the log they learn one step later what the other has been asked."""
-    options = {"checkpointing_steps": 100, "logging_steps": logging_steps}
+    options = {"checkpointing_steps": 100, "validation_steps": 100, "save_images_steps": 100}
+    options["logging_steps"] = logging_steps
     with killed_at_end(workspace.start("run", world_size=2, fault="slow_steps", **options)) as run:
         run.wait_for("[step 3 on rank 1]")
         send(run, signal.SIGTERM, to)
