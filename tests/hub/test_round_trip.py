@@ -296,7 +296,7 @@ def test_training_from_a_published_model(published, work, tmp_path):
 def test_a_network_that_is_not_on_the_hub_is_a_mistake(published, work, tmp_path):
     hub, _, _ = published
     code, _, err = run(hub, tmp_path, "train.py", *train_options(work, "none", denoiser="alice/nothing"))
-    assert code == 2 and "denoiser is 'alice/nothing' (" in err and "give one of tiny, small" in err, err
+    assert code == 2 and "denoiser is 'alice/nothing' (" in err and "give auto, tiny, small" in err, err
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------
