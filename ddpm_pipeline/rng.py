@@ -42,6 +42,8 @@ class Stream(enum.IntEnum):
     VALIDATION_TIMESTEP = 12
     MOON_TILT = 13
     LABEL_DROPOUT = 14
+    VERTICAL_FLIP = 15
+    QUARTER_TURN = 16
 
 
 def key(*numbers: int) -> int:

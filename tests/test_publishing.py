@@ -307,11 +307,13 @@ def test_the_training_section(run, tmp_path):
 
 
 def test_data_set_and_base_model(tmp_path):
-    run = make_run(tmp_path / "set", dataset_name="user/set", init_from="user/model", random_flip=True)
+    run = make_run(tmp_path / "set", dataset_name="user/set", init_from="user/model", random_flip=True,
+                   random_rotate90=True)  # fmt: skip
     card, metadata = card_of(run, tmp_path / "out", license="mit")
     assert metadata["datasets"] == ["user/set"] and metadata["base_model"] == "user/model"
     assert metadata["license"] == "mit"
-    assert "flips images" in card and "`user/model`" in card
+    assert "flipped horizontally with probability 1/2 and turned by 0, 90, 180 or 270 degrees, at random." in card
+    assert "vertically" not in card and "`user/model`" in card
     card, metadata = card_of(run, tmp_path / "unknown")
     assert metadata["license"] == "unknown" and "licence of its weights was not stated" in card
 

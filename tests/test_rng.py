@@ -80,6 +80,9 @@ def test_stream_ids_differ_and_are_those_of_old_runs():
         "VALIDATION_NOISE": 11,
         "VALIDATION_TIMESTEP": 12,
         "MOON_TILT": 13,
+        "LABEL_DROPOUT": 14,
+        "VERTICAL_FLIP": 15,
+        "QUARTER_TURN": 16,
     }
     assert len(set(ids.values())) == len(rng.Stream.__members__)  # an alias would be a member, but not in the iteration
     for stream in rng.Stream:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ddpm_pipeline.pixels import height_width
 from training.command_line import parse_dataclass
+from training.data.sizes import check_square
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -49,7 +50,11 @@ class Config:
             the data.
         center_crop: resize an image of another size until it covers the target, then crop its centre; false: stretch it
             to the target.
-        random_flip: flip half of the training images horizontally.
+        random_flip: flip half of the training images horizontally; letters and digits are mirrored, too, so do not use
+            it for images that have any.
+        random_vertical_flip: flip half of the training images vertically, for images without an up and down, such as
+            those of microscopes and satellites.
+        random_rotate90: turn each training image by 0, 90, 180 or 270 degrees, for such images; they must be square.
         class_conditional: condition the network on the labels of the images, see docs/training.md.
         label_dropout: probability that an image has the label "no label" in a step, which classifier-free guidance
             needs; 0: the network has no such class, and no guidance.
@@ -149,6 +154,8 @@ class Config:
     resolution: str | int | None = None
     center_crop: bool = True
     random_flip: bool = False
+    random_vertical_flip: bool = False
+    random_rotate90: bool = False
     class_conditional: bool = False
     label_dropout: float = 0.1
     balance_classes: Literal["none", "sqrt", "equal"] = "none"
@@ -210,7 +217,8 @@ class Config:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
             )
-        self.height_width  # noqa: B018  raises if resolution is wrong
+        if self.height_width is not None and self.random_rotate90:
+            check_square(*self.height_width)
         at_least_one = (
             "gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
             "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from training.config import Config
 from training.data.batches import Batches
 
 CPU = torch.device("cpu")
+ALL = {"random_flip": True, "random_vertical_flip": True, "random_rotate90": True}
+SQUARE = np.arange(9, dtype=np.uint8).reshape(3, 3)  # all its symmetries differ
 
 
 def numbered(count, height=2, width=4, dtype=np.uint8):
@@ -16,8 +19,8 @@ def numbered(count, height=2, width=4, dtype=np.uint8):
     return np.broadcast_to(np.arange(count, dtype=dtype)[:, None, None, None], (count, 1, height, width)).copy()
 
 
-def make(images, batch_size=4, seed=0, random_flip=False):
-    return Batches(images, batch_size=batch_size, seed=seed, random_flip=random_flip, device=CPU)
+def make(images, batch_size=4, seed=0, **augmentations):
+    return Batches(images, batch_size=batch_size, seed=seed, device=CPU, **augmentations)
 
 
 def indices_of(batches, steps, batch_size):
@@ -40,7 +43,7 @@ def test_every_epoch_is_another_permutation(count, batch_size):
 
 def test_only_the_train_indices_are_seen():
     train_indices = np.array([1, 4, 5, 9, 11])
-    batches = Batches(numbered(12), train_indices=train_indices, batch_size=5, seed=0, random_flip=False, device=CPU)
+    batches = Batches(numbered(12), train_indices=train_indices, batch_size=5, seed=0, device=CPU)
     for step in range(3):
         assert sorted(batches.indices(step, torch.arange(5))) == train_indices.tolist()
     values = (batches.images(0, torch.arange(5))[:, 0, 0, 0] + 1) * 127.5
@@ -61,7 +64,7 @@ def test_the_order_is_random():
 
 def test_a_batch_is_a_pure_function_of_seed_step_and_index():
     images = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
-    options = {"batch_size": 4, "seed": 5, "random_flip": True}
+    options = {"batch_size": 4, "seed": 5, **ALL}
     expected = [make(images, **options).images(step, torch.arange(4)) for step in range(20)]
     batches = make(images, **options)
     for step in (19, 3, 0, 7, 7, 12, 2):  # in any order, as after an interruption
@@ -75,9 +78,9 @@ def test_a_batch_is_a_pure_function_of_seed_step_and_index():
 def test_ranks_and_forward_passes_partition_the_global_batch():
     images = np.random.default_rng(0).integers(0, 256, (11, 1, 4, 4), dtype=np.uint8)
     for step in range(8):  # a batch of 12 spans two epochs or three
-        batch = make(images, 12, random_flip=True).images(step, torch.arange(12))
+        batch = make(images, 12, **ALL).images(step, torch.arange(12))
         for size in (1, 3, 6):
-            ranks = [make(images, 12, random_flip=True) for _ in range(12 // size)]
+            ranks = [make(images, 12, **ALL) for _ in range(12 // size)]
             slices = [rank.images(step, index) for rank, index in zip(ranks, torch.arange(12).split(size))]
             assert torch.equal(torch.cat(slices), batch)
 
@@ -99,6 +102,70 @@ def test_half_of_the_images_are_mirrored_exactly():
     assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / math.sqrt(batch_size * steps)
     assert abs(mirrored.mean(0) - 0.5).max() < 4.5 * 0.5 / math.sqrt(steps)
     assert abs(mirrored.mean(1) - 0.5).max() < 4.5 * 0.5 / math.sqrt(batch_size)
+
+
+def test_flips_are_those_of_old_runs():
+    """Written down when there was no other augmentation: old runs resume with them. Others do not change them."""
+    image = np.tile(np.array([[0, 1], [2, 3]], np.uint8), (12, 1, 1, 1))
+    for options in ({}, {"random_vertical_flip": True}):
+        batches = make(image, 12, seed=5, random_flip=True, **options)
+        for step, mirrored in ((0, "011101010111"), (1, "010001000001"), (70, "111011100000")):
+            x_0 = batches.images(step, torch.arange(12))[:, 0]
+            assert [str(int(is_mirrored)) for is_mirrored in x_0[:, 0, 0] > x_0[:, 0, 1]] == list(mirrored)
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "number"),
+    [
+        (("random_vertical_flip",), 2),
+        (("random_flip", "random_vertical_flip"), 4),
+        (("random_rotate90",), 4),
+        (("random_flip", "random_rotate90"), 8),
+        (("random_vertical_flip", "random_rotate90"), 8),
+        (tuple(ALL), 8),
+    ],
+)
+def test_each_symmetry_of_a_square_is_as_frequent_as_it_should(augmentations, number):
+    """The symmetries as numpy makes them: (mirrored, quarter turns). With turns one flip gives all eight, uniformly."""
+    symmetries = {
+        (m, turns): np.rot90(np.flip(SQUARE, 1) if m else SQUARE, turns) for m in (0, 1) for turns in range(4)
+    }
+    expected = {
+        ("random_vertical_flip",): {(0, 0), (1, 2)},
+        ("random_flip", "random_vertical_flip"): {(0, 0), (1, 0), (1, 2), (0, 2)},
+        ("random_rotate90",): {(0, turns) for turns in range(4)},
+    }.get(augmentations, set(symmetries))
+    n, steps = 100, 40
+    batches = make(np.tile(SQUARE, (n, 1, 1, 1)), n, **dict.fromkeys(augmentations, True))
+    x_0 = torch.stack([batches.images(step, torch.arange(n)) for step in range(steps)])
+    pixels = ((x_0 + 1) * 127.5).round().numpy()[:, :, 0]
+    found = {key: (pixels == image).all((2, 3)) for key, image in symmetries.items()}
+    assert {key for key, where in found.items() if where.any()} == expected and len(expected) == number
+    assert sum(where.sum() for where in found.values()) == n * steps
+    p = 1 / number  # the ratios of all images, of a step and of an index are within 4.5 standard errors
+    for where in (found[key] for key in expected):
+        for axes, size in ((None, n * steps), (0, steps), (1, n)):
+            assert abs(where.mean(axes) - p).max() < 4.5 * math.sqrt(p * (1 - p) / size)
+
+
+def test_turned_images_give_the_turned_batches():
+    """Quarter turns commute with one another, so turning the data set turns each batch, and nothing else changes."""
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 6, 6), dtype=np.uint8)
+    turned = np.ascontiguousarray(np.rot90(images, axes=(2, 3)))
+    for step in range(5):
+        x_0, x_0_turned = (
+            make(data, 12, random_rotate90=True).images(step, torch.arange(12)).numpy() for data in (images, turned)
+        )
+        np.testing.assert_array_equal(x_0_turned, np.rot90(x_0, axes=(2, 3)))
+
+
+def test_quarter_turns_need_square_images():
+    for size in ((4, 6), (6, 4)):
+        with pytest.raises(ValueError, match=f"images are {size[0]}x{size[1]} .*: give a square --resolution"):
+            make(numbered(4, *size), random_rotate90=True)
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):  # before anything is decoded
+            Config(dataset_name="moons", resolution=f"{size[0]}x{size[1]}", random_rotate90=True)
+        make(numbered(4, *size), random_flip=True, random_vertical_flip=True).images(0, torch.arange(4))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_notes_on_the_data_set_are_not_compared():
     failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of a; 2 of them resized")
     with pytest.raises(checkpoint.CheckpointError, match="data set '10 images of a', but now it is '10 images of b'"):
         failures.check_same_run(Path("run"), manifest, config, 4, 10, "10 images of b; 2 resized")
+
+
+def test_a_checkpoint_of_before_a_setting_was_trained_with_its_default():
+    """One of before quarter turns saw none, so a run with them is another run."""
+    config = Config(dataset_name="moons", random_rotate90=True)
+    settings = {name: value for name, value in config.as_dict().items() if name != "random_rotate90"}
+    manifest = {"config": settings, "global_batch": 4, "num_images": 10, "source": "a"}
+    with pytest.raises(checkpoint.CheckpointError, match="random_rotate90 False, but now it is True"):
+        failures.check_same_run(Path("run"), manifest, config, 4, 10, "a")
+    failures.check_same_run(Path("run"), manifest, replace(config, random_rotate90=False), 4, 10, "a")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""BATCHES: which images an optimizer step sees, in which order, mirrored or not, and their labels.
+"""BATCHES: which images an optimizer step sees, in which order, mirrored or turned, and their labels.
 
 Everything is a pure function of (seed, step, index in the global batch). So nothing has to be saved to resume a run,
 and one process or four see the same global batch.
@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_pipeline import rng
 from ddpm_pipeline.pixels import from_pixels
 from ddpm_pipeline.transfer import to_device
+from training.data.sizes import check_square
 
 MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 
@@ -58,10 +59,14 @@ class Batches:
         images: (M, C, H, W) uint8 or uint16, in memory or memory-mapped.
         train_indices: (N,) int64, which of them to use; default: all.
         batch_size: B, the global batch.
-        seed: of the order, the flips and the dropout of labels.
+        seed: of the order, the flips and turns, and the dropout of labels.
         random_flip: flip half of the images horizontally, at random.
+        random_vertical_flip: flip half of the images vertically, at random.
+        random_rotate90: turn each image by 0, 1, 2 or 3 quarter turns, at random.
         labels: of the images; None: they have none.
         device: of the returned batches.
+    Raises:
+        ValueError: quarter turns of images that are not square.
     """
 
     def __init__(
@@ -71,13 +76,19 @@ class Batches:
         train_indices: np.ndarray | None = None,
         batch_size: int,
         seed: int,
-        random_flip: bool,
+        random_flip: bool = False,
+        random_vertical_flip: bool = False,
+        random_rotate90: bool = False,
         labels: Labels | None = None,
         device: torch.device,
     ) -> None:
         self._images, self._labels = images, labels
         self._train_indices = np.arange(len(images)) if train_indices is None else train_indices
-        self._batch_size, self._seed, self._random_flip, self._device = batch_size, seed, random_flip, device
+        self._batch_size, self._seed, self._device = batch_size, seed, device
+        self._random_flip, self._random_vertical_flip = random_flip, random_vertical_flip
+        self._random_rotate90 = random_rotate90
+        if random_rotate90:
+            check_square(*images.shape[2:])
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)  # of the epoch that was shuffled last
         self._epoch_length = len(self._train_indices)
         self._classes: list[np.ndarray] | None = None  # the train indices of each class, if they are balanced
@@ -111,10 +122,21 @@ class Batches:
             batch = self._on_device[to_device(torch.from_numpy(indices), self._device)]
         else:
             batch = to_device(torch.from_numpy(self._images[indices]), self._device)
-        x_0 = from_pixels(batch)
-        if self._random_flip:
-            mirrored = rng.bits(rng.key(self._seed, rng.Stream.FLIP, step), to_device(index, self._device)) < 0
-            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+        return self._augmented(from_pixels(batch), step, to_device(index, self._device))
+
+    def _augmented(self, x_0: Tensor, step: int, index: Tensor) -> Tensor:
+        """The images flipped and turned. How is independent for each operation, step and index."""
+        for is_wanted, stream, dim in (
+            (self._random_flip, rng.Stream.FLIP, -1),
+            (self._random_vertical_flip, rng.Stream.VERTICAL_FLIP, -2),
+        ):
+            if is_wanted:
+                mirrored = rng.bits(rng.key(self._seed, stream, step), index) < 0
+                x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(dim), x_0)
+        if self._random_rotate90:
+            turns = rng.integers(rng.key(self._seed, rng.Stream.QUARTER_TURN, step), index, 4)[:, None, None, None]
+            x_0 = torch.where(turns % 2 == 1, x_0.rot90(1, (-2, -1)), x_0)
+            x_0 = torch.where(turns >= 2, x_0.flip(-2, -1), x_0)  # a half turn
         return x_0
 
     def labels(self, step: int, index: Tensor) -> Tensor | None:

@@ -32,6 +32,15 @@ def nearest_size(rule: Rule, height: int, width: int) -> tuple[int, int]:
     return max(4 * unit, near[0]), max(4 * unit, near[1])
 
 
+def check_square(height: int, width: int) -> None:
+    """Raise ValueError if images of this size have another size after a quarter turn."""
+    if height != width:
+        raise ValueError(
+            f"random_rotate90 is true and the images are {height}x{width} (height x width): give a square "
+            "--resolution, or leave out --random_rotate90"
+        )
+
+
 def proposed_size(rule: Rule, height: int, width: int) -> tuple[int, int]:
     """A small size of about the same shape."""
     scale = PROPOSED / max(height, width)

@@ -36,6 +36,11 @@ BALANCE = {
     "sqrt": "In training a class was drawn by the square root of its number of images: rare ones more often.",
     "equal": "In training all classes were drawn equally often, whatever their numbers of images.",
 }
+AUGMENTATIONS = {
+    "random_flip": "flipped horizontally with probability 1/2",
+    "random_vertical_flip": "flipped vertically with probability 1/2",
+    "random_rotate90": "turned by 0, 90, 180 or 270 degrees",
+}
 Measured = Mapping[str, Any]  # a Measurement as report.json holds it
 
 
@@ -263,8 +268,8 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
     config = record.config
     minutes = record.seconds / 60
     description = [f"Training data: {record.source}."]
-    if config["random_flip"]:
-        description.append("Training flips images horizontally with probability 1/2.")
+    if augmentations := [text for name, text in AUGMENTATIONS.items() if config.get(name)]:  # older records lack two
+        description.append(f"In training, images were {' and '.join(augmentations)}, at random.")
     if config.get("init_from"):
         description.append(f"It started from the weights of `{config['init_from']}`.")
     return {

@@ -51,15 +51,17 @@ def check_same_run(
     Images with the same digest are the same, whatever the name of their folder is now.
     """
     names = [
-        "denoiser", "seed", "random_flip", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type", "background",
-        "center_crop", "class_conditional",
+        "denoiser", "seed", "random_flip", "random_vertical_flip", "random_rotate90", "ddpm_num_steps",
+        "ddpm_beta_schedule", "prediction_type", "background", "center_crop", "class_conditional",
     ]  # fmt: skip
     if config.class_conditional:
         names += ["label_dropout", "balance_classes"]
     digest_before = manifest.get("data_digest")  # older checkpoints have none
     if digest_before is None:
         names.append("resolution")
-    compared = [(name, manifest["config"].get(name, getattr(config, name)), getattr(config, name)) for name in names]
+    # A checkpoint that is older than a setting was trained as its default says.
+    before = {name: getattr(type(config), name) for name in names} | manifest["config"]
+    compared = [(name, before[name], getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
     if digest_before is None or data_digest is None or digest_before != data_digest:
@@ -68,11 +70,11 @@ def check_same_run(
             compared.append(("images with sha256", digest_before[:12], data_digest[:12]))
     if labels_digest is not None and (labels_before := manifest.get("labels_digest")) is not None:
         compared.append(("labels with sha256", labels_before[:12], labels_digest[:12]))
-    for name, before, now in compared:
-        if _meaning(name, before) != _meaning(name, now):
+    for name, trained, now in compared:
+        if _meaning(name, trained) != _meaning(name, now):
             raise CheckpointError(
-                f"{path} was trained with {name} {before!r}, but now it is {now!r}: change it back, or start a new run "
-                "in another output_dir"
+                f"{path} was trained with {name} {trained!r}, but now it is {now!r}: change it back, or start a new "
+                "run in another output_dir"
             )
 
 

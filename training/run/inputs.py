@@ -66,6 +66,8 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
         batch_size=global_batch,
         seed=config.seed,
         random_flip=config.random_flip,
+        random_vertical_flip=config.random_vertical_flip,
+        random_rotate90=config.random_rotate90,
         labels=labels,
         device=runtime.device,
     )
