@@ -28,7 +28,8 @@ def make_run(folder, *, unet=None, scheduler=(), **config):
     """A run as train.py leaves it."""
     scheduler = DDPMScheduler(**{"num_train_timesteps": 20, "timestep_spacing": "trailing", **dict(scheduler)})
     DDPMPipeline(unet or tiny_unet(3), scheduler).save_pretrained(folder / "pipeline")
-    config = Config(**{"dataset_name": "moons", "output_dir": str(folder), "max_train_steps": 1000, **config})
+    settings = {"dataset_name": "moons", "output_dir": str(folder), "max_train_steps": 1000, "learning_rate": 1e-3}
+    config = Config(**settings | config)
     RunRecord(
         step=900,
         global_batch=32,
