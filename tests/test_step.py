@@ -69,7 +69,7 @@ def test_an_update_is_clip_grad_norm_and_adamw(device, fused, monkeypatch):
     optimizer = make_optimizer(CONFIG, model)
     assert optimizer.defaults["fused"] == fused
     updater = Updater(optimizer, 1.0, runtime())
-    reference = torch.optim.AdamW(plain.parameters(), lr=1.0, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
     assert reference.defaults["betas"] == optimizer.defaults["betas"]
     assert reference.defaults["eps"] == optimizer.defaults["eps"]
     for step in range(1, 9):
