@@ -70,6 +70,10 @@ class Config:
             the images; "auto", the largest of these that is fast enough here for the length of the run, or that of the
             model in init_from; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on
             the Hub, or config.json of a UNet2DModel.
+        dropout: probability in the residual blocks of the network, against learning the images of a small set by heart;
+            default: that of the denoiser, which is 0 for the four families.
+        gradient_checkpointing: keep less for the backward pass and compute it again there: less memory, slower, the
+            same result.
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
         prediction_type: what the network predicts: v_prediction, epsilon or sample (x_0).
@@ -165,6 +169,8 @@ class Config:
     cache_dir: str = "~/.cache/ddpm_pipeline"
     dataloader_num_workers: int = 0
     denoiser: str = "auto"
+    dropout: float | None = None
+    gradient_checkpointing: bool = False
     ddpm_num_steps: int = 1000
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear"
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
@@ -239,9 +245,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a positive number")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a number in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}: give a number in [0, 1)")
         if not 0 <= self.adam_weight_decay < math.inf:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
         self.trackers  # noqa: B018  raises if report_to is wrong

@@ -205,7 +205,10 @@ def make_network(denoiser: Denoiser, config: Config, inputs: Inputs, device: tor
         width=data.width,
         in_channels=data.channels,
         num_class_embeds=inputs.num_class_embeds,
+        dropout=config.dropout,
     )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet.to(device)
 
 

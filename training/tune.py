@@ -307,7 +307,8 @@ def _key(unet: Any, image_shape: tuple[int, int, int], batch_size: int, runtime:
     config = {field: value for field, value in unet.config.items() if not field.startswith("_")}  # those vary
     parts = [
         name, runtime.device.type, torch.get_num_threads(), runtime.world_size, torch.__version__, str(runtime.dtype),
-        config, image_shape, batch_size, kernels.load()[1], kernels.SOURCE.read_text(encoding="utf-8"),
+        config, image_shape, batch_size, unet.is_gradient_checkpointing, kernels.load()[1],
+        kernels.SOURCE.read_text(encoding="utf-8"),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
