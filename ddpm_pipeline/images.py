@@ -97,13 +97,14 @@ def to_tensor(images: Any, name: str, channels: int, background: str = "white", 
         return torch.cat(single)
     if isinstance(images, (str, os.PathLike, Image.Image)):
         colour = parse_colour(background)
-        header = _read(read_header, images, name)
-        if size is not None and (header.height, header.width) != size[:2]:
-            warnings.warn(
-                f"{name}: images of {header.height} x {header.width} pixels are resized to {size.height} x "
-                f"{size.width}, as in training",
-                stacklevel=2,
-            )
+        if size is not None:
+            header = _read(read_header, images, name)
+            if (header.height, header.width) != size[:2]:
+                warnings.warn(
+                    f"{name}: images of {header.height} x {header.width} pixels are resized to {size.height} x "
+                    f"{size.width}, as in training",
+                    stacklevel=2,
+                )
         return from_pixels(_read(lambda payload: decode_for(payload, channels, colour, size), images, name))[None]
     if isinstance(images, np.ndarray):
         values = _own_tensor(images, name)

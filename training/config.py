@@ -293,6 +293,10 @@ class Config:
         size = -(-GLOBAL_BATCH // world_size) if self.train_batch_size == "auto" else self.train_batch_size
         return size * self.gradient_accumulation_steps
 
+    def global_batch(self, world_size: int) -> int:
+        """Images of a step on all ranks."""
+        return self.batch_of_rank(world_size) * world_size
+
     @property
     def trackers(self) -> list[str]:
         """`report_to` as a list without repeats."""

@@ -81,9 +81,8 @@ def choose_family(
     if config.tune == "off":
         return list(FAMILIES)[runtime.device.type != "cpu"]
     runtime.adapt_threads(at_once=True)
-    global_batch = config.batch_of_rank(runtime.world_size) * runtime.world_size
     minutes = min(budget.seconds / 60, DEFAULT_MINUTES if math.isinf(budget.seconds) else math.inf)
-    wanted = min(ENOUGH, budget.steps * global_batch)
+    wanted = min(ENOUGH, budget.steps * config.global_batch(runtime.world_size))
     chosen, found = next(iter(FAMILIES)), []
     for name in FAMILIES:
         unet = make(name)

@@ -59,7 +59,7 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
         runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
     if classes is not None:
         runtime.print(str(classes))
-    global_batch = config.batch_of_rank(runtime.world_size) * runtime.world_size
+    global_batch = config.global_batch(runtime.world_size)
     batches = Batches(
         data.images,
         train_indices=split.train_indices,
