@@ -488,6 +488,11 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             return x_prev, x_0_pred
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_pred)
 
+    def predict_x_0(self, output: Tensor, t: int, x_t: Tensor) -> Tensor:
+        """x_0_pred, thresholded or clipped as configured, from the network's output, (B, C, H, W), at index t."""
+        a, b = (value.item() for value in self.x_0_coefficients(self._alpha_bar[t + 1], self.prediction_type))
+        return self._bounded(_add_scaled(_widened(x_t) * a, _widened(output), b), in_place=True)
+
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The next timestep of the schedule, which the step from `timestep` ends at; -1 after the last one."""
         following = [*self._schedule[1:], -1][self._index(timestep)]
