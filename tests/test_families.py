@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
 import torch
 
 from benchmarks import families
+from benchmarks.common import ROOT
 from benchmarks.networks import make_network
 from tests.short_run import fresh_accelerate
 from training import plan, tune
@@ -47,6 +49,13 @@ def test_a_row_of_the_benchmark(monkeypatch):
     for what, gflop in (("training", 0.711), ("sampling", 0.237)):  # see test_benchmarks.py
         assert row[f"{what}_gflops"] == pytest.approx(gflop * row[what], rel=0.01)
     assert 0.2 < row["peak_gb"] < 100 and row["predicted_gb"] == pytest.approx(plan.LIBRARIES / 1e9, abs=0.2)
+
+
+def test_the_table_of_predictions_for_a_gpu_in_the_documentation():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (cells,) = re.findall(r"^\| `tiny` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    for cell, side in zip(cells, families.SIZES):
+        assert float(cell) == pytest.approx(families.predict_for_gpu("tiny", side).of(64) / 1e9, rel=0.03)
 
 
 def test_pairs_that_fail_cost_the_others_nothing(monkeypatch, tmp_path, capsys):
