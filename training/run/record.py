@@ -40,6 +40,7 @@ class RunRecord:
         seconds: training time, without sampling and validation.
         share: of its budget that the run has used, in [0, 1]; None in older records.
         budget: for a resumed run, see training/budget.py; None in older records.
+        best: which EMA weights are kept: `measure`, and its `value` at `step`; None: those of the last step.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
 
@@ -67,6 +68,12 @@ class RunRecord:
     seconds: float = 0.0
     share: float | None = None
     budget: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the weights are of."""
+        return self.step if self.best is None else int(self.best["step"])
 
     @property
     def used(self) -> float:
