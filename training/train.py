@@ -33,9 +33,9 @@ from training.hub.client import HubError
 from training.loop import Run, save_pipeline, train
 from training.progress import quiet_libraries
 from training.run import checkpoint, failures, resume, signals
-from training.run.best import NAMES, Best, check_held_out, describe_best
+from training.run.best import Best, check_held_out
 from training.run.log import Log, check_trackers
-from training.run.record import RunRecord, precision_name
+from training.run.record import BY, RunRecord, describe_best, precision_name
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, tell_other_machines, versions
 from training.run.sampling import LAST, EMASampler, recover_pipeline
 from training.run.signals import StopSignal
@@ -285,9 +285,7 @@ def finish(run: Run, record: RunRecord, samples: Tensor | None) -> None:
         last = f"; {LAST}/ has those of step {record.step:,}" if record.weights_step != record.step else ""
         print(f"\npipeline/ has the EMA weights of {describe_best(record.best)}{last}.")
     elif run.config.keep_best:
-        print(
-            f"\nWARNING: no validation had a {NAMES[run.config.keep_best]}: pipeline/ has the weights of the last step"
-        )
+        print(f"\nWARNING: no validation had a {BY[run.config.keep_best]}: pipeline/ has the weights of the last step")
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"

@@ -27,7 +27,6 @@ MEASURED_WITH = {
     "kernel_distance": ("validation_split", "validation_samples", "extractor", "ddpm_num_inference_steps"),
 }
 RISES = 3  # validations in a row, before it is said that the loss rises
-NAMES = {"validation_loss": "held-out loss", "kernel_distance": "kernel distance"}
 
 
 @dataclass
@@ -132,21 +131,20 @@ class Best:
         """
 
         now = config.as_dict()
-        before = now | manifest["config"]
+        before = now | manifest["config"]  # older checkpoints lack some settings
 
-        def changed(measure: str) -> list[str]:
-            names = [name for name in MEASURED_WITH[measure] if before[name] != now[name]]
-            return [f"{name} {before[name]} -> {now[name]}" for name in names]
+        def changed(*names: str) -> str:
+            return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in names if before[name] != now[name])
 
-        found = manifest.get("best")  # older checkpoints have none
-        if found is not None and found["measure"] == self._keep_best:
-            if others := changed(found["measure"]):
-                self._tell(f"WARNING: {', '.join(others)}: the best model so far, of step {found['step']}, is not kept")
+        found = manifest.get("best")
+        if found is not None:
+            if changes := changed("keep_best", *MEASURED_WITH[found["measure"]]):
+                self._tell(f"WARNING: {changes}: the best model so far, of step {found['step']}, is not kept")
             else:
                 self._keep(found, weights or self._ema.state_dict())
         if "held_out_loss" in manifest:
             rise = LossRise(**manifest["held_out_loss"])
-            self._rise = LossRise(warned=rise.warned) if changed("validation_loss") else rise
+            self._rise = LossRise(warned=rise.warned) if changed(*MEASURED_WITH["validation_loss"]) else rise
 
     def _keep(self, found: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
         self.found, self._weights = found, {name: tensor.cpu() for name, tensor in weights.items()}
@@ -160,8 +158,3 @@ def check_held_out(keep_best: str | None, number: int) -> None:
             f"keep_best is {keep_best!r}, but {number} images are held out, and it needs at least {least}: give more "
             f"images (one in {HELD_OUT_EVERY} is held out), a data set with a validation split, or leave keep_best out"
         )
-
-
-def describe_best(found: Mapping[str, Any]) -> str:
-    """`Best.found` in words: "step 400, where the held-out loss was lowest, 0.0123"."""
-    return f"step {found['step']:,}, where the {NAMES[found['measure']]} was lowest, {found['value']:.4g}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 FILE = "training.json"  # in the folder of a saved pipeline
+BY = {"validation_loss": "held-out loss", "kernel_distance": "kernel distance"}  # measures of RunRecord.best
 SAMPLE_SEED = 1_000_000  # sample image i has seed SAMPLE_SEED + i at every step, so that its progress can be followed
 
 
@@ -109,6 +111,11 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def describe_best(best: Mapping[str, Any]) -> str:
+    """RunRecord.best in words: "step 400, where the held-out loss was lowest, 0.0123"."""
+    return f"step {best['step']:,}, where the {BY[best['measure']]} was lowest, {best['value']:.4g}"
 
 
 def data_set(source: str) -> str:
