@@ -233,7 +233,7 @@ class Evaluator:
                     for extractor in extractors
                 ],
                 guidance=guidance_effect(measurements, self.config.guidance_interval),
-                step=None if first.record is None else first.record.step,
+                step=None if first.record is None else first.record.weights_step,
                 precision=self.precision,
                 seconds=round(time.monotonic() - self.started, 1),
                 num_processes=self.runtime.world_size,
