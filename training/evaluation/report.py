@@ -207,9 +207,9 @@ def _classes_table(measurements: Sequence[Measurement]) -> list[str]:
         "",
         "## Within each class",
         "",
-        f"How often samples of a class are recognised, for classes with at least {CLASS_ACCURACY}, and their distances "
-        f"to its images in the reference set, with the first sampler. A distance needs {CLASS_IMAGES} images in both, "
-        f"and a Frechet distance, which is mostly bias with fewer, {ENOUGH_FOR_FRECHET}.",
+        f"How often the samples of a class are recognised, if there are {CLASS_ACCURACY}, and their distances to the "
+        f"images of the class in the reference set, with the first sampler. A distance needs {CLASS_IMAGES} images in "
+        f"both, and a Frechet distance, which is mostly bias with fewer, {ENOUGH_FOR_FRECHET}.",
         "",
         "| class | extractor | samples | " + " | ".join(f"{name} | real-data baseline" for name in names) + " |",
         "|---" * (3 + 2 * len(names)) + "|",
