@@ -359,9 +359,11 @@ def test_every_20th_image_of_a_folder_is_held_out(work, capsys):
     assert train(work, "43 of 45", train_data_dir=folder, max_train_steps=2) == 0
     manifest = checkpoint.verify(work / "43 of 45" / "checkpoint-000002")
     assert manifest["num_images"] == 43
-    assert "one in 20 of 45 images of folder 45" in manifest["held_out"]
+    assert manifest["held_out"] == "one in 20 of 45 images, not trained on"
     output = capsys.readouterr().out
-    assert "43 images, 1 x 16 x 16" in output and "held out: 2 images, one in 20 of 45 images" in output
+    assert (
+        "43 images, 1 x 16 x 16" in output and "held out: 2 images, one in 20 of 45 images, not trained on\n" in output
+    )
     assert [entry["step"] for entry in read_validations(work / "43 of 45")] == [2]
     options = {"validation_split": "none", "max_train_steps": 2}
     assert train(work, "all 45", train_data_dir=folder, **options) == 0

@@ -213,7 +213,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
         index = torch.arange(first, first + batch_size)
         is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
         with failures.explain_out_of_memory(run.passes, state.step + 1, state.saved_step):
-            x_0, labels = run.batches.images(state.step, index), run.batches.labels(state.step, index)
+            x_0, labels = run.batches.batch(state.step, index)
             batch = objective.draw_noised_batch(run.scheduler, x_0, seed=config.seed, step=state.step, index=index)
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
                 prediction = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]

@@ -149,7 +149,7 @@ class Evaluator:
         labels = None if real.classes is None else np.array(real.classes.of_samples(np.arange(config.num_samples)))
         results: list[Result] = []
         if labels is not None and self.classifier is not None:
-            results.append(measures.measure_accuracy(samples, labels, self.classifier))
+            results += measures.measure_accuracy(samples, labels, self.classifier, real)
         try:
             for extractor in extractors:
                 results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir, labels)

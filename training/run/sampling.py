@@ -54,7 +54,7 @@ class EMASampler:
         self._classes = inputs.classes
         # The training image whose forward process is in trajectory.png, (1, C, H, W) in [-1, 1], and its label.
         first = torch.zeros(1, dtype=torch.int64)
-        self._x_0, self._x_0_label = inputs.batches.images(0, first), None
+        (self._x_0, _), self._x_0_label = inputs.batches.batch(0, first), None
         if self._classes is not None:
             i = np.searchsorted(inputs.split.train_indices, inputs.batches.indices(0, first))
             self._x_0_label = self._classes.train[i].tolist()
