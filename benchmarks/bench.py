@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `benchmarks` and `training` are found
 
 from benchmarks import arithmetic, sampling, scripts  # noqa: E402
-from benchmarks.common import RESULTS, ROOT, machine, minutes_since, write_json  # noqa: E402
+from benchmarks.common import RESULTS, ROOT, file_name, machine, minutes_since, write_json  # noqa: E402
 from benchmarks.compare import Comparison, Measurement, three_digits  # noqa: E402
 from benchmarks.peaks import measure_peaks  # noqa: E402
 
@@ -56,8 +55,7 @@ def main() -> None:
     for note in report.notes:
         print(note)
 
-    processor = f"{hardware['processor']} {hardware['cores']} cores"
-    name = args.name or re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    name = args.name or file_name(f"{hardware['processor']} {hardware['cores']} cores")
     path = RESULTS / f"{name}{'-quick' if args.quick else ''}.json"
     minutes = minutes_since(started)
     write_json(path, {"machine": hardware, "minutes": minutes, "peaks": report.peaks, "notes": report.notes,

@@ -41,6 +41,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def file_name(text: str) -> str:
+    """The name of a processor or GPU as it stands in the name of a file: lower case, with hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def minutes_since(started: float) -> float:
     """Minutes since `started`, a time.monotonic(), to one decimal."""
     return round((time.monotonic() - started) / 60, 1)

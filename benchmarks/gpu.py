@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -29,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so tha
 import torch  # noqa: E402
 
 from benchmarks import gpu_parts, scripts  # noqa: E402
-from benchmarks.common import RESULTS, machine, minutes_since, write_json  # noqa: E402
+from benchmarks.common import RESULTS, file_name, machine, minutes_since, write_json  # noqa: E402
 from benchmarks.compare import three_digits  # noqa: E402
 
 # Share of the time of each part, if all need theirs.
@@ -161,8 +160,7 @@ def describe(part: str, result: dict[str, Any]) -> list[str]:
 
 
 def default_name(hardware: dict[str, Any]) -> str:
-    name = hardware["gpu"] if torch.cuda.is_available() else f"without-{hardware['processor']}"
-    return "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return "gpu-" + file_name(hardware["gpu"] if torch.cuda.is_available() else f"without-{hardware['processor']}")
 
 
 if __name__ == "__main__":

@@ -64,16 +64,19 @@ class Flop:
     training: int
 
 
-def make_network(name: str) -> UNet2DModel:
-    return make_denoiser(LITERAL.get(name, name), height=SIDE, width=SIDE, in_channels=3)
+def make_network(name: str, side: int = SIDE) -> UNet2DModel:
+    return make_denoiser(LITERAL.get(name, name), height=side, width=side, in_channels=3)
 
 
 @cache
-def count_flop(name: str) -> Flop:
-    """Operations of the plain network, whatever either side computes it with; what is computed twice counts once."""
+def count_flop(name: str, side: int = SIDE) -> Flop:
+    """Operations of the plain network, whatever either side computes it with; what is computed twice counts once.
+
+    As torch counts them: 2 for a multiplication and addition.
+    """
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(make_network(name).config)
-        x_t, t = torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, dtype=torch.int64)
+        unet = UNet2DModel.from_config(make_network(name, side).config)
+        x_t, t = torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.int64)
     for module in unet.modules():
         if isinstance(module, Attention):
             # Any other one may be a kernel that the counter does not know.

@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     trajectory = add_command("trajectory", "sampling trajectory as a strip, or animated if the output is .gif or .webp")
     trajectory.add_argument("--image", type=Path, help="start with the forward process from this image")
-    for command in (generate, trajectory):
+    for command in (generate, inpaint, vary, trajectory):
         command.add_argument(
             "--guidance_scale", type=float, help="classifier-free guidance: above 1 more typical of the class (1)"
         )

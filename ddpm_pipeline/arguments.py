@@ -13,15 +13,13 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .denoiser import UNetDenoiser
+from .denoiser import UNetDenoiser, prepare_denoiser
 from .images import check_image_size
-from .labels import check_class_labels, check_guidance_interval
 from .precision import compute_dtype
 from .sampling import SamplingRun
-from .schedulers import check_number, check_scheduler, set_schedule, step_options
+from .schedulers import check_scheduler, set_schedule, step_options
 from .scheduling_ddpm import DDPMScheduler, check_choice, check_int
 
-MAX_GUIDANCE = 1e6  # far above any that is of use
 MAX_SEED = 2**32 - 1  # torch's CPU generator uses only the last 32 bits of a larger seed
 
 
@@ -142,8 +140,6 @@ def prepare_sampling(
         image: images that give the batch size, height and width.
     """
     check_scheduler(scheduler, unet)
-    guidance_scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
-    guidance_interval = check_guidance_interval(guidance_interval, scheduler.config.num_train_timesteps)
     if latents is not None and not (isinstance(latents, Tensor) and latents.layout == torch.strided):
         raise ValueError(f"latents is a {type(latents).__name__}: give a dense tensor, (B, C, H, W)")
     if image is not None:
@@ -151,7 +147,7 @@ def prepare_sampling(
     seeds = check_seeds(seeds, generator)
     batch_size = check_batch_size(batch_size, seeds=seeds, class_labels=class_labels, latents=latents, image=image)
     generator = make_generators(seeds) if seeds is not None else check_generator(generator, batch_size)
-    labels = check_class_labels(unet, class_labels, guidance_scale, batch_size, device)
+    denoiser = prepare_denoiser(unet, scheduler, device, batch_size, class_labels, guidance_scale, guidance_interval)
 
     shape = (batch_size, unet.config["in_channels"], *check_image_size(unet, height, width, latents))
     if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
@@ -166,7 +162,7 @@ def prepare_sampling(
         noise_device = torch.device("cpu") if device.type == "mps" else device  # mps is not reproducible
         latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
     x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma  # 1 except for Euler and similar ones
-    return SamplingRun(x_t, UNetDenoiser(unet, labels, guidance_scale, guidance_interval), scheduler, options)
+    return SamplingRun(x_t, denoiser, scheduler, options)
 
 
 def prepare_sdedit(

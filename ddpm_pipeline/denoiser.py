@@ -14,9 +14,12 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from .fast_unet import in_best_format, speed_up
-from .labels import null_class
+from .labels import check_class_labels, check_guidance_interval, null_class
 from .packed_weights import PackedWeights
 from .precision import compute_dtype
+from .schedulers import check_number
+
+MAX_GUIDANCE = 1e6  # far above any that is of use
 
 
 class Denoiser(Protocol):
@@ -114,3 +117,19 @@ class UNetDenoiser:
         channels = x_t.shape[1]  # the channels after these are a learned variance, which is not guided
         guided = torch.lerp(without_class[:, :channels], with_class[:, :channels], self.guidance_scale)
         return torch.cat([guided, with_class[:, channels:]], dim=1)
+
+
+def prepare_denoiser(
+    unet: UNet2DModel,
+    scheduler: Any,
+    device: torch.device,
+    batch_size: int,
+    class_labels: Any,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+) -> UNetDenoiser:
+    """The network with labels for `batch_size` images and guidance, which are checked as arguments of a call."""
+    scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
+    interval = check_guidance_interval(guidance_interval, scheduler.config.num_train_timesteps)
+    labels = check_class_labels(unet, class_labels, scale, batch_size, device)
+    return UNetDenoiser(unet, labels, scale, interval)

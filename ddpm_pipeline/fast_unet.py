@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import ChunkedAttnProcessor
 from .group_norm import group_norm, kernel
-from .packed_weights import FastConv2d
+from .packed_weights import FastConv2d, has_own_forward
 
 
 class FastGroupNorm(nn.GroupNorm):
@@ -52,9 +52,9 @@ def norm_and_silu(x: Tensor, norm: nn.Module, dropout: nn.Module | None = None) 
 
 
 def _is_called_alone(layer: nn.Module) -> bool:
-    """Whether nothing else wants to see it called: neither hooks nor accelerate, which replaces `forward`."""
+    """Whether nothing else wants to see it called: neither hooks nor accelerate."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    return not hooks and "forward" not in vars(layer)
+    return not hooks and not has_own_forward(layer)
 
 
 def speed_up(network: nn.Module) -> None:

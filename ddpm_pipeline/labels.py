@@ -80,7 +80,7 @@ def check_class_labels(
         if has_classes:
             raise ValueError(f"class_labels is None, but this network has classes: give class_labels, {allowed}")
         if guidance_scale != 1:
-            warnings.warn(f"guidance_scale={guidance_scale} has no effect: this network has no classes", stacklevel=4)
+            warnings.warn(f"guidance_scale={guidance_scale} has no effect: this network has no classes", stacklevel=5)
         return None
     if not has_classes:
         raise ValueError(f"class_labels is {class_labels!r}, but this network has no classes: leave it out")

@@ -88,7 +88,7 @@ def _pack(layer: FastConv2d, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
     can_pack = (
         layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and "forward" not in vars(layer)  # accelerate replaces it where weights are elsewhere between the calls
+        and not has_own_forward(layer)
         and all(tensor.device.type == "cpu" and holds_numbers(tensor) for tensor in parameters)
         and not layer.weight.is_inference()  # whose changes are not counted
         and (torch.is_autocast_enabled("cpu") or all(tensor.dtype == dtype for tensor in parameters))
@@ -107,6 +107,11 @@ def _pack(layer: FastConv2d, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
         list(shape),
     )
     return packed
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether accelerate has replaced its `forward`, as where weights are elsewhere between the calls."""
+    return "forward" in vars(layer)
 
 
 @functools.cache

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
 from .calls import Calls, OfThread, WithCalls, checked_callback
-from .denoiser import UNetDenoiser
+from .denoiser import UNetDenoiser, prepare_denoiser
 from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
-from .labels import check_class_labels, class_names_of
+from .labels import class_names_of
 from .loading import check_finite, check_folder
 from .sampling import SamplingRun, SamplingStep, StepCallback, TrajectoryStep, noising_steps, sampling_steps
 from .saving import PUSH_OPTIONS, complete_folder, isolate_remote_code, local_folder
@@ -127,9 +127,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         )  # fmt: skip
         all_steps = num_inference_steps is None and timesteps is None and len(run.scheduler.timesteps) > DEFAULT_STEPS
         x_0 = self._sample(run, callback, "all steps; num_inference_steps=50 is faster" if all_steps else None)
-        self.maybe_free_model_hooks()
-        images = to_output(x_0, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._output(x_0, output_type, return_dict)
 
     def trajectory(
         self,
@@ -231,7 +229,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         Returns:
             (B, C, H, W), about N(0, I).
         """
-        x_0, denoiser = self._image_input(images, "images", class_labels)
+        x_0 = self._prepare_images(images, "images")
+        denoiser = prepare_denoiser(self.unet, self.scheduler, x_0.device, len(x_0), class_labels)
         iterations = check_int("fixed_point_iterations", fixed_point_iterations, 0, 1000)
         check_number("tolerance", tolerance, 1e-300, 1e300, "a positive number")
         scheduler = set_schedule(self.scheduler, num_inference_steps, timesteps, DEFAULT_STEPS)
@@ -296,7 +295,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         check_output_type(output_type, self.unet.config.in_channels)
         several = image_b is None
         check_fusion(path, balance and several, distance, timestep=timestep, generator=generator, seeds=seeds, eta=eta)
-        a, denoiser = self._image_input(image_a, "image_a", class_labels, labels_for=1)
+        a = self._prepare_images(image_a, "image_a")
+        denoiser = prepare_denoiser(self.unet, self.scheduler, a.device, 1, class_labels)
         b = None if several else self._prepare_images(image_b, "image_b")
         endpoints = stack_endpoints(a, b)
         if several and len(a) == 1:
@@ -347,6 +347,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         *,
         eta: float | None = None,
         class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Image-to-image (SDEdit, Meng et al. 2022): adds noise to images and samples from there.
 
@@ -355,11 +357,15 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             strength: fraction of the diffusion timesteps, in [0, 1]. 0 returns the images themselves, 1 fresh samples,
                 those of `pipe(seeds=..., num_inference_steps=...)`.
             num_inference_steps: sampling steps from pure noise; 50 by default, or all timesteps if there are fewer.
-            generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
+            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, guidance_interval: as in a
+                call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
         strength = check_number("strength", strength, 0, 1, "a number from 0 (the same image) to 1 (a fresh sample)")
-        x_0, denoiser = self._image_input(images, "images", class_labels, generator=generator, seeds=seeds)
+        x_0 = repeat_for_seeds(self._prepare_images(images, "images"), generator, seeds)
+        denoiser = prepare_denoiser(
+            self.unet, self.scheduler, x_0.device, len(x_0), class_labels, guidance_scale, guidance_interval
+        )
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         seeds = image_seeds(generator, seeds, len(x_0))
         t = round(strength * self.scheduler.num_steps) - 1 if strength < 1 else None
@@ -368,9 +374,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             x_0 = self._sample(prepare_sdedit(scheduler, denoiser, x_0, t, seeds=seeds, eta=eta))
         else:
             step_options(self.scheduler, None, eta)  # an invalid eta is an error at strength 0, too
-        self.maybe_free_model_hooks()
-        varied = to_output(x_0, output_type)
-        return ImagePipelineOutput(images=varied) if return_dict else (varied,)
+        return self._output(x_0, output_type, return_dict)
 
     @torch.no_grad()
     def inpaint(
@@ -387,6 +391,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         resamples: int = 5,
         eta: float | None = None,
         class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Inpainting with RePaint (Lugmayr et al. 2022, arXiv 2201.09865): generates what the mask covers.
 
@@ -402,34 +408,32 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
                 num_inference_steps is not larger.
             resamples: how often each part of the schedule is sampled, which takes that many times as long; 1 makes no
                 jumps. If the result does not match its surroundings, take more, or more steps. The paper has 10.
-            generator, seeds, output_type, return_dict, eta, class_labels: as in a call.
+            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, guidance_interval: as in a
+                call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        known, denoiser = self._image_input(image, "image", class_labels, generator=generator, seeds=seeds)
+        known = repeat_for_seeds(self._prepare_images(image, "image"), generator, seeds)
+        denoiser = prepare_denoiser(
+            self.unet, self.scheduler, known.device, len(known), class_labels, guidance_scale, guidance_interval
+        )
         to_paint = to_mask(mask, tuple(known.shape), size_of(self.unet)).to(known.device)
         jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         levels = repaint_levels(number, jump_length, check_int("resamples", resamples, 1, 1000))
         options = step_options(self.scheduler, make_generators(image_seeds(generator, seeds, len(known))), eta)
         scheduler = set_schedule(self.scheduler, number, None)
-        self._calls.begin(number)
+        self._calls.begin(number, denoiser.guidance_scale)
         with self._progress(denoiser, sum(after < before for before, after in zip(levels, levels[1:]))):
             x_0 = repaint(denoiser, scheduler, known, to_paint, levels, **options)
-        self.maybe_free_model_hooks()
-        painted = to_output(x_0, output_type)
-        return ImagePipelineOutput(images=painted) if return_dict else (painted,)
-
-    def _image_input(
-        self, images: Any, name: str, class_labels: Any, labels_for: int | None = None, generator: Any = None,
-        seeds: int | Sequence[int] | None = None,
-    ) -> tuple[Tensor, UNetDenoiser]:  # fmt: skip
-        """Checked images on the network's device, and the network with labels for them (or for `labels_for` images)."""
-        x_0 = repeat_for_seeds(self._prepare_images(images, name), generator, seeds)
-        labels = check_class_labels(self.unet, class_labels, 1.0, labels_for or len(x_0), self._execution_device)
-        return x_0, UNetDenoiser(self.unet, labels)
+        return self._output(x_0, output_type, return_dict)
 
     def _prepare_images(self, images: Any, name: str) -> Tensor:
         return prepare_images(images, name, self.unet, self.scheduler).to(self._execution_device)
+
+    def _output(self, x_0: Tensor, output_type: str | None, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
+        self.maybe_free_model_hooks()
+        images = to_output(x_0, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def __repr__(self) -> str:
         """The classes as they are: the configuration has the names that diffusers loads, which are its own."""

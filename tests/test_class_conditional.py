@@ -204,7 +204,7 @@ def test_validation_gives_the_network_the_labels_of_the_images():
         unet.class_embedding.weight.mul_(10)
     pixels, labels = random_images(5, 1, 8, 8), np.array([0, 1, 1, 0, 1])
     validation = Validation(pixels, 5, scheduler, labels=labels, device=torch.device("cpu"), batch_size=2)
-    metrics = validation.measure(lambda x, t, class_labels: unet(x, t, class_labels=class_labels).sample)
+    metrics, _ = validation.measure(lambda x, t, class_labels: unet(x, t, class_labels=class_labels).sample)
     bits = []
     with torch.no_grad():
         for i in range(5):  # one by one

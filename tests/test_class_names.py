@@ -1,6 +1,7 @@
 """The names of the classes belong to the model: saved, loaded and published with it, and taken as labels."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -93,6 +94,10 @@ def test_invalid_labels_and_intervals(pipe, options, message):
         pipe(**options)
     with pytest.raises(ValueError, match=message):
         pipe.trajectory(**options)
+    if "guidance_interval" in options:
+        for method in (pipe.vary, partial(pipe.inpaint, mask=torch.ones(8, 8))):
+            with pytest.raises(ValueError, match=message):
+                method(torch.zeros(1, 8, 8), **options)
 
 
 def test_of_many_classes_a_message_names_ten():
@@ -103,8 +108,10 @@ def test_of_many_classes_a_message_names_ten():
 def test_without_a_null_class_guidance_is_refused():
     pipe = named_pipe(null=False)
     assert sample(pipe, class_labels=list(NAMES)).shape == (3, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"guidance_scale is 2.0.*no class for \"no label\": give 1"):
-        pipe(class_labels="cat", guidance_scale=2.0)
+    x = torch.zeros(1, 8, 8)
+    for method in (pipe, partial(pipe.vary, x), partial(pipe.vary, x, 0), partial(pipe.inpaint, x, x + 1)):
+        with pytest.raises(ValueError, match=r"guidance_scale is 2.0.*no class for \"no label\": give 1"):
+            method(class_labels="cat", guidance_scale=2.0)
     with pytest.raises(ValueError, match=r"integers in \[0, 3\)"):
         pipe(class_labels=3)
 
@@ -192,11 +199,13 @@ def test_the_command_line_takes_names_and_numbers(tmp_path, capsys):
     assert "class_labels has 'fox'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "trajectory"])
-def test_the_command_line_guides(tmp_path, monkeypatch, capsys, command):
+@pytest.mark.parametrize(("command", "num_images"), [("generate", 0), ("trajectory", 0), ("vary", 1), ("inpaint", 2)])
+def test_the_command_line_guides(tmp_path, monkeypatch, capsys, command, num_images):
     named_pipe(["cat", "dog"]).save_pretrained(tmp_path / "model")
-    output = tmp_path / "out.png"
-    start = [command, str(tmp_path / "model"), "--class_label=dog", "--num_inference_steps=2", "-o", str(output)]
+    output, image = tmp_path / "out.png", tmp_path / "white.png"
+    Image.new("L", (8, 8), "white").save(image)
+    start = [command, str(tmp_path / "model"), *[str(image)] * num_images, "--class_label=dog", "-o", str(output)]
+    start += ["--num_inference_steps=2"]
     guided = [*start, "--guidance_scale=3"]
     seen = []
     init = UNetDenoiser.__init__

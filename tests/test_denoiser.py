@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.networks import count_flop
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.fast_unet import speed_up
 from ddpm_pipeline.images import record_background
@@ -40,12 +40,8 @@ def on_meta(denoiser, height, width, **options):
         return make_denoiser(denoiser, height=height, width=width, in_channels=3, **options)
 
 
-def forward_flop(model, height, width):
-    """Operations of one image as torch counts them, 2 for a multiplication and addition; the shape is kept."""
-    x_t, t = torch.zeros(1, 3, height, width, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        assert model(x_t, t).sample.shape == x_t.shape
-    return counter.get_total_flops()
+def gflop(name, side):
+    return count_flop(name, side).forward / 1e9
 
 
 # ---- Families --------------------------------------------------------------------------------------------------------
@@ -57,25 +53,22 @@ BUDGETS = {"tiny": (0.25, 2), "small": (3, 10), "base": (12, 35), "large": (40, 
 def test_each_doubling_of_the_side_doubles_the_operations(name):
     budget, millions = BUDGETS[name]
     for i, side in enumerate(SIDES):
-        model = on_meta(name, side, side)
-        assert forward_flop(model, side, side) / 1e9 == pytest.approx(budget * 2**i, rel=0.18)
-        assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=0.2)
+        assert gflop(name, side) == pytest.approx(budget * 2**i, rel=0.18)
+        assert count_parameters(on_meta(name, side, side)) / 1e6 == pytest.approx(millions, rel=0.2)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *PRESETS])
 def test_the_table_in_the_documentation(name):
     text = (DOCS / "training.md").read_text(encoding="utf-8")
-    models = [on_meta(name, side, side) for side in SIDES]
-    gflop = [forward_flop(model, side, side) / 1e9 for model, side in zip(models, SIDES)]
-    cells = [f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in gflop]
-    assert f"| `{name}` | {count_parameters(models[1]) / 1e6:.0f} million | {' | '.join(cells)} |" in text
+    cells = [f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in (gflop(name, side) for side in SIDES)]
+    assert f"| `{name}` | {count_parameters(on_meta(name, 64, 64)) / 1e6:.0f} million | {' | '.join(cells)} |" in text
 
 
 def test_base_is_near_the_network_of_ho_et_al():
     """At 32 px it has the same widths; theirs has 35.7 million parameters and attention at 16 px alone."""
     base, theirs = on_meta("base", 32, 32), on_meta("ddpm-cifar10", 32, 32)
     assert base.config.block_out_channels == theirs.config.block_out_channels
-    assert forward_flop(base, 32, 32) == pytest.approx(forward_flop(theirs, 32, 32), rel=0.03)
+    assert gflop("base", 32) == pytest.approx(gflop("ddpm-cifar10", 32), rel=0.03)
     assert count_parameters(base) == pytest.approx(count_parameters(theirs), rel=0.1)
 
 
@@ -85,7 +78,8 @@ def test_a_network_of_a_family_follows_its_rules(name):
     for side in (*SIDES, 4, 8, 28, (50, 70), (48, 64), (64, 48), 100, (375, 500), 512):
         height, width = nearest_size(size_rule(name), *((side, side) if isinstance(side, int) else side))
         model = on_meta(name, height, width)
-        forward_flop(model, height, width)
+        x_t, t = torch.zeros(1, 3, height, width, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta")
+        assert model(x_t, t).sample.shape == x_t.shape
         widths, last = model.config.block_out_channels, len(model.config.block_out_channels) - 1
         assert height % 2**last == width % 2**last == 0
         assert 4 <= min(height, width) >> last <= 6

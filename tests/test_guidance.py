@@ -8,6 +8,7 @@ import torch
 
 from ddpm_pipeline import DDPMScheduler
 from tests.arrays import normal
+from tests.gaussian import MEAN, gaussian_images, gaussian_pipe
 from tests.models import tiny_pipe
 
 T = 4
@@ -95,12 +96,65 @@ def test_guidance_amplifies_the_effect_of_the_class():
     close(thrice - without, 3 * (once - without))
 
 
+FROM_IMAGES = {
+    "vary": lambda pipe, images, **options: pipe.vary(images, 0.8, **options).images,
+    "inpaint": lambda pipe, images, **options: pipe.inpaint(images, torch.eye(8), jump_length=2, **options).images,
+}
+
+
+@pytest.mark.parametrize("interval", [None, (200, 700)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("method", FROM_IMAGES)
+def test_methods_from_images_guide_as_the_closed_form(method, prediction_type, interval):
+    """With networks exact for N(m, s^2), whose prediction is linear in m, guidance is a step in the model of
+    N(m_null + w (m_class - m_null), s^2). In float64."""
+    shift, w = -0.2, 2.5  # of the mean, from one class to the next; class 2 is the null class
+    pipe = gaussian_pipe(prediction_type, num_class_embeds=3, class_shift=shift)
+    truth = gaussian_pipe(prediction_type)
+    guided = []
+
+    def set_mean(unet, arguments):
+        is_guided = interval is None or interval[0] <= int(arguments[1]) < interval[1]
+        guided.append(is_guided)
+        unet.data.mean = MEAN + (2 * shift + w * (0 - 2 * shift) if is_guided else 0)
+
+    truth.unet.register_forward_pre_hook(set_mean)
+    options = {"seeds": [3, 4], "num_inference_steps": 10, "output_type": "latent"}
+    expected = FROM_IMAGES[method](truth, gaussian_images(), **options)
+    guidance = {"class_labels": 0, "guidance_scale": w, "guidance_interval": interval}
+    actual = FROM_IMAGES[method](pipe, gaussian_images(), **options, **guidance)
+    close(actual, expected, atol=1e-10)
+    assert any(guided) and all(guided) == (interval is None)
+    assert pipe.guidance_scale == w
+
+
+@pytest.mark.parametrize("method", FROM_IMAGES)
+def test_methods_from_images_with_scale_1_are_those_without_guidance(class_pipe, method):
+    options = {"class_labels": [1, 0], "seeds": [3, 4], "num_inference_steps": T, "output_type": "latent"}
+    images = gaussian_images(dtype=torch.float32)
+    plain, once, thrice = (
+        FROM_IMAGES[method](class_pipe, images, **options, **guidance)
+        for guidance in ({}, {"guidance_scale": 1.0, "guidance_interval": (0, 2)}, {"guidance_scale": 3.0})
+    )
+    assert torch.equal(plain, once)
+    assert (plain - thrice).abs().max() > 0.01
+
+
+def test_variations_at_full_strength_are_guided_samples(class_pipe):
+    options = {"class_labels": [1, 0], "seeds": [3, 4], "num_inference_steps": 3, "guidance_scale": 3.0}
+    varied = class_pipe.vary(torch.zeros(2, 1, 8, 8), 1.0, output_type="latent", **options).images
+    assert torch.equal(varied, sample(class_pipe, **options))
+
+
 def test_networks_without_classes_and_with_class_embed_type():
     pipe = tiny_pipe(num_train_timesteps=T)
     with pytest.warns(UserWarning, match="guidance_scale=2.0.*no classes") as caught:
         guided = pipe(output_type="latent", seeds=1, guidance_scale=2.0).images
     assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(guided, sample(pipe, seeds=1))
+    with pytest.warns(UserWarning, match="guidance_scale=2.0.*no classes") as caught:
+        pipe.vary(torch.zeros(1, 8, 8), guidance_scale=2.0)
+    assert [warning.filename for warning in caught] == [__file__]
     numbers = tiny_pipe(num_train_timesteps=T, class_embed_type="timestep")
     first, second = sample(numbers, seeds=[1, 1], class_labels=[0.5, 300.0])
     assert not torch.equal(first, second)

@@ -148,6 +148,24 @@ def test_a_family_that_does_not_fit_is_not_chosen(runtime, monkeypatch, capsys):
     assert "small needs more memory" in capsys.readouterr().out
 
 
+def test_processes_on_a_cpu_share_its_memory(runtime, monkeypatch, capsys):
+    """Of 40 GB each of four may take 10, of which a batch or a network gets 80 %."""
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 40 * GB)
+    monkeypatch.setattr(plan, "images_per_second", lambda *_: 1e9)
+    config = Config(dataset_name="moons")
+
+    def make(name):
+        return make_denoiser("tiny", height=4, width=4, in_channels=1)
+
+    for processes, chosen, passes in ((1, "large", (32, 2)), (4, "tiny", (8, 8))):
+        runtime.processes_per_node = processes
+        assert plan.plan_passes(config, runtime, Memory(0, 1 * GB), None) == Passes(*passes)
+        memories = iter([Memory(7 * GB, 1), *[Memory(9 * GB, 1)] * 3])
+        monkeypatch.setattr(plan, "measure_memory", lambda *_, memories=memories: next(memories))
+        assert plan.choose_family(make, (1, 4, 4), runtime, config, Budget.of(config, 64)) == chosen
+    assert "small needs more memory" in capsys.readouterr().out
+
+
 def test_a_hopeless_time_is_said():
     assert plan.check_time(30_000, 100.0) is None
     warning = plan.check_time(1000, 100.0)

@@ -171,6 +171,16 @@ def test_only_whole_paths_count_as_paths_of_this_machine(text):
         assert pattern.search(f"see {found} there")
 
 
+def test_the_card_names_the_step_that_the_weights_are_of_and_pipeline_last_is_not_published(run, tmp_path):
+    assert "Its weights are" not in card_of(run, tmp_path / "last")[0]
+    shutil.copytree(run / "pipeline", run / "pipeline-last")
+    best = {"measure": "validation_loss", "step": 400, "value": 0.0123}
+    dataclasses.replace(RunRecord.load(run / "pipeline"), best=best).save(run / "pipeline")
+    card, _ = card_of(run, tmp_path / "best")
+    assert "EMA weights of step 400, where the held-out loss was lowest, 0.0123" in card
+    assert files.list_files(tmp_path / "best") == files.list_files(tmp_path / "last")
+
+
 def test_the_card_says_that_the_published_code_is_another(run, tmp_path):
     """A run of an earlier version has the pipeline.py of that version, and the card describes this one."""
     card, _ = card_of(run, tmp_path / "current")

@@ -481,16 +481,24 @@ def test_a_pipeline_is_recovered_after_a_kill_while_it_was_replaced(tmp_path):
     """Also if version 0.1 was killed, which called it pipeline.old; a user's copy of that name stays."""
     for old in (".pipeline.old", "pipeline.old"):
         folder = tmp_path / f"killed {old}"
-        for name in (old, ".pipeline.tmp-123-0a", "pipeline.tmp", "pipeline.backup"):
+        others = (
+            ".pipeline.tmp-123-0a",
+            "pipeline.tmp",
+            "pipeline.backup",
+            ".pipeline-last.old",
+            ".pipeline-last.tmp-1-0",
+        )
+        for name in (old, *others):
             (folder / name).mkdir(parents=True)
             (folder / name / "file").write_text(name)
         sampling.recover_pipeline(folder)
-        assert names(folder) == ["pipeline", "pipeline.backup"]
+        assert names(folder) == ["pipeline", "pipeline-last", "pipeline.backup"]
         assert (folder / "pipeline" / "file").read_text() == old
+        assert (folder / "pipeline-last" / "file").read_text() == ".pipeline-last.old"
         (folder / "pipeline.old").mkdir()
         (folder / ".pipeline.old").mkdir()
         sampling.recover_pipeline(folder)
-        assert names(folder) == ["pipeline", "pipeline.backup", "pipeline.old"]
+        assert names(folder) == ["pipeline", "pipeline-last", "pipeline.backup", "pipeline.old"]
         assert (folder / "pipeline" / "file").read_text() == old
 
 

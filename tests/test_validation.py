@@ -50,7 +50,7 @@ def validate(pixels, scheduler, network=network, *, batch_size=64, rank=0, world
     held_out = Validation(
         pixels, len(pixels), scheduler, device=CPU, batch_size=batch_size, rank=rank, world_size=world_size
     )
-    return held_out.measure(network, **options)
+    return held_out.measure(network, **options)[0]
 
 
 def timesteps_of_loss(pixels, scheduler):
@@ -176,7 +176,7 @@ def test_images_are_chosen_evenly():
     pixels = random_pixels(10)
     four = Validation(pixels, 4, make_scheduler(), device=CPU)
     assert four.num_images == 4 and np.array_equal(four.pixels, pixels[[0, 2, 5, 7]])
-    assert four.measure(network) == validate(pixels[[0, 2, 5, 7]], make_scheduler())
+    assert four.measure(network)[0] == validate(pixels[[0, 2, 5, 7]], make_scheduler())
     all_images = Validation(pixels, 99, make_scheduler(), device=CPU)
     assert all_images.num_images == 10 and np.array_equal(all_images.pixels, pixels)
     assert Validation(pixels[:0], 99, make_scheduler(), device=CPU).num_images == 0
@@ -315,7 +315,7 @@ def test_a_run_validates_its_ema_weights_on_the_test_split(uninterrupted, work):
 
     def measure():
         held_out = Validation(split.held_out, 8, pipe.scheduler, device=CPU, batch_size=4)
-        metrics = held_out.measure(lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0])
+        metrics, _ = held_out.measure(lambda x_t, t: pipe.unet(x_t, t, return_dict=False)[0])
         samples = pipe(seeds=list(range(1_000_000, 1_000_016)), num_inference_steps=3, output_type="latent").images
         extractor = make_extractor("pixels", images=split.train_images)
         return metrics | kernel_distance(samples, split.held_out, extractor, work / "cache" / "features")
@@ -359,9 +359,11 @@ def test_every_20th_image_of_a_folder_is_held_out(work, capsys):
     assert train(work, "43 of 45", train_data_dir=folder, max_train_steps=2) == 0
     manifest = checkpoint.verify(work / "43 of 45" / "checkpoint-000002")
     assert manifest["num_images"] == 43
-    assert "one in 20 of 45 images of folder 45" in manifest["held_out"]
+    assert manifest["held_out"] == "one in 20 of 45 images, not trained on"
     output = capsys.readouterr().out
-    assert "43 images, 1 x 16 x 16" in output and "held out: 2 images, one in 20 of 45 images" in output
+    assert (
+        "43 images, 1 x 16 x 16" in output and "held out: 2 images, one in 20 of 45 images, not trained on\n" in output
+    )
     assert [entry["step"] for entry in read_validations(work / "43 of 45")] == [2]
     options = {"validation_split": "none", "max_train_steps": 2}
     assert train(work, "all 45", train_data_dir=folder, **options) == 0

@@ -136,6 +136,9 @@ class Config:
         resume_from_checkpoint: "latest", "auto" (the latest if there is a valid one, else a new run), or a checkpoint
             folder of this run; default: a new run.
         init_from: model to initialise the weights from, a folder or a name on the Hub; nothing else is copied from it.
+        keep_best: what pipeline/ has the EMA weights of: the validation with the lowest validation_loss or the lowest
+            kernel_distance (which needs validation_samples), with those of the last step in pipeline-last/; default:
+            the last step.
         push_to_hub: publish the model at the end, as training/publish.py does.
         push_to_hub_steps: steps between two publications during training; 0: only at the end.
         hub_model_id: repository on the Hub, "user/name"; created if missing.
@@ -212,6 +215,7 @@ class Config:
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = None
     init_from: str | None = None
+    keep_best: Literal["validation_loss", "kernel_distance"] | None = None
     push_to_hub: bool = False
     push_to_hub_steps: int = 0
     hub_model_id: str | None = None
@@ -263,6 +267,16 @@ class Config:
             raise ValueError(
                 f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
                 f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
+            )
+        if self.keep_best and (self.validation_steps == 0 or self.validation_split == "none"):
+            raise ValueError(
+                f"keep_best is {self.keep_best!r}, but validation_steps is {self.validation_steps} and "
+                f"validation_split is {self.validation_split!r}, so there is no validation: leave out both or keep_best"
+            )
+        if self.keep_best == "kernel_distance" and not self.validation_samples:
+            raise ValueError(
+                "keep_best is 'kernel_distance', but validation_samples is 0: give how many images to sample at each "
+                "validation, such as 256"
             )
         if self.balance_classes != "none" and not self.class_conditional:
             raise ValueError(

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from training.data.cache import ImageSet
     from training.ema import FlatEMA
     from training.plan import Passes
+    from training.run.best import Best
     from training.run.validation import Validator
 
 CHECKPOINTING_STEPS = 1000  # or sooner, if the settings do not say
@@ -63,6 +64,7 @@ class Run:
     log: Log
     sampler: EMASampler
     validator: Validator
+    best: Best
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
@@ -71,7 +73,13 @@ class Run:
         seconds = round(state.clock.total_seconds, 1)
         share, budget = self.budget.share(state.step), self.budget.state_dict()
         return replace(
-            self.record, step=state.step, seconds=seconds, threads=self.runtime.threads, share=share, budget=budget
+            self.record,
+            step=state.step,
+            seconds=seconds,
+            threads=self.runtime.threads,
+            share=share,
+            budget=budget,
+            best=self.best.found,
         )
 
 
@@ -86,11 +94,13 @@ def train(run: Run, state: TrainingState) -> bool:
     bar = progress(desc="training", total=known(budget.total), initial=state.step, disable=not runtime.is_main)
     sums = torch.zeros(2, device=runtime.device)  # of the losses, and their number
     pending: deque[PendingStep] = deque()
-    stopping = False
     run.unet.train()
     clock.restart()
     logged_at = clock.seconds
     run.stop.in_loop = True
+    if state.owes_validation:
+        validate(run, state, bar)
+    stopping = state.owes_validation
     while budget.share(state.step) < 1 and not stopping:
         runtime.adapt_threads()
 
@@ -114,8 +124,6 @@ def train(run: Run, state: TrainingState) -> bool:
         del step, passes  # `pending` alone keeps the predictions of a step
         while len(pending) > 1 or (pending and (stopping or is_last or needs_outcome(run, state.step))):
             stopping |= check_outcome(run, state, pending.popleft()).stop
-        images_seen = state.step * run.record.global_batch
-        is_last |= stopping
 
         # ---- Log
         if is_logged(run, state.step):
@@ -128,7 +136,7 @@ def train(run: Run, state: TrainingState) -> bool:
                     state.step,
                     loss=mean_loss,
                     learning_rate=rate,
-                    images=images_seen,
+                    images=state.step * run.record.global_batch,
                     images_per_second=images_per_second,
                     ema_decay=run.ema.decay_at(state.step),
                     skipped=state.skipped,
@@ -138,26 +146,27 @@ def train(run: Run, state: TrainingState) -> bool:
             sums.zero_()
             logged_at = now
 
+        # ---- Validate, unless a signal came: then the resumed run does
+        is_time = is_time_to_look(run, state)
+        if config.validation_steps != 0 and (is_last or is_due(state.step, config.validation_steps, is_time)):
+            state.owes_validation = True
+            if not stopping:
+                validate(run, state, bar)
+            stopping |= state.owes_validation
+
         # ---- Checkpoint
         if checkpoint_is_due(run, state.step):
             save_checkpoint(run, state)
 
-        # ---- Validate
-        is_time = is_time_to_look(run, state)
-        validates = config.validation_steps != 0 and not stopping
-        if validates and (is_last or is_due(state.step, config.validation_steps, is_time)):
-            with clock.paused():
-                summary = run.validator.validate(state.step, images_seen)
-            bar.set_description(f"training ({summary})" if summary else "training")
-
         # ---- Sample, publish (after the last step, main() does both)
+        is_last |= stopping
         publish = is_due(state.step, config.push_to_hub_steps)
         if not is_last and (publish or is_due(state.step, config.save_images_steps, is_time)):
             with clock.paused():
                 if publish:
                     if run.replaces_earlier and not state.saved_step:  # its model is replaced with its checkpoints
                         save_checkpoint(run, state)
-                    run.sampler.save_pipeline(run.record_at(state))
+                    save_pipeline(run, state)
                 else:
                     run.sampler.save_grid(state.step)
                 if publish and run.publisher is not None and not run.stop.requested():
@@ -170,6 +179,20 @@ def train(run: Run, state: TrainingState) -> bool:
     run.stop.in_loop = False
     bar.close()
     return stopping
+
+
+def validate(run: Run, state: TrainingState, bar: Any) -> None:
+    """Measure the EMA weights on held-out images; the run still owes it if a signal comes before the end."""
+    with state.clock.paused():
+        summary = run.validator.validate(state.step, state.step * run.record.global_batch)
+    state.owes_validation = summary is None
+    bar.set_description(f"training ({summary})" if summary else "training")
+
+
+def save_pipeline(run: Run, state: TrainingState) -> Tensor | None:
+    """Write pipeline/ with the best EMA weights so far, or with those of this step. Returns what `draw` returns."""
+    with run.best.applied():
+        return run.sampler.save_pipeline(run.record_at(state))
 
 
 def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[ForwardPass]]:
@@ -190,7 +213,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
         index = torch.arange(first, first + batch_size)
         is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
         with failures.explain_out_of_memory(run.passes, state.step + 1, state.saved_step):
-            x_0, labels = run.batches.images(state.step, index), run.batches.labels(state.step, index)
+            x_0, labels = run.batches.batch(state.step, index)
             batch = objective.draw_noised_batch(run.scheduler, x_0, seed=config.seed, step=state.step, index=index)
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
                 prediction = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
@@ -233,7 +256,13 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                 model=run.unet.state_dict(),
                 ema=run.ema.state_dict(),
                 optimizer=run.optimizer.state_dict(),
-                record=run.record_at(state).as_dict() | {"scaler": None if scaler is None else scaler.state_dict()},
+                best=run.best.weights_before(state.step),
+                record=run.record_at(state).as_dict()
+                | {
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "held_out_loss": run.best.state_dict(),
+                    "owes_validation": state.owes_validation,
+                },
                 total_limit=run.config.checkpoints_total_limit,
             )
             run.log.replace_earlier_files()

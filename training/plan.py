@@ -87,7 +87,7 @@ def choose_family(
     for name in FAMILIES:
         unet = make(name)
         tune.apply(tune.default_tuning(runtime.device.type, runtime.dtype), unet)
-        fits = measure_memory(unet, image_shape, runtime).largest_batch(SAFE * available_bytes(runtime.device)) > 0
+        fits = measure_memory(unet, image_shape, runtime).largest_batch(SAFE * available_to_rank(runtime)) > 0
         rate = images_per_second(unet, image_shape, runtime) if fits else 0.0
         rate, fits = runtime.broadcast((rate, fits))
         del unet
@@ -130,8 +130,7 @@ def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict
     Raises:
         ValueError: that does not fit into memory; the message says what does.
     """
-    processes = runtime.processes_per_node if runtime.device.type == "cpu" else 1  # which share the memory
-    available = runtime.broadcast(available_bytes(runtime.device) / processes)
+    available = available_to_rank(runtime)
     of_rank, memory = config.batch_of_rank(runtime.world_size), runtime.broadcast(memory)
     before = (manifest or {}).get("batch_size")
     if config.train_batch_size == "auto" and before and of_rank % before == 0 and memory.of(before) <= available:
@@ -186,6 +185,12 @@ def _kept_bytes(unet: Any, image_shape: ImageShape, number: int, runtime: Runtim
         total = sum(kept.values())
         del output
     return total
+
+
+def available_to_rank(runtime: Runtime) -> float:
+    """Bytes that each rank may take, the same number on all: on a CPU the processes of a machine share its memory."""
+    processes = runtime.processes_per_node if runtime.device.type == "cpu" else 1
+    return runtime.broadcast(available_bytes(runtime.device) / processes)
 
 
 def available_bytes(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,19 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline.cpu import importing
+from ddpm_pipeline.files import remove
 from training.budget import Budget, with_learning_rate
 from training.config import Config, parse
 from training.hub import during_training
 from training.hub.client import HubError
-from training.loop import Run, train
+from training.loop import Run, save_pipeline, train
 from training.progress import quiet_libraries
 from training.run import checkpoint, failures, resume, signals
+from training.run.best import Best, check_held_out
 from training.run.log import Log, check_trackers
-from training.run.record import RunRecord, precision_name
+from training.run.record import BY, RunRecord, describe_best, precision_name
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, tell_other_machines, versions
-from training.run.sampling import EMASampler, recover_pipeline
+from training.run.sampling import LAST, EMASampler, recover_pipeline
 from training.run.signals import StopSignal
 from training.run.state import TrainingState
 from training.step import make_optimizer
@@ -90,6 +92,7 @@ def main(config: Config, stop: StopSignal) -> int:
         check_size(network, *config.height_width)
     inputs = load_inputs(config, runtime, size_rule(network))
     data, classes = inputs.split.data, inputs.classes
+    check_held_out(config.keep_best, len(inputs.split.held_out))
 
     # ---- Model: diffusion process and network ------------------------------------------------------------------------
     scheduler, budget = make_scheduler(config), Budget.of(config, inputs.global_batch)
@@ -109,8 +112,9 @@ def main(config: Config, stop: StopSignal) -> int:
     memory = plan.measure_memory(unet, image_shape, runtime)
     passes = plan.plan_passes(config, runtime, memory, found and found[1])
 
-    # ---- EMA, optimizer ----------------------------------------------------------------------------------------------
+    # ---- EMA, its best weights, optimizer ----------------------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
+    best = Best(config.keep_best, ema, runtime.print)
     optimizer = make_optimizer(config, unet)
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
@@ -124,7 +128,7 @@ def main(config: Config, stop: StopSignal) -> int:
             if runtime.is_main:
                 digests = data.digest, None if classes is None else classes.digest
                 failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
-        state = resume.restore(*found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer)
+        state = resume.restore(*found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best)
     is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
     has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
     (replaces_earlier,) = runtime.any(has_earlier)
@@ -133,16 +137,18 @@ def main(config: Config, stop: StopSignal) -> int:
                       "continue the earlier run: --resume_from_checkpoint latest")  # fmt: skip
     with runtime.together():
         if runtime.is_main:  # fail now, not at the first checkpoint
-            checkpoint.check_free_space(output_dir, checkpoint.estimate_bytes(unet.state_dict(), ema.state_dict()))
+            weights = ema.state_dict()
+            needed = checkpoint.estimate_bytes(unet.state_dict(), weights, best=weights if config.keep_best else None)
+            checkpoint.check_free_space(output_dir, needed)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
     sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, inputs)
-    validator = Validator(config, runtime, inputs, sampler, log)
+    validator = Validator(config, runtime, inputs, sampler, log, best)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
     record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
-              record, log, sampler, validator, publisher, stop, replaces_earlier)  # fmt: skip
+              record, log, sampler, validator, best, publisher, stop, replaces_earlier)  # fmt: skip
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)
@@ -167,9 +173,13 @@ def main(config: Config, stop: StopSignal) -> int:
         runtime.print(f"trained {state.step - first_step} steps in {duration(state.clock.seconds)}{skipped}")
 
     # ---- Save --------------------------------------------------------------------------------------------------------
-    samples = sampler.save_pipeline(run.record_at(state))
+    if best.weights_before(state.step) is not None:
+        sampler.save_pipeline(replace(run.record_at(state), best=None), LAST)
+    elif runtime.is_main:
+        remove(output_dir / LAST)  # of an earlier run
+    samples = save_pipeline(run, state)
     if runtime.is_main:
-        finish(run, state, samples)
+        finish(run, run.record_at(state), samples)
     if lock is not None:
         lock.release()
     leave_process_group()  # the other ranks need not wait for the Hub
@@ -259,18 +269,23 @@ def describe(run: Run, memory: Memory) -> str:
     )
 
 
-def finish(run: Run, state: TrainingState, samples: Tensor | None) -> None:
+def finish(run: Run, record: RunRecord, samples: Tensor | None) -> None:
     """On the main process, after pipeline/ is written: measure the moons, close the log, say how to load the model."""
     if run.config.dataset_name == "moons" and samples is not None:
         from training.evaluation import moons
 
-        print(moons.measure_samples(run.log, state.step, samples))
-        with run.sampler.ema_weights():
+        print(moons.measure_samples(run.log, record.weights_step, samples))
+        with run.best.applied(), run.sampler.ema_weights():
             steps = run.config.ddpm_num_inference_steps
             print(moons.fuse_moons(run.sampler.unet, run.scheduler, run.output_dir, steps))
     run.log.close()
     folder, names = run.output_dir / "pipeline", run.record.class_names
     label = f"class_labels={names[0]!r}, " if names else ""
+    if record.best is not None:
+        last = f"; {LAST}/ has those of step {record.step:,}" if record.weights_step != record.step else ""
+        print(f"\npipeline/ has the EMA weights of {describe_best(record.best)}{last}.")
+    elif run.config.keep_best:
+        print(f"\nWARNING: no validation had a {BY[run.config.keep_best]}: pipeline/ has the weights of the last step")
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"

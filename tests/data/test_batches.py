@@ -46,7 +46,7 @@ def test_only_the_train_indices_are_seen():
     batches = Batches(numbered(12), train_indices=train_indices, batch_size=5, seed=0, device=CPU)
     for step in range(3):
         assert sorted(batches.indices(step, torch.arange(5))) == train_indices.tolist()
-    values = (batches.images(0, torch.arange(5))[:, 0, 0, 0] + 1) * 127.5
+    values = (batches.batch(0, torch.arange(5))[0][:, 0, 0, 0] + 1) * 127.5
     assert values.round().long().tolist() == batches.indices(0, torch.arange(5)).tolist()
 
 
@@ -65,23 +65,23 @@ def test_the_order_is_random():
 def test_a_batch_is_a_pure_function_of_seed_step_and_index():
     images = np.random.default_rng(0).integers(0, 256, (10, 3, 4, 4), dtype=np.uint8)
     options = {"batch_size": 4, "seed": 5, **ALL}
-    expected = [make(images, **options).images(step, torch.arange(4)) for step in range(20)]
+    expected = [make(images, **options).batch(step, torch.arange(4))[0] for step in range(20)]
     batches = make(images, **options)
     for step in (19, 3, 0, 7, 7, 12, 2):  # in any order, as after an interruption
-        assert torch.equal(batches.images(step, torch.arange(4)), expected[step])
-        backwards = batches.images(step, torch.tensor([3, 2, 1, 0]))
+        assert torch.equal(batches.batch(step, torch.arange(4))[0], expected[step])
+        backwards = batches.batch(step, torch.tensor([3, 2, 1, 0]))[0]
         assert torch.equal(backwards.flip(0), expected[step])
     other = make(images, **options | {"seed": 6})
-    assert not all(torch.equal(other.images(step, torch.arange(4)), expected[step]) for step in range(20))
+    assert not all(torch.equal(other.batch(step, torch.arange(4))[0], expected[step]) for step in range(20))
 
 
 def test_ranks_and_forward_passes_partition_the_global_batch():
     images = np.random.default_rng(0).integers(0, 256, (11, 1, 4, 4), dtype=np.uint8)
     for step in range(8):  # a batch of 12 spans two epochs or three
-        batch = make(images, 12, **ALL).images(step, torch.arange(12))
+        batch = make(images, 12, **ALL).batch(step, torch.arange(12))[0]
         for size in (1, 3, 6):
             ranks = [make(images, 12, **ALL) for _ in range(12 // size)]
-            slices = [rank.images(step, index) for rank, index in zip(ranks, torch.arange(12).split(size))]
+            slices = [rank.batch(step, index)[0] for rank, index in zip(ranks, torch.arange(12).split(size))]
             assert torch.equal(torch.cat(slices), batch)
 
 
@@ -91,7 +91,7 @@ def test_half_of_the_images_are_mirrored_exactly():
     without, with_flips = make(images, batch_size), make(images, batch_size, random_flip=True)
     mirrored = []
     for step in range(steps):
-        plain, flipped = (batches.images(step, torch.arange(batch_size)) for batches in (without, with_flips))
+        plain, flipped = (batches.batch(step, torch.arange(batch_size))[0] for batches in (without, with_flips))
         is_plain, is_mirrored = (
             torch.tensor([torch.equal(a, b) for a, b in zip(flipped, other)]) for other in (plain, plain.flip(-1))
         )
@@ -110,7 +110,7 @@ def test_flips_are_those_of_old_runs():
     for options in ({}, {"random_vertical_flip": True}):
         batches = make(image, 12, seed=5, random_flip=True, **options)
         for step, mirrored in ((0, "011101010111"), (1, "010001000001"), (70, "111011100000")):
-            x_0 = batches.images(step, torch.arange(12))[:, 0]
+            x_0 = batches.batch(step, torch.arange(12))[0][:, 0]
             assert [str(int(is_mirrored)) for is_mirrored in x_0[:, 0, 0] > x_0[:, 0, 1]] == list(mirrored)
 
 
@@ -137,7 +137,7 @@ def test_each_symmetry_of_a_square_is_as_frequent_as_it_should(augmentations, nu
     }.get(augmentations, set(symmetries))
     n, steps = 100, 40
     batches = make(np.tile(SQUARE, (n, 1, 1, 1)), n, **dict.fromkeys(augmentations, True))
-    x_0 = torch.stack([batches.images(step, torch.arange(n)) for step in range(steps)])
+    x_0 = torch.stack([batches.batch(step, torch.arange(n))[0] for step in range(steps)])
     pixels = ((x_0 + 1) * 127.5).round().numpy()[:, :, 0]
     found = {key: (pixels == image).all((2, 3)) for key, image in symmetries.items()}
     assert {key for key, where in found.items() if where.any()} == expected and len(expected) == number
@@ -154,7 +154,7 @@ def test_turned_images_give_the_turned_batches():
     turned = np.ascontiguousarray(np.rot90(images, axes=(2, 3)))
     for step in range(5):
         x_0, x_0_turned = (
-            make(data, 12, random_rotate90=True).images(step, torch.arange(12)).numpy() for data in (images, turned)
+            make(data, 12, random_rotate90=True).batch(step, torch.arange(12))[0].numpy() for data in (images, turned)
         )
         np.testing.assert_array_equal(x_0_turned, np.rot90(x_0, axes=(2, 3)))
 
@@ -165,7 +165,7 @@ def test_quarter_turns_need_square_images():
             make(numbered(4, *size), random_rotate90=True)
         with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):  # before anything is decoded
             Config(dataset_name="moons", resolution=f"{size[0]}x{size[1]}", random_rotate90=True)
-        make(numbered(4, *size), random_flip=True, random_vertical_flip=True).images(0, torch.arange(4))
+        make(numbered(4, *size), random_flip=True, random_vertical_flip=True).batch(0, torch.arange(4))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -174,7 +174,7 @@ def test_pixels_are_scaled_to_minus_one_and_one(dtype):
     values = np.linspace(0, white, 256).round().astype(dtype)
     images = np.stack([values, values[::-1]]).reshape(2, 1, 16, 16)
     batches = make(images, 2)
-    x_0 = batches.images(0, torch.arange(2))
+    x_0 = batches.batch(0, torch.arange(2))[0]
     assert (x_0.dtype, x_0.shape) == (torch.float32, (2, 1, 16, 16))
     expected = images[batches.indices(0, torch.arange(2))] / white * 2 - 1
     np.testing.assert_allclose(x_0.numpy(), expected, atol=2e-7, rtol=0)
@@ -186,6 +186,6 @@ def test_a_memory_mapped_file_is_read_and_not_written(tmp_path):
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     batches = make(mapped, 6)
-    batches.images(0, torch.arange(6)).zero_()
+    batches.batch(0, torch.arange(6))[0].zero_()
     np.testing.assert_array_equal(mapped, images)
-    assert torch.equal(batches.images(0, torch.arange(6)), make(images, 6).images(0, torch.arange(6)))
+    assert torch.equal(batches.batch(0, torch.arange(6))[0], make(images, 6).batch(0, torch.arange(6))[0])

@@ -65,17 +65,17 @@ def test_labels_are_functions_of_seed_step_and_index(balance):
     options = {"balance": balance, "dropout": 0.3}
     whole = make(**options)
     steps = [0, 1, 7, 30, 31]
-    expected = {step: (whole.indices(step, torch.arange(16)), whole.labels(step, torch.arange(16))) for step in steps}
+    expected = {step: (whole.indices(step, torch.arange(16)), whole.batch(step, torch.arange(16))[1]) for step in steps}
     for parts in (2, 4, 16):
         resumed = [make(**options) for _ in range(parts)]  # of processes that begin at step 30, out of order
         for step in (30, 7, 31, 0, 1):
             index = torch.arange(16).chunk(parts)
-            labels = torch.cat([each.labels(step, part) for each, part in zip(resumed, index)])
+            labels = torch.cat([each.batch(step, part)[1] for each, part in zip(resumed, index)])
             indices = np.concatenate([each.indices(step, part) for each, part in zip(resumed, index)])
             assert torch.equal(labels, expected[step][1])
             assert indices.tolist() == expected[step][0].tolist()
     other = make(seed=1, **options)
-    assert any(not torch.equal(other.labels(step, torch.arange(16)), expected[step][1]) for step in steps)
+    assert any(not torch.equal(other.batch(step, torch.arange(16))[1], expected[step][1]) for step in steps)
 
 
 def test_a_label_is_that_of_its_image_or_dropped():
@@ -83,7 +83,7 @@ def test_a_label_is_that_of_its_image_or_dropped():
     batches, index = make(dropout=0.1), torch.arange(16)
     dropped = Counter()
     for step in range(1000):
-        labels, expected = batches.labels(step, index).numpy(), LABELS[batches.indices(step, index)]
+        labels, expected = batches.batch(step, index)[1].numpy(), LABELS[batches.indices(step, index)]
         is_null = labels == 4
         assert (labels == expected)[~is_null].all()
         dropped.update(expected[is_null].tolist())
@@ -91,15 +91,15 @@ def test_a_label_is_that_of_its_image_or_dropped():
     for label, count in enumerate(COUNTS):
         mean = 1600 * count / sum(COUNTS)
         assert abs(dropped[label] - mean) < 4.5 * math.sqrt(mean)
-    assert not (make(dropout=0.0).labels(0, index) == 4).any()
-    assert make().labels(0, index).dtype == torch.int64
+    assert not (make(dropout=0.0).batch(0, index)[1] == 4).any()
+    assert make().batch(0, index)[1].dtype == torch.int64
 
 
 def test_without_balance_the_order_is_that_of_images_without_labels():
     train_indices = np.arange(0, len(LABELS), 2)
     plain = Batches(np.zeros((len(LABELS), 1, 2, 2), np.uint8), train_indices=train_indices, batch_size=16, seed=0,
                     random_flip=False, device=CPU)  # fmt: skip
-    assert plain.labels(0, torch.arange(16)) is None
+    assert plain.batch(0, torch.arange(16))[1] is None
     labelled = make(train_indices=train_indices)
     assert sequence(plain, 20, 16).tolist() == sequence(labelled, 20, 16).tolist()
     assert set(sequence(make(train_indices=train_indices, balance="equal"), 20, 16).tolist()) <= set(train_indices)

@@ -73,6 +73,19 @@ def test_accuracy_is_how_often_the_class_that_was_asked_for_is_drawn(report):
         assert m["sampler"].endswith("labels as in the data" + ("" if scale == 1 else f", guidance {scale:g}"))
 
 
+def test_accuracy_within_each_class(report):
+    """Classes with as many samples as the data has images; together they are the accuracy of all."""
+    for scale, p in P_ASKED.items():
+        each = [m for m in report["measurements"] if (m["measure"], m["guidance_scale"]) == ("class_accuracy", scale)]
+        assert [m["class_name"] for m in each] == list(COUNTS) and sum(m["n"] for m in each) == NUM_SAMPLES
+        for m in each:
+            assert abs(m["n"] / NUM_SAMPLES - COUNTS[m["class_name"]] / sum(COUNTS.values())) < 0.01
+            assert abs(m["value"] - p) <= 4 * math.sqrt(p * (1 - p) / m["n"])  # 4 standard errors
+        overall = find_measurement(report, "accuracy", guidance_scale=scale)
+        assert sum(m["n"] * m["value"] for m in each) / NUM_SAMPLES == pytest.approx(overall["value"])
+        assert [m["real_data_baseline"] for m in each] == [None, 1, None]  # of 21 test images 11 are bees
+
+
 def test_distances_within_a_class_are_those_of_its_samples_and_images(report, work):
     split = load_data_split(train_data_dir=work / "bands", cache_dir=work / "cache")
     names = np.array([split.data.name(int(i)).split("/")[0] for i in split.train_indices])
@@ -96,7 +109,8 @@ def test_distances_within_a_class_are_those_of_its_samples_and_images(report, wo
     assert mean["value"] == pytest.approx(sum(v.value for v in values) / 2, rel=1e-6)
     errors = [v.standard_error for v in values]
     assert mean["standard_error"] == pytest.approx(math.hypot(*errors) / 2, rel=1e-6)
-    assert {m["class_name"] for m in report["measurements"]} == {None, "ant", "bee"}
+    of_distance = [m for m in report["measurements"] if "kernel" in m["measure"]]
+    assert {m["class_name"] for m in of_distance} == {None, "ant", "bee"}
     assert any("have no distances of their own: cow" in warning for warning in report["warnings"])
     assert not [m for m in report["measurements"] if m["measure"] == "class_frechet_distance"]  # fewer than 2048
 
@@ -126,6 +140,11 @@ def test_the_report_and_the_card_show_it(report, band_run, tmp_path):
     assert f"A classifier recognises the class that was asked for in {first['value']:.1%} of them (in 100.0% of" in text
     assert "Of the guidance scales, 2 has the smallest distance." in text
     assert "(evaluation/guidance.png)" in text and "| ant | pixels-16x16 |" in text
+    cow = find_measurement(report, "class_accuracy", class_name="cow", guidance_scale=1)
+    row = (
+        f"| cow | {cow['extractor']} | {cow['n']} | {cow['value']:.4g} &plusmn; {cow['standard_error']:.2g} |  |  |  |"
+    )
+    assert row in text.splitlines()
     with Image.open(band_run / "evaluation" / "guidance.png") as plot:
         assert plot.width > 2 * plot.height  # three panels
     stage.stage(band_run, tmp_path / "staged", repo_id="alice/bands")

@@ -13,6 +13,7 @@ from ddpm_pipeline.features import extract_features, make_extractor
 from tests.arrays import random_images
 from tests.evaluation.helpers import data_split, fake_runtime, numbered_images, numbers_of
 from tests.models import tiny_pipe
+from training.data.classes import Classes
 from training.data.split import evenly_spaced
 from training.evaluation.config import METRICS
 from training.evaluation.measures import (
@@ -21,6 +22,7 @@ from training.evaluation.measures import (
     compare_channels,
     compare_features,
     make_measurement,
+    measure_accuracy,
     variance_types,
 )
 from training.evaluation.reference import choose_real_images
@@ -95,6 +97,34 @@ def test_a_measurement_has_the_keys_of_the_report():
     }  # fmt: skip
     of_held_out = make_measurement(result, model, None, **options)
     assert (of_held_out.sampler, of_held_out.num_inference_steps, of_held_out.eta) == (None, None, None)
+
+
+def test_accuracy_of_each_class_stands_beside_that_of_its_real_images():
+    """A stub that sees a class in the value of the pixels. Real images count where it was not trained on them, which
+    is one in 20; the others are all misread here. Class 2 has too few samples, and class 1 too few real images."""
+    asked = np.repeat([0, 1, 2], [40, 10, 9])
+    seen = asked.copy()
+    seen[:10] = 1  # of 40
+    real_labels = np.repeat([0, 1, 2], [300, 180, 120])
+    real_seen = (real_labels + 1) % 3
+    real_seen[::20] = real_labels[::20]
+    real_seen[:60:20] = 2  # of 15
+    held_out = numbered_images(0, 2)
+    all_images = np.concatenate([real_seen, [7]]).astype(np.uint8)[:, None, None, None]  # one is not trained on
+    split = data_split(all_images, held_out, np.arange(600))
+    classes = Classes(("ant", "bee", "cow"), np.append(real_labels, 0), real_labels, np.zeros(2, np.int64))
+    classifier = SimpleNamespace(
+        predict=lambda images: (np.array(numbers_of(images)), None), accuracy=0.875, name="stub"
+    )
+    real = SimpleNamespace(split=split, classes=classes)
+    overall, *of_classes = measure_accuracy(seen.astype(np.uint8)[:, None, None, None], asked, classifier, real)
+    assert (overall.measure, overall.class_name, overall.n, overall.real_data_baseline) == ("accuracy", None, 59, 0.875)
+    assert overall.estimate.value == pytest.approx(49 / 59)
+    assert [(r.class_name, r.n, r.estimate.value, r.real_data_baseline) for r in of_classes] == [
+        ("ant", 40, 0.75, 12 / 15), ("bee", 10, 1.0, None)
+    ]  # fmt: skip
+    assert of_classes[0].estimate.standard_error == pytest.approx(np.sqrt(0.75 * 0.25 / 40))
+    assert {r.measure for r in of_classes} == {"class_accuracy"} and {r.extractor for r in of_classes} == {"stub"}
 
 
 # ---- Held-out images -------------------------------------------------------------------------------------------------

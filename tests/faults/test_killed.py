@@ -42,6 +42,18 @@ def test_a_run_killed_while_saving_ends_with_the_same_result(workspace, undistur
     assert workspace.checkpoints("run") == ["checkpoint-000006"]
 
 
+def test_a_run_killed_while_saving_its_best_weights_ends_with_the_same_result(workspace):
+    """Those of step 3, while it saves the checkpoint of step 4."""
+    options = {"dataset_name": "moons", "resolution": 16, "num_validation_images": 4}
+    options |= {"keep_best": "validation_loss", "validation_steps": 3}
+    expected = workspace.finish("undisturbed", **options)
+    run = workspace.start("run", crash_at="best.safetensors", **options)
+    assert run.wait() == [-9], run.text()
+    assert checkpoint.find(workspace.folder / "run", "latest")[1]["step"] == 2
+    assert workspace.finish("run", resume_from_checkpoint="latest", **options) == expected
+    assert workspace.checkpoints("run") == ["checkpoint-000006"]
+
+
 @pytest.mark.parametrize("crash_at", ["flushed", "replaced", "verified"])
 def test_a_run_killed_while_replacing_a_checkpoint_ends_with_the_same_result(workspace, undisturbed, crash_at):
     workspace.finish("run", checkpoints_total_limit=3)

@@ -115,14 +115,22 @@ class Batches:
             indices[epochs == epoch] = self._shuffled(epoch)[within[epochs == epoch]]
         return indices
 
-    def images(self, step: int, index: Tensor) -> Tensor:
-        """The images at these indices of the global batch: (b, C, H, W) float32 in [-1, 1], on the device."""
-        indices = self.indices(step, index)
+    def batch(self, step: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images at these indices of the global batch, and their labels with dropout, on the device.
+
+        Returns:
+            (b, C, H, W) float32 in [-1, 1], and (b,) int64, or None if the images have no labels.
+        """
+        indices, labels = self.indices(step, index), None
         if self._on_device is not None:
-            batch = self._on_device[to_device(torch.from_numpy(indices), self._device)]
+            pixels = self._on_device[to_device(torch.from_numpy(indices), self._device)]
         else:
-            batch = to_device(torch.from_numpy(self._images[indices]), self._device)
-        return self._augmented(from_pixels(batch), step, to_device(index, self._device))
+            pixels = to_device(torch.from_numpy(self._images[indices]), self._device)
+        if self._labels is not None:
+            dropped = rng.uniform(rng.key(self._seed, rng.Stream.LABEL_DROPOUT, step), index) < self._labels.dropout
+            labels = torch.from_numpy(self._labels.labels[indices]).masked_fill(dropped, self._labels.num_classes)
+            labels = to_device(labels, self._device)
+        return self._augmented(from_pixels(pixels), step, to_device(index, self._device)), labels
 
     def _augmented(self, x_0: Tensor, step: int, index: Tensor) -> Tensor:
         """The images flipped and turned. How is independent for each operation, step and index."""
@@ -138,14 +146,6 @@ class Batches:
             x_0 = torch.where(turns % 2 == 1, x_0.rot90(1, (-2, -1)), x_0)
             x_0 = torch.where(turns >= 2, x_0.flip(-2, -1), x_0)  # a half turn
         return x_0
-
-    def labels(self, step: int, index: Tensor) -> Tensor | None:
-        """The labels at these indices of the global batch, with dropout: (b,) int64, on the device; None: none."""
-        if self._labels is None:
-            return None
-        labels = torch.from_numpy(self._labels.labels[self.indices(step, index)])
-        dropped = rng.uniform(rng.key(self._seed, rng.Stream.LABEL_DROPOUT, step), index) < self._labels.dropout
-        return to_device(labels.masked_fill(dropped, self._labels.num_classes), self._device)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """Indices into `images` in the order of this epoch."""

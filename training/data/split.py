@@ -79,7 +79,7 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     if split is None:
         step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
         chosen = np.arange(step - 1, len(data), step)
-        source = f"one in {step} of {data.source}, not trained on" if len(chosen) else "nothing: too few images"
+        source = f"one in {step} of {len(data)} images, not trained on" if len(chosen) else "nothing: too few images"
         held_out_images = np.array(data.images[chosen])
         return DataSplit(data, np.setdiff1d(every_image, chosen), held_out_images, source, data, chosen)
 

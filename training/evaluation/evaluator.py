@@ -149,7 +149,7 @@ class Evaluator:
         labels = None if real.classes is None else np.array(real.classes.of_samples(np.arange(config.num_samples)))
         results: list[Result] = []
         if labels is not None and self.classifier is not None:
-            results.append(measures.measure_accuracy(samples, labels, self.classifier))
+            results += measures.measure_accuracy(samples, labels, self.classifier, real)
         try:
             for extractor in extractors:
                 results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir, labels)
@@ -233,7 +233,7 @@ class Evaluator:
                     for extractor in extractors
                 ],
                 guidance=guidance_effect(measurements, self.config.guidance_interval),
-                step=None if first.record is None else first.record.step,
+                step=None if first.record is None else first.record.weights_step,
                 precision=self.precision,
                 seconds=round(time.monotonic() - self.started, 1),
                 num_processes=self.runtime.world_size,

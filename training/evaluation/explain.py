@@ -28,6 +28,8 @@ MEANINGS = {
     "another class than the one asked for.",
     "accuracy": "how often a classifier recognises the class that was asked for. Its accuracy on real images that it "
     "was not trained on stands beside it: a perfect model gets about that, typical images with guidance may get more.",
+    "class_accuracy": "the same for the samples of a class. Low beside that of real images: the model draws something "
+    "else; low in both: the classifier confuses the class with another.",
     "bits_per_dim": "an upper bound on the bits that an ideal code based on the model needs for one value of one pixel "
     "of a new image. Lower is better.",
     "bits_per_dim_ode": "the same under the deterministic sampler, as an estimate instead of a bound.",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, fidelity, likelihood
-from ddpm_pipeline.classifier import Classifier
+from ddpm_pipeline.classifier import HELD_OUT_EVERY, Classifier
 from ddpm_pipeline.denoiser import UNetDenoiser
 from ddpm_pipeline.features import Extractor, extract_features
 from ddpm_pipeline.fidelity import Estimate
@@ -30,6 +30,7 @@ from training.progress import progress
 from training.run.runtime import Runtime
 
 CLASS_IMAGES = 100  # a class with fewer samples or reference images has no distances of its own
+CLASS_ACCURACY = 10  # with fewer images of a class, the standard error of its accuracy may be above 0.16: left out
 ENOUGH_FOR_FRECHET = 2048  # images in both sets; with fewer its bias, which shrinks as 1 / n, is too large
 ODE_TOLERANCE = 1e-3  # relative and absolute, of the ODE solver
 
@@ -265,10 +266,28 @@ def _compare_classes(
         yield Result("mean_class_kernel_distance", name, mean, len(labels), real_mean, extractor.name)
 
 
-def measure_accuracy(samples: np.ndarray, labels: np.ndarray, classifier: Classifier) -> Result:
-    """How often the classifier recognises the class that was asked for, beside its accuracy on real images."""
-    estimate = fidelity.accuracy(classifier.predict(samples)[0], labels)
-    return Result("accuracy", "accuracy", estimate, len(samples), classifier.accuracy, classifier.name)
+def measure_accuracy(
+    samples: np.ndarray, labels: np.ndarray, classifier: Classifier, real: RealImages
+) -> Iterator[Result]:
+    """How often the classifier recognises the class that was asked for, of all samples and of each class.
+
+    Beside them stand its accuracies on the training images that it was not trained on.
+    """
+    assert real.classes is not None
+    predicted = classifier.predict(samples)[0]
+    estimate = fidelity.accuracy(predicted, labels)
+    yield Result("accuracy", "accuracy", estimate, len(samples), classifier.accuracy, classifier.name)
+    tested = slice(None, None, HELD_OUT_EVERY)
+    real_labels = real.classes.train[tested]
+    real_predicted = classifier.predict(real.split.data.images[real.split.train_indices[tested]])[0]
+    for number, class_name in enumerate(real.classes.names):
+        of_samples, of_real = labels == number, real_labels == number
+        n, real_value = int(of_samples.sum()), None
+        if of_real.sum() >= CLASS_ACCURACY:
+            real_value = fidelity.accuracy(real_predicted[of_real], real_labels[of_real]).value
+        if n >= CLASS_ACCURACY:
+            estimate = fidelity.accuracy(predicted[of_samples], labels[of_samples])
+            yield Result("class_accuracy", "accuracy", estimate, n, real_value, classifier.name, class_name=class_name)
 
 
 def compare_channels(samples: np.ndarray, real: RealImages) -> Iterator[Result]:

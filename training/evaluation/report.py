@@ -20,7 +20,7 @@ from ddpm_pipeline.pixels import from_pixels
 from training.evaluation.config import EvalConfig
 from training.evaluation.explain import in_short, meanings
 from training.evaluation.guidance import MEASURES, guidance_table
-from training.evaluation.measures import CLASS_IMAGES, ENOUGH_FOR_FRECHET, Curve, Measurement
+from training.evaluation.measures import CLASS_ACCURACY, CLASS_IMAGES, ENOUGH_FOR_FRECHET, Curve, Measurement
 from training.evaluation.samples import SamplerConfig
 
 if TYPE_CHECKING:
@@ -207,9 +207,9 @@ def _classes_table(measurements: Sequence[Measurement]) -> list[str]:
         "",
         "## Within each class",
         "",
-        "Samples of a class against its images in the reference set, with the first sampler. A class needs "
-        f"{CLASS_IMAGES} images in both, and for a Frechet distance, which is mostly bias with fewer, "
-        f"{ENOUGH_FOR_FRECHET}.",
+        f"How often the samples of a class are recognised, if there are {CLASS_ACCURACY}, and their distances to the "
+        f"images of the class in the reference set, with the first sampler. A distance needs {CLASS_IMAGES} images in "
+        f"both, and a Frechet distance, which is mostly bias with fewer, {ENOUGH_FOR_FRECHET}.",
         "",
         "| class | extractor | samples | " + " | ".join(f"{name} | real-data baseline" for name in names) + " |",
         "|---" * (3 + 2 * len(names)) + "|",

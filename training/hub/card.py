@@ -26,7 +26,7 @@ from training.hub.files import (
     scheduler_config,
     unet_config,
 )
-from training.run.record import RunRecord, bits_caveat, precision_name
+from training.run.record import RunRecord, bits_caveat, describe_best, precision_name
 
 TASK = "unconditional-image-generation"
 WARNING = "> **The built-in classes do not fully support this model.** "
@@ -272,6 +272,8 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         description.append(f"In training, images were {' and '.join(augmentations)}, at random.")
     if config.get("init_from"):
         description.append(f"It started from the weights of `{config['init_from']}`.")
+    if record.best is not None:
+        description.append(f"Its weights are the EMA weights of {describe_best(record.best)}.")
     return {
         "data_name": dataset_of(config),
         "data_description": " ".join(description),

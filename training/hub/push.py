@@ -52,7 +52,8 @@ def publish(
         tag = stage(run, folder, repo_id=repo_id, revision_tag=revision_tag, license=license, fp16=fp16, log=log)
         record = RunRecord.load(Path(run) / "pipeline")
         assert record is not None  # staging needs it too
-        title = f"{Path(run).resolve().name}, step {record.step} ({digest(folder)[:12]})"  # identifies the contents
+        name = Path(run).resolve().name
+        title = f"{name}, step {record.weights_step} ({digest(folder)[:12]})"  # identifies the contents
         if repo is not None and revision_tag is not None:
             check_tag(repo, revision_tag, title)
         log(describe_differences(check_loading(folder)))

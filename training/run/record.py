@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 FILE = "training.json"  # in the folder of a saved pipeline
+BY = {"validation_loss": "held-out loss", "kernel_distance": "kernel distance"}  # measures of RunRecord.best
 SAMPLE_SEED = 1_000_000  # sample image i has seed SAMPLE_SEED + i at every step, so that its progress can be followed
 
 
@@ -40,6 +42,7 @@ class RunRecord:
         seconds: training time, without sampling and validation.
         share: of its budget that the run has used, in [0, 1]; None in older records.
         budget: for a resumed run, see training/budget.py; None in older records.
+        best: which EMA weights are kept: `measure`, and its `value` at `step`; None: those of the last step.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
 
@@ -67,6 +70,12 @@ class RunRecord:
     seconds: float = 0.0
     share: float | None = None
     budget: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+
+    @property
+    def weights_step(self) -> int:
+        """The step that the weights are of."""
+        return self.step if self.best is None else int(self.best["step"])
 
     @property
     def used(self) -> float:
@@ -102,6 +111,11 @@ class RunRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def describe_best(best: Mapping[str, Any]) -> str:
+    """RunRecord.best in words: "step 400, where the held-out loss was lowest, 0.0123"."""
+    return f"step {best['step']:,}, where the {BY[best['measure']]} was lowest, {best['value']:.4g}"
 
 
 def data_set(source: str) -> str:

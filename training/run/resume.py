@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from training.config import Config
     from training.ema import FlatEMA
+    from training.run.best import Best
     from training.run.runtime import Runtime
 
 # What may change when a run is resumed, but changes how it is trained; `describe_changes` says so.
@@ -70,6 +71,7 @@ def restore(
     unet: torch.nn.Module,
     ema: FlatEMA,
     optimizer: torch.optim.Optimizer,
+    best: Best,
 ) -> TrainingState:
     """Load a checkpoint on all ranks, and print what has changed since it was written.
 
@@ -80,10 +82,10 @@ def restore(
     loaded = None
     with runtime.together():
         if runtime.is_main:
-            loaded = checkpoint.load(path)
+            loaded = *checkpoint.load(path), checkpoint.load_best(path)
     loaded = runtime.broadcast(loaded)
     assert loaded is not None
-    weights, ema_weights, optimizer_state = loaded
+    weights, ema_weights, optimizer_state, best_weights = loaded
     ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
     unet.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
@@ -93,6 +95,7 @@ def restore(
     scaler_state = manifest.get("scaler")  # None if the checkpoint is of a run without fp16
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
+    best.load_state(manifest, best_weights, runtime.broadcast(config))  # settings of paths differ between machines
     runtime.begin_threads(manifest.get("threads"))
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
@@ -105,7 +108,7 @@ def restore(
             f"Nothing is left to train: this run is to have {budget}, and has had {step:,} steps in "
             f"{seconds / 60:.1f} minutes. To train on, give a larger --max_train_steps or --max_train_minutes"
         )
-    return TrainingState(step, step, clock=Clock(seconds))
+    return TrainingState(step, step, owes_validation=manifest.get("owes_validation", False), clock=Clock(seconds))
 
 
 def describe_changes(manifest: dict[str, Any], config: Config, budget: Budget, mixed_precision: str) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from training.run.signals import StopSignal
 
 PIPELINE = "pipeline"  # folder of the saved pipeline in the folder of the run
+LAST = "pipeline-last"  # with the EMA weights of the last step, where pipeline/ has better ones: see best.py
 
 
 class EMASampler:
@@ -53,7 +54,7 @@ class EMASampler:
         self._classes = inputs.classes
         # The training image whose forward process is in trajectory.png, (1, C, H, W) in [-1, 1], and its label.
         first = torch.zeros(1, dtype=torch.int64)
-        self._x_0, self._x_0_label = inputs.batches.images(0, first), None
+        (self._x_0, _), self._x_0_label = inputs.batches.batch(0, first), None
         if self._classes is not None:
             i = np.searchsorted(inputs.split.train_indices, inputs.batches.indices(0, first))
             self._x_0_label = self._classes.train[i].tolist()
@@ -114,6 +115,10 @@ class EMASampler:
         gathered = runtime.gather(torch.cat(images)).unflatten(0, (-1, per_rank))  # (world_size, per_rank, C, H, W)
         return gathered.transpose(0, 1).flatten(0, 1)[:num_images]
 
+    def is_interrupted(self) -> bool:
+        """Whether a signal ends the run, on any rank."""
+        return self._runtime.any(self._stop.requested())[0]
+
     def save_grid(self, step: int) -> Tensor | None:
         """Draw samples and save their grid as samples/step-NNNNNN.png. Returns what `draw` returns."""
         number, labels = self._config.num_sample_images, None
@@ -133,15 +138,15 @@ class EMASampler:
         labels = self._classes.of_grid(len(samples))
         return visualize.grid(samples, columns=labels.count(labels[0]))
 
-    def save_pipeline(self, record: RunRecord) -> Tensor | None:
+    def save_pipeline(self, record: RunRecord, name: str = PIPELINE) -> Tensor | None:
         """Write pipeline/: the EMA weights, the run record, samples, a trajectory. Returns what `draw` returns."""
-        samples = self.save_grid(record.step)
+        samples = self.save_grid(record.weights_step)
         with self._runtime.together():
             if self._runtime.is_main:
-                self._write_pipeline(record, samples)
+                self._write_pipeline(record, samples, self._log.folder / name)
         return samples
 
-    def _write_pipeline(self, record: RunRecord, samples: Tensor | None) -> None:
+    def _write_pipeline(self, record: RunRecord, samples: Tensor | None, folder: Path) -> None:
         from safetensors import SafetensorError
 
         from ddpm_pipeline import visualize
@@ -163,7 +168,6 @@ class EMASampler:
                 if not is_out_of_memory(error):
                     raise
                 print("WARNING: out of memory drawing trajectory.png: skipped. The model is saved.", file=sys.stderr)
-            folder = self._log.folder / PIPELINE
             try:
                 save_pipeline(pipe, folder, record, images)
             except (OSError, SafetensorError) as error:
@@ -202,12 +206,12 @@ def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: d
 
 
 def recover_pipeline(output_dir: Path) -> None:
-    """After a run was killed while replacing pipeline/: restore it and delete temporary files. Lock first."""
-    folder = output_dir / PIPELINE
+    """After a run was killed while replacing pipeline/ or pipeline-last/: restore it and delete temporary files. Lock
+    first."""
     # without the dot: as version 0.1 named it, and now maybe a copy that the user has made
-    for old in (output_dir / f".{PIPELINE}.old", output_dir / f"{PIPELINE}.old"):
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+    for old, name in ((f".{PIPELINE}.old", PIPELINE), (f"{PIPELINE}.old", PIPELINE), (f".{LAST}.old", LAST)):
+        if (output_dir / old).exists() and not (output_dir / name).exists():
+            (output_dir / old).rename(output_dir / name)
     for path in output_dir.iterdir():
-        if re.fullmatch(rf"\.{PIPELINE}\.(old|tmp-[\w-]+)|{PIPELINE}\.tmp", path.name):
+        if re.fullmatch(rf"\.({PIPELINE}|{LAST})\.(old|tmp-[\w-]+)|{PIPELINE}\.tmp", path.name):
             remove(path)

@@ -52,5 +52,6 @@ class TrainingState:
 
     step: int = 0  # optimizer steps done
     saved_step: int = 0  # step of the newest checkpoint
+    owes_validation: bool = False  # a signal came before the validation of this step
     skipped: int = 0  # steps without an update of the weights
     clock: Clock = field(default_factory=Clock)

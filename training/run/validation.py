@@ -29,6 +29,7 @@ from training.run.sampling import images_at_once
 if TYPE_CHECKING:
     from ddpm_pipeline.features import Extractor
     from training.config import Config
+    from training.run.best import Best
     from training.run.inputs import Inputs
     from training.run.log import Log
     from training.run.runtime import Runtime
@@ -44,13 +45,16 @@ Gather = Callable[[list[Any]], list[Any]]  # maps the values of this rank to tho
 
 
 class Validator:
-    """Measures the EMA weights of a run on held-out images, on all ranks, and logs the result."""
+    """Measures the EMA weights of a run on held-out images, on all ranks, logs the result and tells `best`."""
 
-    def __init__(self, config: Config, runtime: Runtime, inputs: Inputs, sampler: EMASampler, log: Log) -> None:
+    def __init__(
+        self, config: Config, runtime: Runtime, inputs: Inputs, sampler: EMASampler, log: Log, best: Best
+    ) -> None:
         split, classes = inputs.split, inputs.classes
         self._num_samples, self._num_inference_steps = config.validation_samples, config.ddpm_num_inference_steps
         self._sample_labels = None if classes is None else classes.of_samples(np.arange(config.validation_samples))
-        self._runtime, self._sampler, self._log, self._held_out = runtime, sampler, log, split.held_out
+        self._runtime, self._sampler, self._log, self._best = runtime, sampler, log, best
+        self._held_out = split.held_out
         self._feature_cache = Path(config.cache_dir).expanduser() / "features"
         self._validation = Validation(
             split.held_out,
@@ -80,19 +84,27 @@ class Validator:
         of_samples = self._num_samples * self._num_inference_steps
         return self._validation.num_images * (TIMESTEPS_PER_IMAGE + STRATA + 1) + of_samples
 
-    def validate(self, step: int, images_seen: int) -> str:
-        """Measure and log. Returns a summary for the progress bar, which is empty if there are no held-out images."""
+    def validate(self, step: int, images_seen: int) -> str | None:
+        """Measure and log. Returns a summary for the progress bar, which is empty if there are no held-out images.
+
+        None, on all ranks, and nothing is logged, if a signal ends the run before all is measured.
+        """
         if not self._validation.num_images:
             return ""
         unet = self._sampler.unet
         with self._sampler.ema_weights(), self._runtime.autocast():
-            metrics = self._validation.measure(
+            metrics, losses = self._validation.measure(
                 lambda x_t, t, **labels: unet(x_t, t, return_dict=False, **labels)[0],
                 gather=self._runtime.gather_objects,
             )
-        samples = self._sampler.draw(step, self._num_samples, self._sample_labels) if self._num_samples else None
-        if samples is not None and self._extractor is not None:
-            metrics |= kernel_distance(samples, self._held_out, self._extractor, self._feature_cache)
+        if self._num_samples:
+            samples = self._sampler.draw(step, self._num_samples, self._sample_labels)
+            if samples is None and self._sampler.is_interrupted():
+                return None
+            if samples is not None and self._extractor is not None:
+                metrics |= kernel_distance(samples, self._held_out, self._extractor, self._feature_cache)
+            metrics = self._runtime.broadcast(metrics)  # rank 0 alone has the extractor
+        self._best.see(step, metrics, losses)
         self._log.metrics(step, images=images_seen, **metrics)
         summary = f"held-out loss {metrics['validation_loss']:.4f}"
         scheduler = self._sampler.scheduler
@@ -141,8 +153,10 @@ class Validation:
         self._t = evenly_spaced_t[order].view(self.num_images, TIMESTEPS_PER_IMAGE)
 
     @torch.no_grad()
-    def measure(self, network: Network, gather: Gather = lambda values: values) -> dict[str, float]:
+    def measure(self, network: Network, gather: Gather = lambda values: values) -> tuple[dict[str, float], list[float]]:
         """validation_loss, also per band of log SNR, and bits_per_dim with its standard error over the images.
+
+        Beside these metrics the loss of each image, of which validation_loss is the mean.
 
         Args:
             network: maps (x_t, t) and the labels to the prediction, with EMA weights and without dropout.
@@ -180,7 +194,7 @@ class Validation:
         metrics["bits_per_dim"] = bits_per_dim.mean().item()
         if self.num_images > 1:
             metrics["bits_per_dim_standard_error"] = bits_per_dim.std().item() / math.sqrt(self.num_images)
-        return metrics
+        return metrics, loss.mean(dim=1).tolist()
 
     def _losses(self, network: Network, x_0: Tensor, index: Tensor) -> Tensor:
         """Mean squared error of each image at each of its timesteps: (B, TIMESTEPS_PER_IMAGE), float64, on the CPU."""
