@@ -115,8 +115,8 @@ RATES = {"tiny": 400.0, "small": 60.0, "base": 12.0, "large": 3.0}
         ({"max_train_minutes": 300}, "base", 4),
         ({"max_train_minutes": 3000}, "large", 4),
         ({"max_train_minutes": 0.1}, "tiny", 1),
-        ({"max_train_steps": 100}, "large", 4),  # 6,400 images take it 36 minutes
-        ({"max_train_steps": 500}, "base", 4),  # 32,000 images take 44 minutes with base, and 3 hours with large
+        ({"max_train_steps": 100}, "tiny", 1),  # 6,400 images are too few for any other
+        ({"max_train_steps": 4000, "max_train_minutes": 3000}, "large", 4),  # 256,000 images
         ({"max_train_steps": 10**6}, "small", 3),
     ],
 )
@@ -166,10 +166,30 @@ def test_processes_on_a_cpu_share_its_memory(runtime, monkeypatch, capsys):
     assert "small needs more memory" in capsys.readouterr().out
 
 
-def test_a_hopeless_time_is_said():
-    assert plan.check_time(30_000, 100.0) is None
-    warning = plan.check_time(1000, 100.0)
-    assert "sees 1,000 images" in warning and "--max_train_minutes 1.7 at least" in warning
+def test_a_length_that_will_not_do_is_said():
+    """60,000 images; then ever fewer of them are seen, and last 40 of them 2,000 times."""
+    config = Config(train_data_dir="images")
+    assert plan.length_warnings(60_000, 60_000, 100.0, config) == []
+    (rough,) = plan.length_warnings(30_000, 60_000, 100.0, config)
+    assert "sees 30,000 images" in rough and "still rough: 200,000 take 33 minutes here" in rough
+    (noise,) = plan.length_warnings(1000, 60_000, 100.0, config)
+    assert "sees 1,000 images" in noise and "--max_train_minutes 2 at least" in noise
+    for settings in ({"train_data_dir": "images", "init_from": "user/model"}, {"dataset_name": "moons"}):
+        assert plan.length_warnings(1000, 60_000, 100.0, Config(**settings)) == []
+    (by_heart,) = plan.length_warnings(80_000, 40, 100.0, config)
+    assert "sees each image 2,000 times" in by_heart and "--dropout 0.1" in by_heart
+
+
+def test_the_steps_that_a_run_will_have():
+    """10 a second: limited in steps, in minutes, in both, and without a known speed."""
+    for settings, steps in (
+        ({"max_train_steps": 50}, 50),
+        ({"max_train_minutes": 2}, 1200),
+        ({"max_train_minutes": 2, "max_train_steps": 5000}, 1200),
+        ({"max_train_minutes": 2, "max_train_steps": 50}, 50),
+    ):
+        assert plan.expected_steps(Budget.of(Config(dataset_name="moons", **settings), 64), 10.0) == steps
+    assert plan.expected_steps(Budget.of(Config(dataset_name="moons", max_train_steps=50), 64), None) == 50
 
 
 def test_without_a_trial_the_smallest_on_a_cpu(runtime):

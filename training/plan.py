@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # Images, each counted as often as it is seen; rules of thumb. The moons look right after 32,000, digits after 150,000,
 # all with the smallest family; before a larger one is worth its time, it should see as many.
-ENOUGH, FEW = 200_000, 10_000
+ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
+MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW, the EMA and a copy in bf16; for what the
 # forward pass keeps also gradients of activations, work space and fragments.
@@ -72,8 +73,8 @@ def choose_family(
 ) -> str:
     """The largest family that sees ENOUGH images in time, the same on all ranks; prints why.
 
-    For a run that is limited in steps: that has done them in DEFAULT_MINUTES. Without trials (`tune` is off) the
-    smallest on a CPU, and the second elsewhere.
+    The time of a run that is limited in steps alone is DEFAULT_MINUTES. Without trials (`tune` is off) the smallest on
+    a CPU, and the second elsewhere.
 
     Args:
         make: a network of the family on the device of the runtime.
@@ -82,7 +83,7 @@ def choose_family(
         return list(FAMILIES)[runtime.device.type != "cpu"]
     runtime.adapt_threads(at_once=True)
     minutes = min(budget.seconds / 60, DEFAULT_MINUTES if math.isinf(budget.seconds) else math.inf)
-    wanted = min(ENOUGH, budget.steps * config.global_batch(runtime.world_size))
+    most = budget.steps * config.global_batch(runtime.world_size)
     chosen, found = next(iter(FAMILIES)), []
     for name in FAMILIES:
         unet = make(name)
@@ -94,22 +95,45 @@ def choose_family(
         seen = rate * 60 * minutes
         seen_text = f"{name} {rate:.3g} images/s, {seen:,.0f} in {minutes:g} minutes"
         found.append(seen_text if fits else f"{name} needs more memory")
-        if seen < wanted:
+        if min(seen, most) < ENOUGH:
             break
         chosen = name
-    why = "the smallest" if chosen == next(iter(FAMILIES)) else f"the largest that sees {wanted:,.0f} images"
+    why = "the smallest" if chosen == next(iter(FAMILIES)) else f"the largest that sees {ENOUGH:,} images"
     runtime.print(f"denoiser: {chosen}, {why} ({'; '.join(found)})")
     return chosen
 
 
-def check_time(images: float, rate: float) -> str | None:
-    """A warning if the time of a run is hopeless, for so many images at so many a second."""
-    if images >= FEW:
-        return None
-    return (
-        f"WARNING: this run sees {images:,.0f} images, and after so few samples may be little more than noise: give "
-        f"more time, --max_train_minutes {FEW / rate / 60:.2g} at least, or a smaller --resolution"
-    )
+def expected_steps(budget: Budget, steps_per_second: float | None) -> float:
+    """How many optimizer steps a run will have at this speed; infinity: that is not known."""
+    if steps_per_second is None or math.isinf(budget.seconds):
+        return budget.total
+    return min(budget.total, max(1, round(budget.seconds * steps_per_second)))
+
+
+def length_warnings(images: float, num_images: int, images_per_second: float, config: Config) -> list[str]:
+    """What is said before the first step if the length of a run is hopeless, short, or long for so few images.
+
+    Args:
+        images: that the run sees, each counted as often as it is seen.
+        num_images: the training images.
+    """
+    found = []
+    if config.init_from is None and config.dataset_name != "moons" and images < RATHER_FEW:
+        more = f"{ENOUGH:,} take {ENOUGH / images_per_second / 60:,.0f} minutes here"
+        if images < FEW:
+            more = f"give more time, --max_train_minutes {math.ceil(FEW / images_per_second / 60)} at least"
+        so_few = "may be little more than noise" if images < FEW else "are still rough"
+        found.append(
+            f"WARNING: this run sees {images:,.0f} images, and after so few samples {so_few}: {more}; smaller images "
+            "(--resolution) are faster"
+        )
+    if math.isfinite(images) and images > MANY_PASSES * num_images:
+        found.append(
+            f"WARNING: this run sees each image {images / num_images:,.0f} times, and a network learns so few by "
+            "heart: give it more of them, flips where they make sense, --dropout 0.1 or less time, and see "
+            '"Small sets" in docs/training.md'
+        )
+    return found
 
 
 def images_per_second(unet: Any, image_shape: ImageShape, runtime: Runtime) -> float:

@@ -152,9 +152,11 @@ def main(config: Config, stop: StopSignal) -> int:
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)
-    runtime.print(describe(run, memory))
-    if rate and (warning := plan.check_time(budget.total * inputs.global_batch, rate)):
-        runtime.print(warning)
+    steps = plan.expected_steps(budget, rate / inputs.global_batch if rate and found is None else None)
+    runtime.print(describe(run, memory, steps))
+    if rate:
+        for warning in plan.length_warnings(steps * inputs.global_batch, len(inputs.split.train_indices), rate, config):
+            runtime.print(warning)
     first_step = state.step
     interrupted = train(run, state)
     if interrupted:
@@ -248,7 +250,7 @@ def make_record(
     )
 
 
-def describe(run: Run, memory: Memory) -> str:
+def describe(run: Run, memory: Memory, expected_steps: float) -> str:
     """The plan of the run: network, hardware, batch, memory, length."""
     runtime, passes, budget = run.runtime, run.passes, run.budget
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
@@ -256,16 +258,22 @@ def describe(run: Run, memory: Memory) -> str:
     if passes.number > 1:
         batch += f" in {passes.number} passes"
     length = f"{budget}"
-    if math.isfinite(budget.total):
-        images = budget.total * run.record.global_batch
-        steps = "" if budget.total == budget.steps else f" = about {budget.total:,.0f} steps"
-        length += f"{steps} = {images:,.0f} images, {images / run.record.num_images:,.3g} passes over the data"
+    if math.isfinite(expected_steps):
+        images = expected_steps * run.record.global_batch
+        passes_over_data = images / run.record.num_images
+        steps = "" if expected_steps == budget.steps else f" = about {expected_steps:,.0f} steps"
+        length += (
+            f"{steps} = {images:,.0f} images, {passes_over_data:,.{0 if passes_over_data >= 10 else 1}f} passes over "
+        )
+        length += "the data"
     every = run.config.save_images_steps
-    samples = "each tenth" if every is None else f"each {every:,} steps" if every else "the end"
+    samples = "at the end" if every == 0 else f"after each {every:,} steps"
+    if every is None:
+        samples = "after each tenth, if they and validation take at most a fifth of the time"
     return (
         f"training: {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on {runtime.world_size} x "
-        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; samples "
-        f"after {samples}"
+        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; "
+        f"samples {samples}"
     )
 
 
