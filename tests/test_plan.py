@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from tests.short_run import fresh_accelerate
 from training import plan
@@ -75,6 +76,47 @@ def test_what_does_not_fit_is_refused_with_what_does():
     for train_batch_size in (64, "auto"):
         with pytest.raises(ValueError, match=r"one image needs about 1\.5 GB, and 1\.0 GB are free"):
             fit_passes(train_batch_size, 64, memory, 1 * GB)
+
+
+def test_the_batch_of_a_huge_step_is_found_at_once():
+    assert fit_passes("auto", 3 * 2**60, Memory(0, 1 * GB), 20 * GB) == Passes(16, 3 * 2**56)
+
+
+def test_weights_that_leave_no_memory_are_refused_before_they_exist(runtime, monkeypatch):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10 * GB)
+    with torch.device("meta"):
+        unet = UNet2DModel(block_out_channels=(32768, 32768), down_block_types=["DownBlock2D"] * 2,
+                           up_block_types=["UpBlock2D"] * 2, layers_per_block=1)  # fmt: skip
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    needed = f"about {22 * parameters / 1e9:,.1f} GB for them, and 10.0 GB are free"  # 5.5 times float32
+    with pytest.raises(ValueError, match=f"{parameters / 1e6:,.1f} M parameters: training needs {needed}"):
+        plan.check_weights(unet, runtime)
+    plan.check_weights(make_denoiser("tiny", height=4, width=4, in_channels=1), runtime)
+
+
+class Huge(Squares):
+    """Asks for an exabyte, which no allocator grants."""
+
+    def forward(self, x_t, t, labels, return_dict):
+        return (torch.empty(2**60, dtype=torch.uint8),)
+
+
+def test_out_of_memory_in_the_measurement_is_a_step_that_does_not_fit(runtime, monkeypatch):
+    memory = measure_memory(Huge(), (3, 8, 16), runtime)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10 * GB)
+    for train_batch_size in (64, "auto"):
+        config = Config(dataset_name="moons", train_batch_size=train_batch_size)
+        with pytest.raises(ValueError, match=r"one image needs more memory than there is, and 10\.0 GB are free"):
+            plan.plan_passes(config, runtime, memory, {"batch_size": 64})
+
+
+def test_other_errors_of_the_network_are_not_hidden(runtime):
+    class Broken(Squares):
+        def forward(self, x_t, t, labels, return_dict):
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure_memory(Broken(), (3, 8, 16), runtime)
 
 
 def test_a_resumed_run_keeps_its_batches(runtime, monkeypatch):

@@ -22,6 +22,7 @@ from training import tune
 from training.budget import DEFAULT_MINUTES, Budget
 from training.config import GLOBAL_BATCH
 from training.denoiser import FAMILIES
+from training.run.failures import is_out_of_memory
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -44,7 +45,7 @@ ImageShape = tuple[int, int, int]  # (C, H, W)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step needs: fixed + images * per_image."""
+    """Bytes that a training step needs: fixed + images * per_image, which is infinite if the measurement ran out."""
 
     fixed: float
     per_image: float
@@ -164,16 +165,18 @@ def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict
 
 def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Memory, available: float) -> Passes:
     """Passes for `of_rank` images of a step, if so many bytes are available; ValueError: see `plan_passes`."""
-    fitting = memory.largest_batch(SAFE * available)
-    divisors = [n for n in range(1, of_rank + 1) if of_rank % n == 0 and n <= fitting]
     if train_batch_size != "auto" and memory.of(train_batch_size) <= available:
         return Passes(train_batch_size, of_rank // train_batch_size)
-    if not divisors:
-        raise ValueError(
-            f"a step with one image needs about {memory.of(1) / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free: "
-            "give a smaller --resolution or --denoiser"
+    fitting = min(of_rank, memory.largest_batch(SAFE * available))
+    best = next((n for n in range(fitting, 0, -1) if of_rank % n == 0), None)
+    if best is None:
+        needed = (
+            f"about {memory.of(1) / 1e9:.1f} GB" if math.isfinite(memory.per_image) else "more memory than there is"
         )
-    best = divisors[-1]
+        raise ValueError(
+            f"a step with one image needs {needed}, and {available / 1e9:.1f} GB are free: give a smaller --resolution "
+            "or --denoiser"
+        )
     if train_batch_size != "auto":
         raise ValueError(
             f"train_batch_size is {train_batch_size}, which needs about {memory.of(train_batch_size) / 1e9:.1f} GB, "
@@ -183,11 +186,26 @@ def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Me
     return Passes(best, of_rank // best)
 
 
+def check_weights(unet: Any, runtime: Runtime) -> None:
+    """Raise ValueError if the weights of this network, which may be on the meta device, leave no memory to train it."""
+    parameters, available = unet.num_parameters(), available_to_rank(runtime)
+    if (needed := WEIGHTS * 4 * parameters) > available:
+        raise ValueError(
+            f"the network has {parameters / 1e6:,.1f} M parameters: training needs about {needed / 1e9:,.1f} GB for "
+            f"them, and {available / 1e9:.1f} GB are free: give a smaller --denoiser"
+        )
+
+
 def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime) -> Memory:
     """What a training step of this network needs."""
-    two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
     weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
     fixed = WEIGHTS * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
+    try:
+        two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Memory(fixed, math.inf)
     return Memory(fixed, KEPT * max(1, three - two))
 
 

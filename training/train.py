@@ -86,8 +86,11 @@ def main(config: Config, stop: StopSignal) -> int:
     # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
     # Before the images are decoded, check what does not need them.
     found = resume.find(runtime, output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    name = config.init_from if config.init_from and config.denoiser == "auto" and found is None else config.denoiser
-    network = runtime.in_turn(lambda: find_network(name, found and found[1]))
+    network = runtime.in_turn(
+        lambda: find_network(
+            config.denoiser, found and found[1], config.init_from, num_steps=config.ddpm_num_steps, log=runtime.print
+        )
+    )
     if config.height_width is not None:
         check_size(network, *config.height_width)
     inputs = load_inputs(config, runtime, size_rule(network))
@@ -98,7 +101,10 @@ def main(config: Config, stop: StopSignal) -> int:
     scheduler, budget = make_scheduler(config), Budget.of(config, inputs.global_batch)
     image_shape = (data.channels, data.height, data.width)
     make = partial(make_network, config=config, inputs=inputs, device=device)
-    unet = make(network or plan.choose_family(make, image_shape, runtime, config, budget))
+    network = network or plan.choose_family(make, image_shape, runtime, config, budget)
+    with torch.device("meta"):
+        plan.check_weights(make(network, device=torch.device("meta")), runtime)
+    unet = make(network)
     config = with_learning_rate(config, unet.num_parameters())
     record_background(unet, config.background)
     record_center_crop(unet, config.center_crop)
@@ -107,10 +113,11 @@ def main(config: Config, stop: StopSignal) -> int:
     if config.init_from and found is None:
         model_name = config.init_from
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
+    tune.apply(tune.default_tuning(device.type, runtime.dtype), unet)
+    memory = plan.measure_memory(unet, image_shape, runtime)
+    passes = plan.plan_passes(config, runtime, memory, found and found[1])  # before the trial, for which it may not fit
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
-    memory = plan.measure_memory(unet, image_shape, runtime)
-    passes = plan.plan_passes(config, runtime, memory, found and found[1])
 
     # ---- EMA, its best weights, optimizer ----------------------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
