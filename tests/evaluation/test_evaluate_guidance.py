@@ -140,7 +140,7 @@ def test_the_best_scale_draws_the_right_classes_and_keeps_their_variety(report):
 @pytest.mark.parametrize(
     ("values", "scales", "best"),
     [
-        ((0.30, 0.26, 0.28), (1.0, 2.0, 4.0), 1),  # the difference is 2 sqrt(2) = 2.8 times 0.01414 at two errors
+        ((0.30, 0.26, 0.28), (1.0, 2.0, 4.0), 1),  # 0.04 is less than 2 sqrt(2) 0.015 = 0.042
         ((0.30, 0.27, 0.25), (1.0, 2.0, 4.0), 4),
         ((0.30, 0.28, 0.29), (1.0, 2.0, 4.0), 1),
         ((0.30, 0.31), (1.0, 2.0), 1),
