@@ -123,7 +123,7 @@ def test_accuracy_of_each_class_stands_beside_that_of_its_real_images():
     assert [(r.class_name, r.n, r.estimate.value, r.real_data_baseline) for r in of_classes] == [
         ("ant", 40, 0.75, 12 / 15), ("bee", 10, 1.0, None)
     ]  # fmt: skip
-    assert of_classes[0].estimate.standard_error == pytest.approx(np.sqrt(0.75 * 0.25 / 40))
+    assert of_classes[0].estimate.standard_error == pytest.approx(np.sqrt(32 * 12 / 44**3))
     assert {r.measure for r in of_classes} == {"class_accuracy"} and {r.extractor for r in of_classes} == {"stub"}
 
 
