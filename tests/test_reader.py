@@ -297,7 +297,7 @@ def test_training_and_pipeline_refuse_the_same_files(name, tmp_path):
         assert str(path) in str(in_pipeline.value)
         for error in (in_training, in_pipeline):
             assert reason.lower() in str(error.value).lower()
-        with pytest.raises(ValueError, match="mask: |mask is "):  # its size is read first
+        with pytest.raises(ValueError, match=r"mask: |mask is "):  # its size is read first
             to_mask(image if image != [path] else path, (1, 1, 6, 5))
 
 
