@@ -32,10 +32,10 @@ def check_output_type(output_type: str | None, channels: int) -> None:
         raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
 
 
-def to_output(x_0: Tensor, output_type: str | None) -> Any:
+def to_output(x_0: Tensor, output_type: str | None, stacklevel: int = 3) -> Any:
     """Images (B, C, H, W) in [-1, 1] in the given output_type."""
     if not x_0.isfinite().all():
-        warnings.warn("some pixels are non-finite: check the network's weights", stacklevel=3)
+        warnings.warn("some pixels are non-finite: check the network's weights", stacklevel=stacklevel)
     if output_type == "latent":
         return x_0
     images = (x_0 / 2 + 0.5).clamp(0, 1)

@@ -433,7 +433,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
 
     def _output(self, x_0: Tensor, output_type: str | None, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
         self.maybe_free_model_hooks()
-        images = to_output(x_0, output_type)
+        images = to_output(x_0, output_type, stacklevel=4)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def __repr__(self) -> str:

@@ -274,9 +274,10 @@ def describe(run: Run, memory: Memory, expected_steps: float) -> str:
         )
         length += "the data"
     every = run.config.save_images_steps
-    samples = "at the end" if every == 0 else f"after each {every:,} steps"
     if every is None:
         samples = "after each tenth, if they and validation take at most a fifth of the time"
+    else:
+        samples = f"after each {every:,} steps" if every else "at the end"
     return (
         f"training: {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on {runtime.world_size} x "
         f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; "
