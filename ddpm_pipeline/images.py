@@ -98,11 +98,11 @@ def to_tensor(images: Any, name: str, channels: int, background: str = "white", 
     if isinstance(images, (str, os.PathLike, Image.Image)):
         colour = parse_colour(background)
         if size is not None:
-            header = _read(read_header, images, name)
-            if (header.height, header.width) != size[:2]:
+            ((height, width),) = _file_sizes(images, name)
+            if (height, width) != size[:2]:
                 warnings.warn(
-                    f"{name}: images of {header.height} x {header.width} pixels are resized to {size.height} x "
-                    f"{size.width}, as in training",
+                    f"{name}: images of {height} x {width} pixels are resized to {size.height} x {size.width}, as in "
+                    "training",
                     stacklevel=2,
                 )
         return from_pixels(_read(lambda payload: decode_for(payload, channels, colour, size), images, name))[None]
