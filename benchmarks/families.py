@@ -3,7 +3,7 @@
 For each: parameters, operations, images per second in training and in a sampling step, and the memory of a training
 step, measured and predicted by training/plan.py. Training is whole optimizer steps as training/loop.py takes them, on
 random images, with the batch that a run would choose, halved until a step takes at most STEP_SECONDS.
-Each pair is a process of its own, whose peak memory is measured; about 12 minutes in all on two cores. Prints a table,
+Each pair is a process of its own, whose peak memory is measured; about 9 minutes in all on two cores. Prints a table,
 and writes benchmarks/results/families-NAME.json after each pair. On an idle machine.
 """
 

@@ -127,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(args)
         run(load_pipeline(args), args)
     except (ValueError, OSError) as error:
-        print(f"ddpm_pipeline {args.command}: {error}", file=sys.stderr)
+        message = str(error).replace("class_labels", "--class_label")  # the one flag with another name than in Python
+        print(f"ddpm_pipeline {args.command}: {message}", file=sys.stderr)
         return 2
     print(f"wrote {args.output}")
     return 0

@@ -6,6 +6,7 @@ as one.
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from .precision import compute_dtype
 from .schedulers import check_number
 
 MAX_GUIDANCE = 1e6  # far above any that is of use
+GUIDANCE_RANGE = f"a number from {-MAX_GUIDANCE:g} to {MAX_GUIDANCE:g}"
 
 
 class Denoiser(Protocol):
@@ -129,7 +131,10 @@ def prepare_denoiser(
     guidance_interval: tuple[float, float] | None = None,
 ) -> UNetDenoiser:
     """The network with labels for `batch_size` images and guidance, which are checked as arguments of a call."""
-    scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, "a finite number")
+    scale = check_number("guidance_scale", guidance_scale, -MAX_GUIDANCE, MAX_GUIDANCE, GUIDANCE_RANGE)
     interval = check_guidance_interval(guidance_interval, scheduler.config.num_train_timesteps)
     labels = check_class_labels(unet, class_labels, scale, batch_size, device)
+    if interval is not None and (labels is None or scale == 1):
+        reason = "this network has no classes" if labels is None else "guidance_scale is 1, no guidance"
+        warnings.warn(f"guidance_interval={guidance_interval} has no effect: {reason}", stacklevel=4)
     return UNetDenoiser(unet, labels, scale, interval)

@@ -216,15 +216,20 @@ def memorisation(samples: Tensor, training: Tensor, held_out: Tensor) -> Estimat
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> Estimate:
-    """Fraction of the predictions, (N,), that are equal to the labels, (N,); its standard error is sqrt(p (1 - p) / N).
+    """Fraction k / N of the predictions, (N,), that are equal to the labels, (N,).
+
+    The standard error is sqrt(q (1 - q) / (N + 4)) at q = (k + 2) / (N + 4): not 0 when all are right or all wrong.
 
     Raises:
         ValueError: no predictions, or another number of labels.
+    References:
+        Agresti and Coull 1998, "Approximate is better than exact for interval estimation of binomial proportions".
     """
     if predicted.shape != labels.shape or predicted.ndim != 1 or not len(labels):
         raise ValueError(f"predicted has shape {predicted.shape}, labels {labels.shape}: give (N,) for both, N above 0")
-    p = (predicted == labels).mean().item()
-    return Estimate(p, math.sqrt(p * (1 - p) / len(labels)))
+    k, n = (predicted == labels).sum().item(), len(labels)
+    q = (k + 2) / (n + 4)
+    return Estimate(k / n, math.sqrt(q * (1 - q) / (n + 4)))
 
 
 def _fraction_below(values: Tensor, others: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def check_output_type(output_type: str | None, channels: int) -> None:
         raise ValueError(f'output_type is "pil", but the images have {channels} channels: give "np" or "pt"')
 
 
-def to_output(x_0: Tensor, output_type: str | None) -> Any:
+def to_output(x_0: Tensor, output_type: str | None, stacklevel: int = 3) -> Any:
     """Images (B, C, H, W) in [-1, 1] in the given output_type."""
     if not x_0.isfinite().all():
-        warnings.warn("some pixels are non-finite: check the network's weights", stacklevel=3)
+        warnings.warn("some pixels are non-finite: check the network's weights", stacklevel=stacklevel)
     if output_type == "latent":
         return x_0
     images = (x_0 / 2 + 0.5).clamp(0, 1)
@@ -98,11 +98,11 @@ def to_tensor(images: Any, name: str, channels: int, background: str = "white", 
     if isinstance(images, (str, os.PathLike, Image.Image)):
         colour = parse_colour(background)
         if size is not None:
-            header = _read(read_header, images, name)
-            if (header.height, header.width) != size[:2]:
+            ((height, width),) = _file_sizes(images, name)
+            if (height, width) != size[:2]:
                 warnings.warn(
-                    f"{name}: images of {header.height} x {header.width} pixels are resized to {size.height} x "
-                    f"{size.width}, as in training",
+                    f"{name}: images of {height} x {width} pixels are resized to {size.height} x {size.width}, as in "
+                    "training",
                     stacklevel=2,
                 )
         return from_pixels(_read(lambda payload: decode_for(payload, channels, colour, size), images, name))[None]
@@ -218,7 +218,7 @@ def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
-def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None) -> Tensor:
+def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None, images: Any = ()) -> Tensor:
     """Where to paint, bool, (B, C, H, W): where the mask is white, above the middle of its range.
 
     Args:
@@ -226,15 +226,19 @@ def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None) -> Tens
             that broadcasts to (B, C, H, W), bool, uint8, uint16, or numbers in [0, 1]; an array may also be
             (B, H, W, C) or (H, W, C), and both may be (B, H, W).
         shape: (B, C, H, W) of the images.
-        size: that a file or PIL image of another size is resized to; None: it is an error.
+        size: that the images were resized to, as a file or PIL image of their own size is; None: they were not resized.
+        images: as they were before; only those that are files or PIL images are resized.
     Raises:
-        ValueError: another type or shape, values that are out of range, or a mask without white.
+        ValueError: another type, size or shape, values that are out of range, or a mask without white.
     """
     if isinstance(mask, (str, os.PathLike, Image.Image)):
+        (given,) = _file_sizes(mask, "mask")
+        own = set() if size is None else _file_sizes(images, "image")
+        allowed = sorted({shape[2:]} | (own if len(own) == 1 else set()))  # another shape would be cropped elsewhere
+        if given not in allowed:
+            text, *sizes = (" x ".join(map(str, each)) for each in (given, *allowed))
+            raise ValueError(f"mask is {text} pixels (height x width): give {' or '.join(sizes)}, as the images are")
         mask = _read(lambda payload: decode_mask(payload, size), mask, "mask")
-        if mask.shape != shape[2:]:
-            wanted, given = (" x ".join(map(str, side)) for side in (shape[2:], mask.shape))
-            raise ValueError(f"mask is {given} pixels (height x width), but the images are {wanted}")
     if isinstance(mask, np.ndarray):
         mask_shape = mask.shape
         if mask.ndim in (3, 4) and mask_shape[-1] in (1, shape[1]) and mask_shape[-3:-1] == shape[2:]:
@@ -256,6 +260,16 @@ def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None) -> Tens
     if not white.flatten(1).any(1).all():
         raise ValueError("mask is black for a whole image: make it white where to paint")
     return white
+
+
+def _file_sizes(images: Any, name: str) -> set[tuple[int, int]]:
+    """(H, W) of the files and PIL images in an argument, before they are resized."""
+    if isinstance(images, (list, tuple)):
+        return {size for image in images for size in _file_sizes(image, name)}
+    if not isinstance(images, (str, os.PathLike, Image.Image)):
+        return set()
+    header = _read(read_header, images, name)
+    return {(header.height, header.width)}
 
 
 def _is_white(mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ the last: the null class, "no label".
 """
 
 import difflib
+import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -126,13 +127,13 @@ def _numbers(labels: Any, names: Sequence[str] | None) -> Any:
 
 
 def check_guidance_interval(interval: Any, num_train_timesteps: int) -> tuple[float, float] | None:
-    """(lo, hi) with 0 <= lo < hi <= T, or None for guidance at all timesteps."""
+    """(lo, hi) with 0 <= lo <= t < hi <= T for at least one timestep t, or None for guidance at all timesteps."""
     if interval is None:
         return None
-    allowed = f"(lo, hi) with 0 <= lo < hi <= {num_train_timesteps}, timesteps"
+    allowed = f"(lo, hi) with 0 <= lo < hi <= {num_train_timesteps}, in timesteps, at least one of which is in it"
     if not isinstance(interval, (list, tuple)) or len(interval) != 2:
         raise ValueError(f"guidance_interval is {interval!r}: give {allowed}")
     lo, hi = (check_number("guidance_interval", each, 0, num_train_timesteps, allowed) for each in interval)
-    if lo >= hi:
+    if math.ceil(lo) >= hi:
         raise ValueError(f"guidance_interval is {interval!r}: give {allowed}")
     return lo, hi

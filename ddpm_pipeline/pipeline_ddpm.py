@@ -401,8 +401,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
 
         Args:
             image: B images.
-            mask: white, above the middle of its range, where to paint: a file or PIL image (luminance times alpha), or
-                an array or tensor, bool, uint8, uint16 or in [0, 1], of any shape that broadcasts.
+            mask: white, above the middle of its range, where to paint: a file or PIL image (luminance times alpha) of
+                the image's own size or the network's, or an array or tensor, bool, uint8, uint16 or in [0, 1], of any
+                shape that broadcasts.
             num_inference_steps: sampling steps without jumps; 50 by default, or all timesteps if there are fewer.
             jump_length: timesteps of one jump back to more noise; the paper has 10 of 250. There is no jump if
                 num_inference_steps is not larger.
@@ -416,7 +417,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         denoiser = prepare_denoiser(
             self.unet, self.scheduler, known.device, len(known), class_labels, guidance_scale, guidance_interval
         )
-        to_paint = to_mask(mask, tuple(known.shape), size_of(self.unet)).to(known.device)
+        to_paint = to_mask(mask, tuple(known.shape), size_of(self.unet), image).to(known.device)
         jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         levels = repaint_levels(number, jump_length, check_int("resamples", resamples, 1, 1000))
@@ -432,7 +433,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
 
     def _output(self, x_0: Tensor, output_type: str | None, return_dict: bool) -> ImagePipelineOutput | tuple[Any]:
         self.maybe_free_model_hooks()
-        images = to_output(x_0, output_type)
+        images = to_output(x_0, output_type, stacklevel=4)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def __repr__(self) -> str:

@@ -122,6 +122,16 @@ def uninterrupted(work):
 # ---- What is kept ----------------------------------------------------------------------------------------------------
 
 
+def test_by_default_each_tenth_is_compared_whatever_the_clock_says(work, monkeypatch):
+    """Two runs of ten steps whose validations take too long: without keep_best only the last one is made."""
+    monkeypatch.setattr("training.loop.MOST_PAUSED", -1.0)
+    for keep_best, validated in (("validation_loss", list(range(1, 11))), ("null", [10])):
+        name = f"tenths-{keep_best}"
+        assert train(work, name, keep_best=keep_best, validation_steps="null", max_train_steps=10) == 0
+        lines = map(json.loads, (work / name / "metrics.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if "validation_loss" in line] == validated
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_pipeline_has_the_ema_weights_of_the_lowest_loss(uninterrupted, name):
     run, script = uninterrupted / name, SCRIPTS[name]
@@ -325,7 +335,7 @@ def test_a_validation_that_a_signal_prevents_is_made_when_the_run_is_resumed(wor
         ({"validation_steps": 0}, "keep_best is 'validation_loss', but validation_steps is 0"),
         (
             {"validation_split": "none"},
-            "keep_best is 'validation_loss', but validation_steps is 1 and validation_split",
+            "keep_best is 'validation_loss', but validation_split is \"none\"",
         ),
         ({"keep_best": "kernel_distance"}, "keep_best is 'kernel_distance', but validation_samples is 0"),
         ({"keep_best": "loss"}, "keep_best"),

@@ -84,6 +84,9 @@ def test_the_methods_that_start_from_images_take_names(pipe):
         ({"class_labels": ["cat", 0.5]}, "class_labels is"),
         ({"class_labels": ["cat", "dog"], "batch_size": 3}, "class_labels has 2 entries"),
         ({"class_labels": "cat", "guidance_interval": (3, 3)}, r"guidance_interval is \(3, 3\).*0 <= lo < hi <= 8"),
+        ({"class_labels": "cat", "guidance_interval": (0.1, 0.7)}, r"is \(0.1, 0.7\): .*, in timesteps"),
+        ({"class_labels": "cat", "guidance_interval": (7.5, 8)}, "guidance_interval is"),  # the last timestep is 7
+        ({"class_labels": "cat", "guidance_scale": 1e7}, r"guidance_scale is 10000000.0: .* from -1e\+06 to 1e\+06"),
         ({"class_labels": "cat", "guidance_interval": (0, 9)}, "guidance_interval is 9"),
         ({"class_labels": "cat", "guidance_interval": 3}, "guidance_interval is 3"),
         ({"class_labels": "cat", "guidance_interval": ("a", 3)}, "guidance_interval is 'a'"),
@@ -196,7 +199,7 @@ def test_the_command_line_takes_names_and_numbers(tmp_path, capsys):
         images[label] = np.asarray(Image.open(output)).tolist()
     assert images["dog"] == images["1"] != images["2"] == images["0"]  # the name "0" is that of class 2
     assert main(["generate", str(tmp_path / "model"), "--class_label", "fox"]) == 2
-    assert "class_labels has 'fox'" in capsys.readouterr().err
+    assert "--class_label has 'fox'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "num_images"), [("generate", 0), ("trajectory", 0), ("vary", 1), ("inpaint", 2)])
@@ -224,6 +227,10 @@ def test_the_command_line_guides(tmp_path, monkeypatch, capsys, command, num_ima
     for wrong, message in (
         ([*start, "--guidance_interval", "0", "2"], "--guidance_interval is [0.0, 2.0], without guidance: give"),
         ([*guided, "--guidance_interval", "3", "2"], "guidance_interval is [3.0, 2.0]: give (lo, hi)"),
-        ([*start, "--guidance_scale=nan"], "guidance_scale is nan: give a finite number"),
+        ([*start, "--guidance_scale=nan"], "guidance_scale is nan: give a number from"),
+        (
+            [each for each in start if "class_label" not in each],
+            "--class_label is None, but this network has classes: give --class_label, 'cat', 'dog'",
+        ),
     ):
         assert main(wrong) == 2 and message in capsys.readouterr().err

@@ -31,6 +31,8 @@ def make_config(**options):
         ("--max_train_steps 1.5", "1.5"),
         ("--max_train_steps 0", "0"),
         ("--train_batch_size -4", "-4"),
+        ("--train_batch_size 100000000000000000000", "at most 1,048,576"),
+        ("--gradient_accumulation_steps 1048577", "1048577"),
         ("--gradient_accumulation_steps 0", "0"),
         ("--learning_rate fast", "fast"),
         ("--learning_rate 0", "0"),

@@ -277,11 +277,20 @@ def test_a_network_is_found_in_the_folder_of_a_pipeline_and_of_a_network(tmp_pat
         ({"norm_num_groups": 48}, "num_channels"),
         ({"cross_attention_dim": 8}, 'has the field "cross_attention_dim"'),
         ({"block_out_channels": [10**9] * 6}, "block_out_channels"),
+        (
+            {"time_embedding_type": "learned", "num_train_timesteps": 999},
+            "learned time embedding has num_train_timesteps 999, less than --ddpm_num_steps 1000",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_be_trained_is_refused_with_a_proposal(tmp_path, change, message):
     with pytest.raises(ValueError, match=f"denoiser is .*{message}.*such as google/ddpm-celebahq-256"):
-        find_network(write_config(tmp_path, CELEBAHQ | change))
+        find_network(write_config(tmp_path, CELEBAHQ | change), num_steps=1000)
+
+
+def test_a_file_that_says_nothing_about_a_network_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has neither _class_name nor block_out_channels"):
+        find_network(write_config(tmp_path, {}))
 
 
 def test_a_network_that_does_not_exist(tmp_path):
@@ -293,6 +302,21 @@ def test_a_network_that_does_not_exist(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             find_network(name)
+
+
+@pytest.mark.parametrize("name", ["/nosuch", "./nosuch", "~/nosuch", "runs/nosuch/pipeline"])
+@pytest.mark.parametrize("setting", ["denoiser", "init_from"])
+def test_a_path_that_does_not_exist_is_not_sought_on_the_hub(monkeypatch, name, setting):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    arguments = (name,) if setting == "denoiser" else ("auto", None, name)
+    message = rf"^{setting} is '{name}' \(no such file or folder\): give .*the folder of a pipeline, or user/model on"
+    with pytest.raises(ValueError, match=message):
+        find_network(*arguments)
+
+
+def test_a_folder_without_a_network_is_refused_with_what_is_allowed(tmp_path):
+    with pytest.raises(ValueError, match=r"^init_from is .*without config\.json.*: give the folder of a pipeline, or"):
+        find_network("auto", None, str(tmp_path))
 
 
 def test_the_network_of_a_checkpoint_is_the_one_it_was_trained_with():
@@ -368,10 +392,16 @@ def test_initial_weights_that_fit_are_taken_and_the_others_named(saved, options,
 
 
 def test_a_model_gives_its_network_and_weights_to_a_run_at_another_size(saved):
-    unet = make_denoiser(find_network(saved), height=16, width=24, in_channels=3)
     lines = []
+    network = find_network("auto", None, saved, log=lines.append)
+    unet = make_denoiser(network, height=16, width=24, in_channels=3)
     load_initial_weights(saved, unet, DDPMScheduler(20), lines.append)
-    assert lines == [f"initial weights: {saved}"]
+    assert lines == [
+        f"denoiser: that of {saved} ({count_parameters(unet) / 1e6:.1f} M parameters, trained at 8 x 8)",
+        f"initial weights: {saved}",
+    ]
+    assert find_network(saved, log=lines.append) == network and len(lines) == 2
+    assert find_network("tiny", None, saved, log=lines.append) == "tiny" and len(lines) == 2
 
 
 @pytest.mark.parametrize(("before", "now"), [(32, 64), (64, 32)])

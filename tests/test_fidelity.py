@@ -297,10 +297,19 @@ def test_accuracy_is_a_fraction_with_the_error_of_many_draws():
     std = math.sqrt(0.8 * 0.2 / 50)  # of a binomial fraction
     assert abs(value.mean() - 0.8) < 4 * std / math.sqrt(2000)
     assert value.std() == pytest.approx(std, rel=0.07) and error.mean() == pytest.approx(std, rel=0.03)
-    assert accuracy(np.array(["a", "b"]), np.array(["a", "b"])) == (1, 0)
+    assert accuracy(np.array(["a", "b"]), np.array(["a", "b"])).value == 1
     for predicted in (labels[:0], labels[:49]):
         with pytest.raises(ValueError, match="predicted has shape"):
             accuracy(predicted, labels[: len(predicted) // 49 * 50])
+
+
+@pytest.mark.parametrize("p", [0.9, 0.98, 0.995])
+def test_two_standard_errors_of_an_accuracy_near_1_hold_it(p):
+    """In at least 95% of draws, by the exact binomial distribution; p +- 2 sqrt(p (1 - p) / n) does so in 22 to 88%."""
+    n = 50
+    estimates = [accuracy(np.arange(n) < k, np.ones(n, bool)) for k in range(n + 1)]
+    holds = [abs(value - p) <= 2 * error for value, error in estimates]
+    assert stats.binom.pmf(np.arange(n + 1), n, p) @ holds >= 0.95
 
 
 # ---- Pixel statistics ------------------------------------------------------------------------------------------------

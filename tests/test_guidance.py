@@ -134,10 +134,19 @@ def test_methods_from_images_with_scale_1_are_those_without_guidance(class_pipe,
     images = gaussian_images(dtype=torch.float32)
     plain, once, thrice = (
         FROM_IMAGES[method](class_pipe, images, **options, **guidance)
-        for guidance in ({}, {"guidance_scale": 1.0, "guidance_interval": (0, 2)}, {"guidance_scale": 3.0})
+        for guidance in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 3.0})
     )
     assert torch.equal(plain, once)
     assert (plain - thrice).abs().max() > 0.01
+
+
+def test_an_interval_without_guidance_is_a_warning(class_pipe):
+    for method in (class_pipe, lambda **options: class_pipe.vary(torch.zeros(1, 8, 8), **options)):
+        with pytest.warns(
+            UserWarning, match=r"guidance_interval=\(0, 2\) has no effect: guidance_scale is 1"
+        ) as caught:
+            method(seeds=1, class_labels=0, guidance_interval=(0, 2))
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_variations_at_full_strength_are_guided_samples(class_pipe):
@@ -154,6 +163,9 @@ def test_networks_without_classes_and_with_class_embed_type():
     assert torch.equal(guided, sample(pipe, seeds=1))
     with pytest.warns(UserWarning, match="guidance_scale=2.0.*no classes") as caught:
         pipe.vary(torch.zeros(1, 8, 8), guidance_scale=2.0)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match=r"guidance_interval=\(0, 2\) has no effect: .* no classes") as caught:
+        pipe(seeds=1, guidance_interval=(0, 2))
     assert [warning.filename for warning in caught] == [__file__]
     numbers = tiny_pipe(num_train_timesteps=T, class_embed_type="timestep")
     first, second = sample(numbers, seeds=[1, 1], class_labels=[0.5, 300.0])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from tests.short_run import fresh_accelerate
 from training import plan
@@ -77,6 +78,47 @@ def test_what_does_not_fit_is_refused_with_what_does():
             fit_passes(train_batch_size, 64, memory, 1 * GB)
 
 
+def test_the_batch_of_a_huge_step_is_found_at_once():
+    assert fit_passes("auto", 3 * 2**60, Memory(0, 1 * GB), 20 * GB) == Passes(16, 3 * 2**56)
+
+
+def test_weights_that_leave_no_memory_are_refused_before_they_exist(runtime, monkeypatch):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10 * GB)
+    with torch.device("meta"):
+        unet = UNet2DModel(block_out_channels=(32768, 32768), down_block_types=["DownBlock2D"] * 2,
+                           up_block_types=["UpBlock2D"] * 2, layers_per_block=1)  # fmt: skip
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    needed = f"about {22 * parameters / 1e9:,.1f} GB for them, and 10.0 GB are free"  # 5.5 times float32
+    with pytest.raises(ValueError, match=f"{parameters / 1e6:,.1f} M parameters: training needs {needed}"):
+        plan.check_weights(unet, runtime)
+    plan.check_weights(make_denoiser("tiny", height=4, width=4, in_channels=1), runtime)
+
+
+class Huge(Squares):
+    """Asks for an exabyte, which no allocator grants."""
+
+    def forward(self, x_t, t, labels, return_dict):
+        return (torch.empty(2**60, dtype=torch.uint8),)
+
+
+def test_out_of_memory_in_the_measurement_is_a_step_that_does_not_fit(runtime, monkeypatch):
+    memory = measure_memory(Huge(), (3, 8, 16), runtime)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10 * GB)
+    for train_batch_size in (64, "auto"):
+        config = Config(dataset_name="moons", train_batch_size=train_batch_size)
+        with pytest.raises(ValueError, match=r"one image needs more memory than there is, and 10\.0 GB are free"):
+            plan.plan_passes(config, runtime, memory, {"batch_size": 64})
+
+
+def test_other_errors_of_the_network_are_not_hidden(runtime):
+    class Broken(Squares):
+        def forward(self, x_t, t, labels, return_dict):
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure_memory(Broken(), (3, 8, 16), runtime)
+
+
 def test_a_resumed_run_keeps_its_batches(runtime, monkeypatch):
     config, memory = Config(dataset_name="moons"), Memory(0, 1 * GB)
     monkeypatch.setattr(plan, "available_bytes", lambda device: 40 * GB)
@@ -115,8 +157,8 @@ RATES = {"tiny": 400.0, "small": 60.0, "base": 12.0, "large": 3.0}
         ({"max_train_minutes": 300}, "base", 4),
         ({"max_train_minutes": 3000}, "large", 4),
         ({"max_train_minutes": 0.1}, "tiny", 1),
-        ({"max_train_steps": 100}, "large", 4),  # 6,400 images take it 36 minutes
-        ({"max_train_steps": 500}, "base", 4),  # 32,000 images take 44 minutes with base, and 3 hours with large
+        ({"max_train_steps": 100}, "tiny", 1),  # 6,400 images are too few for any other
+        ({"max_train_steps": 4000, "max_train_minutes": 3000}, "large", 4),  # 256,000 images
         ({"max_train_steps": 10**6}, "small", 3),
     ],
 )
@@ -166,10 +208,30 @@ def test_processes_on_a_cpu_share_its_memory(runtime, monkeypatch, capsys):
     assert "small needs more memory" in capsys.readouterr().out
 
 
-def test_a_hopeless_time_is_said():
-    assert plan.check_time(30_000, 100.0) is None
-    warning = plan.check_time(1000, 100.0)
-    assert "sees 1,000 images" in warning and "--max_train_minutes 1.7 at least" in warning
+def test_a_length_that_will_not_do_is_said():
+    """60,000 images; then ever fewer of them are seen, and last 40 of them 2,000 times."""
+    config = Config(train_data_dir="images")
+    assert plan.length_warnings(60_000, 60_000, 100.0, config) == []
+    (rough,) = plan.length_warnings(30_000, 60_000, 100.0, config)
+    assert "sees 30,000 images" in rough and "still rough: 200,000 take 33 minutes here" in rough
+    (noise,) = plan.length_warnings(1000, 60_000, 100.0, config)
+    assert "sees 1,000 images" in noise and "--max_train_minutes 2 at least" in noise
+    for settings in ({"train_data_dir": "images", "init_from": "user/model"}, {"dataset_name": "moons"}):
+        assert plan.length_warnings(1000, 60_000, 100.0, Config(**settings)) == []
+    (by_heart,) = plan.length_warnings(80_000, 40, 100.0, config)
+    assert "sees each image 2,000 times" in by_heart and "--dropout 0.1" in by_heart
+
+
+def test_the_steps_that_a_run_will_have():
+    """10 a second: limited in steps, in minutes, in both, and without a known speed."""
+    for settings, steps in (
+        ({"max_train_steps": 50}, 50),
+        ({"max_train_minutes": 2}, 1200),
+        ({"max_train_minutes": 2, "max_train_steps": 5000}, 1200),
+        ({"max_train_minutes": 2, "max_train_steps": 50}, 50),
+    ):
+        assert plan.expected_steps(Budget.of(Config(dataset_name="moons", **settings), 64), 10.0) == steps
+    assert plan.expected_steps(Budget.of(Config(dataset_name="moons", max_train_steps=50), 64), None) == 50
 
 
 def test_without_a_trial_the_smallest_on_a_cpu(runtime):

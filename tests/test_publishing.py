@@ -434,3 +434,12 @@ def test_inconsistent_options_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Config(dataset_name="moons", **options)
+
+
+def test_ctrl_c_ends_with_one_line(run, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.hub.push.show", interrupted)
+    assert main([str(run), "--hub_model_id", "a/b", "--dry_run"]) == 130
+    assert capsys.readouterr().err.strip() == "publish.py: interrupted. The run is unchanged."

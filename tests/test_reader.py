@@ -297,7 +297,7 @@ def test_training_and_pipeline_refuse_the_same_files(name, tmp_path):
         assert str(path) in str(in_pipeline.value)
         for error in (in_training, in_pipeline):
             assert reason.lower() in str(error.value).lower()
-        with pytest.raises(ValueError, match="mask: "):
+        with pytest.raises(ValueError, match=r"mask: |mask is "):  # its size is read first
             to_mask(image if image != [path] else path, (1, 1, 6, 5))
 
 
@@ -509,10 +509,11 @@ def test_a_mask_is_resized_like_its_image(tmp_path):
     """The left half of an image of twice the size is the left half."""
     mask = np.zeros((16, 16), np.uint8)
     mask[:, :8] = 255
-    white = to_mask(Image.fromarray(mask), (1, 3, 8, 8), Size(8, 8, True))
+    resized = (1, 3, 8, 8), Size(8, 8, True), [Image.new("RGB", (16, 16))]
+    white = to_mask(Image.fromarray(mask), *resized)
     assert torch.equal(white, torch.tensor([True] * 4 + [False] * 4).expand(1, 3, 8, 8))
     np.save(tmp_path / "mask.npy", mask)
-    assert torch.equal(to_mask(tmp_path / "mask.npy", (1, 3, 8, 8), Size(8, 8, True)), white)
+    assert torch.equal(to_mask(tmp_path / "mask.npy", *resized), white)
     pipe, options = tiny_pipe(3), {"num_inference_steps": 3, "seeds": 0, "resamples": 1, "output_type": "latent"}
     record_center_crop(pipe.unet, True)
     image = random_images(16, 16, 3)
@@ -521,6 +522,21 @@ def test_a_mask_is_resized_like_its_image(tmp_path):
     with pytest.warns(UserWarning, match="resized"):
         known = pipe.vary(Image.fromarray(image), 0.0, output_type="latent").images
     assert torch.equal(painted[..., 4:], known[..., 4:]) and not torch.equal(painted, known)
+
+
+@pytest.mark.parametrize("mask", [(16, 40), (30, 30), (20, 8)])
+def test_a_mask_of_another_size_than_its_image_is_refused(mask):
+    """Cropped and resized by itself, it would cover another part of the image."""
+    pipe, options = tiny_pipe(3), {"num_inference_steps": 3, "seeds": 0, "resamples": 1}
+    record_center_crop(pipe.unet, True)
+    image = Image.new("RGB", (40, 16))
+    height, width = mask[::-1]
+    message = rf"mask is {height} x {width} pixels \(height x width\): give 8 x 8 or 16 x 40"
+    with pytest.warns(UserWarning, match="resized"), pytest.raises(ValueError, match=message):
+        pipe.inpaint(image, Image.new("L", mask, 255), **options)
+    for size in ((40, 16), (8, 8)):
+        with pytest.warns(UserWarning, match="resized"):
+            pipe.inpaint(image, Image.new("L", size, 255), **options)
 
 
 def test_methods_take_files_and_composite_on_the_saved_background(tmp_path):

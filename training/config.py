@@ -17,6 +17,7 @@ from training.data.sizes import check_square
 CONFIGS = Path(__file__).parent / "configs"
 
 GLOBAL_BATCH = 64  # images of a step, if no batch size is given
+MAX_BATCH = 2**20  # images; far above any that is of use
 
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -119,7 +120,7 @@ class Config:
             separated by commas; "none": nowhere else.
         validation_steps: steps between two validations on held-out images, by loss and bits per dimension; one also
             runs at the end. Default: after each tenth of the run, unless they and the samples have taken
-            more than a fifth of its time. 0: never.
+            more than a fifth of its time (with keep_best always). 0: never.
         num_validation_images: number of held-out images to validate on.
         validation_split: split of the data set to hold out; default: its validation, valid, val or test split if it has
             one, else every 20th training image, at most 1000. "none": hold out nothing.
@@ -127,7 +128,8 @@ class Config:
             images; 0: none.
         extractor: features for that distance: pixels, classifier (trained on the training images first) or a file,
             see ddpm_pipeline/features.py.
-        save_images_steps: steps between two grids of samples; default: as validation_steps; 0: only at the end.
+        save_images_steps: steps between two grids of samples; default: after each tenth of the run, as validation; 0:
+            only at the end.
         num_sample_images: number of images in a grid of samples.
         ddpm_num_inference_steps: number of sampling steps, for all samples of the run.
         checkpointing_steps: steps between two checkpoints; one is also written at the end. Default: after each tenth of
@@ -245,6 +247,9 @@ class Config:
                     raise ValueError(f"{name} is {value}: give an integer of at least {least}")
         if self.train_batch_size != "auto" and self.train_batch_size < 1:
             raise ValueError(f'train_batch_size is {self.train_batch_size}: give an integer of at least 1, or "auto"')
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) != "auto" and getattr(self, name) > MAX_BATCH:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at most {MAX_BATCH:,}")
         for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -269,9 +274,9 @@ class Config:
                 f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
             )
         if self.keep_best and (self.validation_steps == 0 or self.validation_split == "none"):
+            cause = "validation_steps is 0" if self.validation_steps == 0 else 'validation_split is "none"'
             raise ValueError(
-                f"keep_best is {self.keep_best!r}, but validation_steps is {self.validation_steps} and "
-                f"validation_split is {self.validation_split!r}, so there is no validation: leave out both or keep_best"
+                f"keep_best is {self.keep_best!r}, but {cause}, so there is no validation: leave out one of them"
             )
         if self.keep_best == "kernel_distance" and not self.validation_samples:
             raise ValueError(

@@ -203,13 +203,23 @@ def check_size(denoiser: Denoiser | None, height: int, width: int) -> None:
 # ---- Networks of other models ----------------------------------------------------------------------------------------
 
 
-def find_network(denoiser: str, manifest: Mapping[str, Any] | None = None) -> Denoiser | None:
+def find_network(
+    denoiser: str,
+    manifest: Mapping[str, Any] | None = None,
+    init_from: str | None = None,
+    *,
+    num_steps: int = 1,
+    log: Callable[[str], object] = print,
+) -> Denoiser | None:
     """What `--denoiser` means, for `make_denoiser`; None if that is to be found by a trial.
 
     Args:
         denoiser: "auto", one of FAMILIES or PRESETS; else the folder of a pipeline or network, its config.json, or a
             model on the Hub.
         manifest: of the checkpoint that a run continues from: its network is the one.
+        init_from: the model whose network "auto" takes, a folder or a name on the Hub.
+        num_steps: T, which a learned time embedding must have vectors for.
+        log: called with the network of init_from if it is taken.
     Raises:
         ValueError: it cannot be found or read, or is not the configuration of a UNet2DModel that can be trained here.
     """
@@ -219,26 +229,40 @@ def find_network(denoiser: str, manifest: Mapping[str, Any] | None = None) -> De
             return network
     if denoiser in FAMILIES | PRESETS:
         return denoiser
-    if denoiser == "auto":
+    setting, name = ("init_from", init_from) if denoiser == "auto" else ("denoiser", denoiser)
+    if name is None:
         return None
     import torch
 
     from ddpm_pipeline.loading import read_json, unet_on_meta
 
-    file = _config_file(denoiser)
+    file = _config_file(setting, name)
     config = read_json(file)
     try:
+        if not config.keys() & {"_class_name", "block_out_channels"}:  # else all would be diffusers' defaults
+            raise ValueError(f"{file} has neither _class_name nor block_out_channels")
         if (kind := config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
             raise ValueError(f"{file} is of a {kind}")
         if config.get("time_embedding_type") == "fourier":
             raise ValueError(f"{file}: time_embedding_type is 'fourier', which is for continuous noise levels")
-        unet = unet_on_meta(file, {name: value for name, value in config.items() if name not in OF_THE_DATA})
+        unet = unet_on_meta(file, {field: value for field, value in config.items() if field not in OF_THE_DATA})
+        if unet.config["time_embedding_type"] == "learned" and unet.config["num_train_timesteps"] < num_steps:
+            raise ValueError(
+                f"{file}: learned time embedding has num_train_timesteps {unet.config['num_train_timesteps']}, less "
+                f"than --ddpm_num_steps {num_steps}"
+            )
         x_t = torch.zeros(1, 3, *nearest_size(size_rule(network_of(unet)), 64, 64), device="meta")
         unet(x_t, torch.zeros(1, dtype=torch.int64, device="meta"))
     except Exception as error:  # whatever a block raises
         raise ValueError(
-            f"denoiser is {denoiser!r}, which cannot be trained here ({error}): give a UNet2DModel, such as {EXAMPLE}"
+            f"{setting} is {name!r}, which cannot be trained here ({error}): give a UNet2DModel, such as {EXAMPLE}"
         ) from None
+    if setting == "init_from":
+        side = config.get("sample_size")
+        size = (
+            "" if side is None else ", trained at {} x {}".format(*(side if isinstance(side, list) else (side, side)))
+        )
+        log(f"denoiser: that of {name} ({unet.num_parameters() / 1e6:.1f} M parameters{size})")
     return network_of(unet)
 
 
@@ -247,7 +271,11 @@ def network_of(unet: UNet2DModel) -> dict[str, Any]:
     return {name: unet.config[name] for name in inspect.signature(UNet2DModel.__init__).parameters if name != "self"}
 
 
-def _config_file(name: str) -> Path:
+def _config_file(setting: str, name: str) -> Path:
+    """config.json of the network that this setting names."""
+    allowed = "the folder of a pipeline, or user/model on the Hub"
+    if setting == "denoiser":
+        allowed = f"auto, {', '.join(FAMILIES | PRESETS)}, config.json of a UNet2DModel, {allowed}"
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -256,10 +284,11 @@ def _config_file(name: str) -> Path:
         for file in files:
             if (path / file).is_file():
                 return path / file
-        inner = f": give {path / 'pipeline'}" if (path / "pipeline").is_dir() else ""
-        raise ValueError(f"denoiser is {name!r}, a folder without config.json of a UNet2DModel{inner}")
+        if (path / "pipeline").is_dir():
+            allowed = str(path / "pipeline")
+        raise ValueError(f"{setting} is {name!r}, a folder without config.json of a UNet2DModel: give {allowed}")
     reason = "no such file or folder"
-    if "/" in name:
+    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HFValidationError
 
@@ -268,10 +297,7 @@ def _config_file(name: str) -> Path:
                 return Path(hf_hub_download(name, file))
             except (OSError, HFValidationError) as error:  # also if this computer is offline
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
-    raise ValueError(
-        f"denoiser is {name!r} ({reason}): give auto, {', '.join(FAMILIES | PRESETS)}, the folder of a pipeline, "
-        "config.json of a UNet2DModel, or user/model on the Hub"
-    )
+    raise ValueError(f"{setting} is {name!r} ({reason}): give {allowed}")
 
 
 # ---- Initial weights -------------------------------------------------------------------------------------------------

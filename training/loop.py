@@ -148,7 +148,8 @@ def train(run: Run, state: TrainingState) -> bool:
 
         # ---- Validate, unless a signal came: then the resumed run does
         is_time = is_time_to_look(run, state)
-        if config.validation_steps != 0 and (is_last or is_due(state.step, config.validation_steps, is_time)):
+        validates = is_time or (config.keep_best is not None and budget.ends_part(state.step))  # by no clock
+        if config.validation_steps != 0 and (is_last or is_due(state.step, config.validation_steps, validates)):
             state.owes_validation = True
             if not stopping:
                 validate(run, state, bar)

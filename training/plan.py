@@ -22,6 +22,7 @@ from training import tune
 from training.budget import DEFAULT_MINUTES, Budget
 from training.config import GLOBAL_BATCH
 from training.denoiser import FAMILIES
+from training.run.failures import is_out_of_memory
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 # Images, each counted as often as it is seen; rules of thumb. The moons look right after 32,000, digits after 150,000,
 # all with the smallest family; before a larger one is worth its time, it should see as many.
-ENOUGH, FEW = 200_000, 10_000
+ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
+MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW, the EMA and a copy in bf16; for what the
 # forward pass keeps also gradients of activations, work space and fragments.
@@ -43,7 +45,7 @@ ImageShape = tuple[int, int, int]  # (C, H, W)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step needs: fixed + images * per_image."""
+    """Bytes that a training step needs: fixed + images * per_image, which is infinite if the measurement ran out."""
 
     fixed: float
     per_image: float
@@ -72,8 +74,8 @@ def choose_family(
 ) -> str:
     """The largest family that sees ENOUGH images in time, the same on all ranks; prints why.
 
-    For a run that is limited in steps: that has done them in DEFAULT_MINUTES. Without trials (`tune` is off) the
-    smallest on a CPU, and the second elsewhere.
+    The time of a run that is limited in steps alone is DEFAULT_MINUTES. Without trials (`tune` is off) the smallest on
+    a CPU, and the second elsewhere.
 
     Args:
         make: a network of the family on the device of the runtime.
@@ -82,7 +84,7 @@ def choose_family(
         return list(FAMILIES)[runtime.device.type != "cpu"]
     runtime.adapt_threads(at_once=True)
     minutes = min(budget.seconds / 60, DEFAULT_MINUTES if math.isinf(budget.seconds) else math.inf)
-    wanted = min(ENOUGH, budget.steps * config.global_batch(runtime.world_size))
+    most = budget.steps * config.global_batch(runtime.world_size)
     chosen, found = next(iter(FAMILIES)), []
     for name in FAMILIES:
         unet = make(name)
@@ -94,22 +96,45 @@ def choose_family(
         seen = rate * 60 * minutes
         seen_text = f"{name} {rate:.3g} images/s, {seen:,.0f} in {minutes:g} minutes"
         found.append(seen_text if fits else f"{name} needs more memory")
-        if seen < wanted:
+        if min(seen, most) < ENOUGH:
             break
         chosen = name
-    why = "the smallest" if chosen == next(iter(FAMILIES)) else f"the largest that sees {wanted:,.0f} images"
+    why = "the smallest" if chosen == next(iter(FAMILIES)) else f"the largest that sees {ENOUGH:,} images"
     runtime.print(f"denoiser: {chosen}, {why} ({'; '.join(found)})")
     return chosen
 
 
-def check_time(images: float, rate: float) -> str | None:
-    """A warning if the time of a run is hopeless, for so many images at so many a second."""
-    if images >= FEW:
-        return None
-    return (
-        f"WARNING: this run sees {images:,.0f} images, and after so few samples may be little more than noise: give "
-        f"more time, --max_train_minutes {FEW / rate / 60:.2g} at least, or a smaller --resolution"
-    )
+def expected_steps(budget: Budget, steps_per_second: float | None) -> float:
+    """How many optimizer steps a run will have at this speed; infinity: that is not known."""
+    if steps_per_second is None or math.isinf(budget.seconds):
+        return budget.total
+    return min(budget.total, max(1, round(budget.seconds * steps_per_second)))
+
+
+def length_warnings(images: float, num_images: int, images_per_second: float, config: Config) -> list[str]:
+    """What is said before the first step if the length of a run is hopeless, short, or long for so few images.
+
+    Args:
+        images: that the run sees, each counted as often as it is seen.
+        num_images: the training images.
+    """
+    found = []
+    if config.init_from is None and config.dataset_name != "moons" and images < RATHER_FEW:
+        more = f"{ENOUGH:,} take {ENOUGH / images_per_second / 60:,.0f} minutes here"
+        if images < FEW:
+            more = f"give more time, --max_train_minutes {math.ceil(FEW / images_per_second / 60)} at least"
+        so_few = "may be little more than noise" if images < FEW else "are still rough"
+        found.append(
+            f"WARNING: this run sees {images:,.0f} images, and after so few samples {so_few}: {more}; smaller images "
+            "(--resolution) are faster"
+        )
+    if math.isfinite(images) and images > MANY_PASSES * num_images:
+        found.append(
+            f"WARNING: this run sees each image {images / num_images:,.0f} times, and a network learns so few by "
+            "heart: give it more of them, flips where they make sense, --dropout 0.1 or less time, and see "
+            '"Small sets" in docs/training.md'
+        )
+    return found
 
 
 def images_per_second(unet: Any, image_shape: ImageShape, runtime: Runtime) -> float:
@@ -140,16 +165,18 @@ def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict
 
 def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Memory, available: float) -> Passes:
     """Passes for `of_rank` images of a step, if so many bytes are available; ValueError: see `plan_passes`."""
-    fitting = memory.largest_batch(SAFE * available)
-    divisors = [n for n in range(1, of_rank + 1) if of_rank % n == 0 and n <= fitting]
     if train_batch_size != "auto" and memory.of(train_batch_size) <= available:
         return Passes(train_batch_size, of_rank // train_batch_size)
-    if not divisors:
-        raise ValueError(
-            f"a step with one image needs about {memory.of(1) / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free: "
-            "give a smaller --resolution or --denoiser"
+    fitting = min(of_rank, memory.largest_batch(SAFE * available))
+    best = next((n for n in range(fitting, 0, -1) if of_rank % n == 0), None)
+    if best is None:
+        needed = (
+            f"about {memory.of(1) / 1e9:.1f} GB" if math.isfinite(memory.per_image) else "more memory than there is"
         )
-    best = divisors[-1]
+        raise ValueError(
+            f"a step with one image needs {needed}, and {available / 1e9:.1f} GB are free: give a smaller --resolution "
+            "or --denoiser"
+        )
     if train_batch_size != "auto":
         raise ValueError(
             f"train_batch_size is {train_batch_size}, which needs about {memory.of(train_batch_size) / 1e9:.1f} GB, "
@@ -159,11 +186,26 @@ def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Me
     return Passes(best, of_rank // best)
 
 
+def check_weights(unet: Any, runtime: Runtime) -> None:
+    """Raise ValueError if the weights of this network, which may be on the meta device, leave no memory to train it."""
+    parameters, available = unet.num_parameters(), available_to_rank(runtime)
+    if (needed := WEIGHTS * 4 * parameters) > available:
+        raise ValueError(
+            f"the network has {parameters / 1e6:,.1f} M parameters: training needs about {needed / 1e9:,.1f} GB for "
+            f"them, and {available / 1e9:.1f} GB are free: give a smaller --denoiser"
+        )
+
+
 def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime) -> Memory:
     """What a training step of this network needs."""
-    two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
     weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
     fixed = WEIGHTS * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
+    try:
+        two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Memory(fixed, math.inf)
     return Memory(fixed, KEPT * max(1, three - two))
 
 

@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\npublish.py: interrupted. The run is unchanged.", file=sys.stderr)
+        return 130
     return 0
 
 

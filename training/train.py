@@ -86,8 +86,11 @@ def main(config: Config, stop: StopSignal) -> int:
     # ---- Data: image files to a memory-mapped array, decoded once ----------------------------------------------------
     # Before the images are decoded, check what does not need them.
     found = resume.find(runtime, output_dir, config.resume_from_checkpoint) if config.resume_from_checkpoint else None
-    name = config.init_from if config.init_from and config.denoiser == "auto" and found is None else config.denoiser
-    network = runtime.in_turn(lambda: find_network(name, found and found[1]))
+    network = runtime.in_turn(
+        lambda: find_network(
+            config.denoiser, found and found[1], config.init_from, num_steps=config.ddpm_num_steps, log=runtime.print
+        )
+    )
     if config.height_width is not None:
         check_size(network, *config.height_width)
     inputs = load_inputs(config, runtime, size_rule(network))
@@ -98,7 +101,10 @@ def main(config: Config, stop: StopSignal) -> int:
     scheduler, budget = make_scheduler(config), Budget.of(config, inputs.global_batch)
     image_shape = (data.channels, data.height, data.width)
     make = partial(make_network, config=config, inputs=inputs, device=device)
-    unet = make(network or plan.choose_family(make, image_shape, runtime, config, budget))
+    network = network or plan.choose_family(make, image_shape, runtime, config, budget)
+    with torch.device("meta"):
+        plan.check_weights(make(network, device=torch.device("meta")), runtime)
+    unet = make(network)
     config = with_learning_rate(config, unet.num_parameters())
     record_background(unet, config.background)
     record_center_crop(unet, config.center_crop)
@@ -107,10 +113,11 @@ def main(config: Config, stop: StopSignal) -> int:
     if config.init_from and found is None:
         model_name = config.init_from
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
+    tune.apply(tune.default_tuning(device.type, runtime.dtype), unet)
+    memory = plan.measure_memory(unet, image_shape, runtime)
+    passes = plan.plan_passes(config, runtime, memory, found and found[1])  # before the trial, for which it may not fit
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
-    memory = plan.measure_memory(unet, image_shape, runtime)
-    passes = plan.plan_passes(config, runtime, memory, found and found[1])
 
     # ---- EMA, its best weights, optimizer ----------------------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
@@ -152,9 +159,11 @@ def main(config: Config, stop: StopSignal) -> int:
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)
-    runtime.print(describe(run, memory))
-    if rate and (warning := plan.check_time(budget.total * inputs.global_batch, rate)):
-        runtime.print(warning)
+    steps = plan.expected_steps(budget, rate / inputs.global_batch if rate and found is None else None)
+    runtime.print(describe(run, memory, steps))
+    if rate:
+        for warning in plan.length_warnings(steps * inputs.global_batch, len(inputs.split.train_indices), rate, config):
+            runtime.print(warning)
     first_step = state.step
     interrupted = train(run, state)
     if interrupted:
@@ -248,7 +257,7 @@ def make_record(
     )
 
 
-def describe(run: Run, memory: Memory) -> str:
+def describe(run: Run, memory: Memory, expected_steps: float) -> str:
     """The plan of the run: network, hardware, batch, memory, length."""
     runtime, passes, budget = run.runtime, run.passes, run.budget
     millions = sum(parameter.numel() for parameter in run.unet.parameters()) / 1e6
@@ -256,16 +265,23 @@ def describe(run: Run, memory: Memory) -> str:
     if passes.number > 1:
         batch += f" in {passes.number} passes"
     length = f"{budget}"
-    if math.isfinite(budget.total):
-        images = budget.total * run.record.global_batch
-        steps = "" if budget.total == budget.steps else f" = about {budget.total:,.0f} steps"
-        length += f"{steps} = {images:,.0f} images, {images / run.record.num_images:,.3g} passes over the data"
+    if math.isfinite(expected_steps):
+        images = expected_steps * run.record.global_batch
+        passes_over_data = images / run.record.num_images
+        steps = "" if expected_steps == budget.steps else f" = about {expected_steps:,.0f} steps"
+        length += (
+            f"{steps} = {images:,.0f} images, {passes_over_data:,.{0 if passes_over_data >= 10 else 1}f} passes over "
+        )
+        length += "the data"
     every = run.config.save_images_steps
-    samples = "each tenth" if every is None else f"each {every:,} steps" if every else "the end"
+    if every is None:
+        samples = "after each tenth, if they and validation take at most a fifth of the time"
+    else:
+        samples = f"after each {every:,} steps" if every else "at the end"
     return (
         f"training: {millions:.1f} M parameters, {precision_name(runtime.mixed_precision)}, on {runtime.world_size} x "
-        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; samples "
-        f"after {samples}"
+        f"{runtime.device.type}, about {memory.of(passes.batch_size) / 1e9:.1f} GB; {batch}; {length}; "
+        f"samples {samples}"
     )
 
 

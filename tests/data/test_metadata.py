@@ -102,6 +102,23 @@ def test_metadata_without_labels_leaves_the_folders(folder, load, text):
     make(folder, "x/a.png y/b.png", metadata_csv=text)
     data = load()
     assert data.class_names() == ("x", "y") and "labels" not in data.source
+    assert "metadata.csv is not used: it needs the columns file_name and label" in data.source
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,Label\na.png,x\nb.png,y\n", r"needs the columns file_name and label .* and has file_name, Label"),
+        ("file_name;label\na.png;x\nb.png;y,z\n", r"and has file_name;label"),
+        ("a.png,x\nb.png,y\n", r"and has a\.png, x"),
+        ("file_name,label\n", r"and has no row"),
+        ("file_name,label\nimages/a.png,x\nimages/b.png,y\n", r"2 rows there name no image: images/a\.png, images/b"),
+    ],
+)
+def test_why_a_metadata_file_gives_no_labels_is_said(folder, cache_dir, text, message):
+    make(folder, "a.png b.png", metadata_csv=text)
+    with pytest.raises(ValueError, match=f"have 0 different labels.*{message}"):
+        find_classes(load_data_split(train_data_dir=folder, cache_dir=cache_dir))
 
 
 def test_folders_below_a_common_one_are_classes(folder, load):

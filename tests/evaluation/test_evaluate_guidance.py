@@ -6,6 +6,7 @@ probability for each guidance scale, and at a high scale images with little nois
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.arrays import random_images
 from tests.evaluation.helpers import evaluate_here, find_measurement, train
 from training.data.split import load_data_split
 from training.evaluation.config import EvalConfig
+from training.evaluation.guidance import best_scale_text, guidance_effect
 from training.evaluation.report import command_line
 from training.hub import stage
 
@@ -65,8 +67,9 @@ def test_accuracy_is_how_often_the_class_that_was_asked_for_is_drawn(report):
     for scale, p in P_ASKED.items():
         m = find_measurement(report, "accuracy", guidance_scale=scale)
         error = math.sqrt(p * (1 - p) / NUM_SAMPLES)
+        k = m["value"] * NUM_SAMPLES + 2
         assert m["n"] == NUM_SAMPLES and abs(m["value"] - p) <= 4 * error  # 4 standard errors
-        assert m["standard_error"] == pytest.approx(error, rel=0.2)
+        assert m["standard_error"] == pytest.approx(math.sqrt(k * (NUM_SAMPLES + 4 - k) / (NUM_SAMPLES + 4) ** 3))
         assert m["real_data_baseline"] == 1  # the classes do not overlap
         assert m["extractor"].startswith("classifier (3 labels")
         assert m["primary"] == (scale == 1)
@@ -134,10 +137,36 @@ def test_the_best_scale_draws_the_right_classes_and_keeps_their_variety(report):
     assert guidance["measures"][2]["values"] == accuracies
 
 
+@pytest.mark.parametrize(
+    ("values", "scales", "best"),
+    [
+        ((0.30, 0.26, 0.28), (1.0, 2.0, 4.0), 1),  # 0.04 is less than 2 sqrt(2) 0.015 = 0.042
+        ((0.30, 0.27, 0.25), (1.0, 2.0, 4.0), 4),
+        ((0.30, 0.28, 0.29), (1.0, 2.0, 4.0), 1),
+        ((0.30, 0.31), (1.0, 2.0), 1),
+        ((0.30, 0.29), (1.5, 2.0), 2),  # 1 was not measured
+    ],
+)
+def test_the_best_scale_beats_1_by_two_standard_errors(values, scales, best):
+    measurements = [
+        SimpleNamespace(
+            measure="kernel_distance", name="kernel distance", value=value, standard_error=0.015, guidance_scale=scale,
+            real_data_baseline=0.0, weights="EMA", num_inference_steps=50, eta=1.0, extractor="pixels",
+        )
+        for value, scale in zip(values, scales)
+    ]  # fmt: skip
+    guidance = guidance_effect(measurements, None)
+    assert guidance["best_scale"] == best
+    assert best_scale_text(guidance).startswith("none is better than 1" if best == 1 else f"{best} has the smallest")
+
+
 def test_the_report_and_the_card_show_it(report, band_run, tmp_path):
     text = (band_run / "report.md").read_text()
     first, best = (find_measurement(report, "accuracy", guidance_scale=scale) for scale in (1, 2))
-    assert f"A classifier recognises the class that was asked for in {first['value']:.1%} of them (in 100.0% of" in text
+    assert (
+        f"A classifier recognises the class that was asked for in {first['value']:.1%} of the samples (in 100.0%"
+        in text
+    )
     assert "Of the guidance scales, 2 has the smallest distance." in text
     assert "(evaluation/guidance.png)" in text and "| ant | pixels-16x16 |" in text
     cow = find_measurement(report, "class_accuracy", class_name="cow", guidance_scale=1)

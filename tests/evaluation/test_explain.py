@@ -31,9 +31,11 @@ def measurement(measure, value, baseline, *, error=0.01, primary=True, sampler="
         ([("precision", 0.3, 0.7)], "do not look real", "variety"),
         ([("memorisation", 0.9, 0.5)], "copies", "variety"),
         ([("memorisation", 0.61, 0.5)], "", "copies"),  # within two standard errors of the limit
-        ([("accuracy", 0.934, 0.991)], "in 93.4% of them (in 99.1% of real images)", "times"),
+        ([("accuracy", 0.934, 0.991)], "in 93.4% of the samples (in 99.1% of real images)", "times"),
         ([("frechet_distance", 3.0, None), ("recall", 0.3, None)], "", "times"),
-        ([("kernel_distance", 0.2, -0.001)], "", "times"),
+        ([("kernel_distance", 0.2, -0.001)], "of the samples is 0.2, that of real images -0.001", "times"),
+        ([("kernel_distance", 0.2, -0.001), ("frechet_distance", 3.1, 3.0)], "about as near", "0.2"),
+        ([("kernel_distance", 0.2, None)], "", "0.2"),
         ([("frechet_distance", 3.0, 0.0)], "", "times"),
     ],
 )

@@ -19,6 +19,7 @@ from training.evaluation.config import METRICS
 from training.evaluation.measures import (
     HeldOutBits,
     Result,
+    class_accuracies,
     compare_channels,
     compare_features,
     make_measurement,
@@ -117,13 +118,14 @@ def test_accuracy_of_each_class_stands_beside_that_of_its_real_images():
         predict=lambda images: (np.array(numbers_of(images)), None), accuracy=0.875, name="stub"
     )
     real = SimpleNamespace(split=split, classes=classes)
-    overall, *of_classes = measure_accuracy(seen.astype(np.uint8)[:, None, None, None], asked, classifier, real)
+    accuracies, samples = class_accuracies(classifier, real), seen.astype(np.uint8)[:, None, None, None]
+    overall, *of_classes = measure_accuracy(samples, asked, classifier, accuracies)
     assert (overall.measure, overall.class_name, overall.n, overall.real_data_baseline) == ("accuracy", None, 59, 0.875)
     assert overall.estimate.value == pytest.approx(49 / 59)
     assert [(r.class_name, r.n, r.estimate.value, r.real_data_baseline) for r in of_classes] == [
         ("ant", 40, 0.75, 12 / 15), ("bee", 10, 1.0, None)
     ]  # fmt: skip
-    assert of_classes[0].estimate.standard_error == pytest.approx(np.sqrt(0.75 * 0.25 / 40))
+    assert of_classes[0].estimate.standard_error == pytest.approx(np.sqrt(32 * 12 / 44**3))
     assert {r.measure for r in of_classes} == {"class_accuracy"} and {r.extractor for r in of_classes} == {"stub"}
 
 

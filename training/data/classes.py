@@ -92,8 +92,8 @@ def find_classes(split: DataSplit) -> Classes:
     names = split.data.class_names()
     if len(names) < 2:
         raise ValueError(
-            f"the images have {len(names)} different labels, and classes need at least 2: give folders of classes, a "
-            "metadata.csv with the columns file_name and label, or --label_column"
+            f"the images have {len(names)} different labels, and classes need at least 2 ({split.data.source}): give "
+            "folders of classes, a metadata.csv with the columns file_name and label, or --label_column"
         )
     labels = split.data.labels()
     assert labels is not None

@@ -125,10 +125,11 @@ def image_folder(
         notes.append(f"taken for a class, not a split: {some(classes)} (--exclude leaves it out)")
     names = [name for name, _ in files]
     identity = ["folder", root.resolve().name, split, all_splits, hash_content(root, files, cache_dir / ".index")]
-    if metadata := read_metadata(root, [name for name, _ in listed], label_column):
+    metadata = read_metadata(root, [name for name, _ in listed], label_column)
+    notes += metadata.notes
+    if metadata.labels is not None:
         labels = [metadata.labels.get(name) for name in names]
         identity.append(hashlib.sha256(json.dumps(labels).encode()).hexdigest())
-        notes += metadata.notes
         if unlabelled := [name for name, label in zip(names, labels) if label is None]:
             notes.append(f"{len(unlabelled)} images without a label: {some(unlabelled)}")
     description = f"folder {root.resolve().name}" + (f", split {split}" if splits else "")

@@ -23,14 +23,15 @@ FILE_NAME, LABEL = "file_name", "label"  # columns
 
 @dataclass(frozen=True)
 class Metadata:
-    """Labels by the path of the image in the folder, for all images or some; and what to say about them."""
+    """Labels by the path of the image in the folder, for all images or some, None without a file that has labels; and
+    what to say about them."""
 
-    labels: dict[str, Any]
+    labels: dict[str, Any] | None
     notes: tuple[str, ...]
 
 
-def read_metadata(root: Path, names: Sequence[str], label_column: str | None = None) -> Metadata | None:
-    """The labels of images in a folder, or None if no file has any.
+def read_metadata(root: Path, names: Sequence[str], label_column: str | None = None) -> Metadata:
+    """The labels of images in a folder.
 
     Args:
         names: paths of all images in the folder.
@@ -41,16 +42,20 @@ def read_metadata(root: Path, names: Sequence[str], label_column: str | None = N
     folders = {folder for name in names for folder in _parents(name)}
     files = [file for folder in sorted(folders) if (file := _file_in(root, folder)) is not None]
     images, labels = set(names), dict[str, Any]()
-    used, unknown = list[str](), list[str]()
+    used, unknown, notes = list[str](), list[str](), list[str]()
     for file in files:
         rows, column = _rows(root, file), label_column or LABEL
-        columns = {column: None for _, row in rows for column in row}
+        columns = {name: None for _, row in rows for name in row if name is not None}  # None: of more values than names
         if FILE_NAME not in columns or column not in columns:
             if label_column is not None:
                 raise ValueError(
                     f"label_column is {label_column!r}: {file} needs it and the column {FILE_NAME}, but has "
                     f"{some(list(columns))}"
                 )
+            notes.append(
+                f"{file} is not used: it needs the columns {FILE_NAME} and {LABEL} (--label_column), and has "
+                f"{some(list(columns)) or 'no row'}"
+            )
             continue
         own: dict[str, Any] = {}
         for line, row in rows:
@@ -68,8 +73,8 @@ def read_metadata(root: Path, names: Sequence[str], label_column: str | None = N
                 f"label_column is {label_column!r}: there is no {' or '.join(NAMES)} with the images: add one, or "
                 "leave label_column out to have folders as labels"
             )
-        return None
-    notes = [f"labels: {some(used)}"]
+        return Metadata(None, tuple(notes))
+    notes.append(f"labels: {some(used)}")
     if unknown:
         notes.append(f"{len(unknown)} rows there name no image: {some(unknown)}")
     return Metadata(_numbers(labels), tuple(notes))

@@ -42,7 +42,7 @@ class EvalConfig:
         seed: sample i has the seed `seed` + i; bound and flow draw their random numbers from it too.
         num_reference: number of training images to compare samples with; 0: all.
         num_bound_images: number of held-out images for bound.
-        strata: number of timesteps per image for bound; 0: all.
+        strata: number of timesteps per image for bound, at least 8; 0: all.
         num_flow_images: number of held-out images for flow.
         dataset_name: data to compare with, as for train.py; default: what the model was trained on.
         train_data_dir: folder of image files to compare with, as for train.py; use it instead of dataset_name.

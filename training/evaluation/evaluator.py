@@ -47,6 +47,7 @@ class Evaluator:
         self.cache_dir = Path(config.cache_dir).expanduser() / "features"
         self.warnings: list[str] = []
         self.classifier: Classifier | None = None  # for the accuracy
+        self.class_accuracies: dict[str, float | None] = {}  # its own, on real images, once they are needed
 
     def load_images(self) -> RealImages:
         """Load the data, and choose the reference set and the real-data baseline."""
@@ -149,7 +150,8 @@ class Evaluator:
         labels = None if real.classes is None else np.array(real.classes.of_samples(np.arange(config.num_samples)))
         results: list[Result] = []
         if labels is not None and self.classifier is not None:
-            results += measures.measure_accuracy(samples, labels, self.classifier, real)
+            self.class_accuracies = self.class_accuracies or measures.class_accuracies(self.classifier, real)
+            results += measures.measure_accuracy(samples, labels, self.classifier, self.class_accuracies)
         try:
             for extractor in extractors:
                 results += measures.compare_features(samples, real, extractor, config.metrics, self.cache_dir, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from training.evaluation.guidance import best_scale_text
 from training.evaluation.measures import Measurement
 
 MEANINGS = {
@@ -50,14 +51,15 @@ def in_short(measurements: Sequence[Measurement], guidance: Mapping[str, Any] | 
     for m in measurements:
         if m.primary and m.sampler is not None:
             primary.setdefault(m.measure, m)  # of several extractors the first
-    sentences = [*_distance(primary.get("frechet_distance")), *_shares(primary)]
+    distance = _frechet(primary.get("frechet_distance")) or _kernel(primary.get("kernel_distance"))
+    sentences = [*distance, *_shares(primary)]
     if (accuracy := primary.get("accuracy")) is not None:
         sentences.append(
-            f"A classifier recognises the class that was asked for in {accuracy.value:.1%} of them (in "
-            f"{accuracy.real_data_baseline:.1%} of real images)."
+            f"A classifier recognises the class that was asked for in {accuracy.value:.1%} of the samples "
+            f"(in {accuracy.real_data_baseline:.1%} of real images)."
         )
     if guidance is not None and guidance["best_scale"] is not None:
-        sentences.append(f"Of the guidance scales, {guidance['best_scale']:g} has the smallest distance.")
+        sentences.append(f"Of the guidance scales, {best_scale_text(guidance)}.")
     memorisation = primary.get("memorisation")
     if memorisation is not None and memorisation.value - 2 * (memorisation.standard_error or 0) > COPIES:
         sentences.append(
@@ -67,7 +69,7 @@ def in_short(measurements: Sequence[Measurement], guidance: Mapping[str, Any] | 
     return " ".join(sentences)
 
 
-def _distance(m: Measurement | None) -> list[str]:
+def _frechet(m: Measurement | None) -> list[str]:
     if m is None or not m.real_data_baseline or m.real_data_baseline < 0:
         return []
     ratio = m.value / m.real_data_baseline
@@ -77,11 +79,18 @@ def _distance(m: Measurement | None) -> list[str]:
     return [f"The samples are {ratio:.1f} times as far from the reference set as real images are ({numbers})."]
 
 
+def _kernel(m: Measurement | None) -> list[str]:
+    """Both values: their ratio says nothing, since that of real images is around 0."""
+    if m is None or m.real_data_baseline is None:
+        return []
+    return [f"The {m.name} of the samples is {m.value:.3g}, that of real images {m.real_data_baseline:.3g}."]
+
+
 def _shares(primary: dict[str, Measurement]) -> list[str]:
     sentences = []
     for measure, low in (
-        ("precision", "Many of them do not look real"),
-        ("recall", "They lack some of the variety of the data"),
+        ("precision", "Many samples do not look real"),
+        ("recall", "The samples lack some of the variety of the data"),
     ):
         m = primary.get(measure)
         if m is not None and m.real_data_baseline is not None and m.value < CLEARLY_LESS * m.real_data_baseline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
     """The "guidance" of report.json: each measure at each scale, with the first weights, steps, eta and extractor.
 
     The best scale has the smallest mean distance within a class, which grows with samples of a wrong class too; if
-    classes are too small for it, the smallest distance of all samples.
+    classes are too small for it, the smallest distance of all samples. If scale 1 was measured and is not worse by more
+    than two standard errors of the difference (taken as that of independent samples), 1 is best.
 
     Args:
         interval: timesteps that were guided; None: all.
@@ -33,7 +35,7 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
     if not columns:
         return None
     scales = [m.guidance_scale for m in next(iter(columns.values()))]
-    best = next((min(columns[measure], key=lambda m: m.value) for measure in DISTANCES if measure in columns), None)
+    best = next((_best(columns[measure]) for measure in DISTANCES if measure in columns), None)
     return {
         "interval": interval,
         "scales": scales,
@@ -51,8 +53,23 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
     }
 
 
+def _best(column: Sequence[Measurement]) -> Measurement:
+    smallest = min(column, key=lambda m: m.value)
+    without = next((m for m in column if m.guidance_scale == 1), smallest)
+    error = math.hypot(smallest.standard_error or 0, without.standard_error or 0)
+    return smallest if without.value - smallest.value > 2 * error else without
+
+
 def _settings(m: Measurement) -> tuple[Any, ...]:
     return m.weights, m.num_inference_steps, m.eta, m.extractor
+
+
+def best_scale_text(guidance: Mapping[str, Any]) -> str:
+    """What the best scale, which is not None, says of the scales that were measured."""
+    best = guidance["best_scale"]
+    return (
+        "none is better than 1 by more than two standard errors" if best == 1 else f"{best:g} has the smallest distance"
+    )
 
 
 def guidance_table(guidance: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ the report names the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,27 +266,35 @@ def _compare_classes(
         yield Result("mean_class_kernel_distance", name, mean, len(labels), real_mean, extractor.name)
 
 
+def class_accuracies(classifier: Classifier, real: RealImages) -> dict[str, float | None]:
+    """By class the accuracy on the training images that the classifier was not trained on; None for too few of them."""
+    assert real.classes is not None
+    tested = slice(None, None, HELD_OUT_EVERY)
+    labels = real.classes.train[tested]
+    predicted = classifier.predict(real.split.data.images[real.split.train_indices[tested]])[0]
+    accuracies: dict[str, float | None] = {}
+    for number, name in enumerate(real.classes.names):
+        of_class = labels == number
+        enough = of_class.sum() >= CLASS_ACCURACY
+        accuracies[name] = fidelity.accuracy(predicted[of_class], labels[of_class]).value if enough else None
+    return accuracies
+
+
 def measure_accuracy(
-    samples: np.ndarray, labels: np.ndarray, classifier: Classifier, real: RealImages
+    samples: np.ndarray, labels: np.ndarray, classifier: Classifier, real: Mapping[str, float | None]
 ) -> Iterator[Result]:
     """How often the classifier recognises the class that was asked for, of all samples and of each class.
 
-    Beside them stand its accuracies on the training images that it was not trained on.
+    Args:
+        real: what `class_accuracies` gives.
     """
-    assert real.classes is not None
     predicted = classifier.predict(samples)[0]
     estimate = fidelity.accuracy(predicted, labels)
     yield Result("accuracy", "accuracy", estimate, len(samples), classifier.accuracy, classifier.name)
-    tested = slice(None, None, HELD_OUT_EVERY)
-    real_labels = real.classes.train[tested]
-    real_predicted = classifier.predict(real.split.data.images[real.split.train_indices[tested]])[0]
-    for number, class_name in enumerate(real.classes.names):
-        of_samples, of_real = labels == number, real_labels == number
-        n, real_value = int(of_samples.sum()), None
-        if of_real.sum() >= CLASS_ACCURACY:
-            real_value = fidelity.accuracy(real_predicted[of_real], real_labels[of_real]).value
-        if n >= CLASS_ACCURACY:
-            estimate = fidelity.accuracy(predicted[of_samples], labels[of_samples])
+    for number, (class_name, real_value) in enumerate(real.items()):
+        of_class = labels == number
+        if (n := int(of_class.sum())) >= CLASS_ACCURACY:
+            estimate = fidelity.accuracy(predicted[of_class], labels[of_class])
             yield Result("class_accuracy", "accuracy", estimate, n, real_value, classifier.name, class_name=class_name)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from training.evaluation.guidance import guidance_table
+from training.evaluation.guidance import best_scale_text, guidance_table
 from training.hub.files import (
     IMAGES,
     ROOT,
@@ -211,8 +211,8 @@ def _guidance(report: Mapping[str, Any] | None) -> list[str]:
         return ["Its best scale was not measured."]
     at = " (at timesteps {:g} <= t < {:g})".format(*guidance["interval"]) if guidance["interval"] else ""
     best = (
-        f"Of the scales that were measured{at}, {guidance['best_scale']:g} has the smallest distance, in features of "
-        f"the {guidance['extractor']}:"
+        f"Of the scales that were measured{at}, {best_scale_text(guidance)}, in features of the "
+        f"{guidance['extractor']}:"
     )
     return [best, "\n".join(guidance_table(guidance))]
 
