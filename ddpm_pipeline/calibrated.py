@@ -33,8 +33,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in which a network is
 class Guidance(NamedTuple):
     """What the predictions of x_0 are made of: the arguments of a call."""
 
-    scale: float = 1.0
-    interval: tuple[float, float] | None = None
+    guidance_scale: float = 1.0
+    autoguidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
 
 
 class Table(NamedTuple):
@@ -81,11 +82,11 @@ class CalibratedScheduler:
         i = self._index_of[int(timestep)]
         x_0_pred = self._scheduler.predict_x_0(model_output, self._table.network_timesteps[i], sample)
         self._history = [x_0_pred, *self._history[: HISTORY - 1]]
-        x_prev = combine(self._table.coefficients[i], sample, self._history)
+        x_prev = next_state(self._table.coefficients[i], sample, self._history)
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_pred)
 
 
-def combine(coefficients: list[float], x_t: Tensor, predictions: list[Tensor]) -> Tensor:
+def next_state(coefficients: list[float], x_t: Tensor, predictions: list[Tensor]) -> Tensor:
     """c_x x_t + sum_k c_k predictions_k."""
     coef_x_t, *others = coefficients
     x_prev = x_t * coef_x_t

@@ -1,193 +1,421 @@
-"""CALIBRATION: the numbers of a table of `calibrated.py`, fitted to a network by a few minutes of sampling.
+"""CALIBRATION: fits the numbers of a calibrated sampler, a table of calibrated.py, to one network.
 
-The teacher is DPM-Solver++ 2M with many steps. It samples from some noises, and a sampler with few steps should pass
-through the same states. Its numbers are found without gradients of the network:
+The teacher is DPM-Solver++ 2M with many steps. A sampler of N steps should draw the same images from the same noise:
 
 1. Timesteps: the path of N steps through the teacher's timesteps with the least sum of single-step errors, by dynamic
    programming (Chen et al. 2024, arXiv 2405.11326).
 2. Coefficients: step by step, the least-squares combination of x_t and the last predictions of x_0 that comes nearest
-   to the teacher's next state, from where the steps before have led to (a relative of Duan et al. 2023, arXiv
-   2306.XXXXX).
-3. Search: one timestep after the other is moved as long as the error at the end falls.
+   to the teacher's next state (as Duan et al. 2023, arXiv 2305.14677, do with all earlier ones).
+3. The error at the end: all numbers together, the network's timesteps included, by the Gauss-Newton method
+   (Levenberg-Marquardt). A table has so few numbers that finite differences do: the network needs no gradients.
+
+The third part minimizes any sum of squares of what is drawn (`Objective`), for instance the difference between
+moments of samples and of training images, which corrects errors of the network that the teacher has as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .calibrated import HISTORY, CalibratedScheduler, Table
+from .calibrated import HISTORY, Guidance, Table, next_state
 from .denoiser import Denoiser
 from .scheduling_ddpm import DDPMScheduler
 
 TEACHER_STEPS = 100
-END = -1  # the timestep of the image
+END = -1  # the timestep of the images
+RIDGE = 1e-3  # of a step's least squares, towards DPM-Solver++
+DAMPING = 0.1  # of the first iteration, relative to the diagonal
+MAX_TRIES = 4  # dampings tried in an iteration, each ten times the one before
+LEAST_GAIN = 0.01  # an iteration that gains less is the last
+MAX_MOVE = 10.0  # of a number in one iteration, in finite differences
+ALL_FREE = 10  # up to so many steps every number of a table is free; else it changes smoothly over the steps
+KNOTS = 4  # of the smooth changes
+
+Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 
 
-# ---- Coefficients of DPM-Solver++ ------------------------------------------------------------------------------------
+# ---- DPM-Solver++ as a table -----------------------------------------------------------------------------------------
 
 
-def dpm_solver_table(scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2) -> Table:
-    """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, data prediction, of order 1, 2 or 3 as a table."""
+def dpm_solver_table(
+    scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2, guidance: Guidance = Guidance()
+) -> Table:
+    """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, with data prediction, of order 1 (DDIM), 2 or 3."""
     ends = [*timesteps[1:], END]
-    rows = [
-        dpm_solver_coefficients(scheduler, list(timesteps[max(0, i - order + 1) : i + 1])[::-1], end)
+    coefficients = [
+        dpm_solver_coefficients(scheduler, timesteps[max(0, i - order + 1) : i + 1][::-1], end)
         for i, end in enumerate(ends)
     ]
-    return Table(list(timesteps), list(timesteps), rows)
+    return Table(list(timesteps), list(timesteps), coefficients, guidance)
 
 
 def dpm_solver_coefficients(scheduler: DDPMScheduler, times: Sequence[int], end: int) -> list[float]:
-    """Coefficients of x_t and of the predictions at `times` in the step from times[0] to `end`; order len(times)."""
-    alpha_bar = scheduler.alpha_bars(torch.tensor([t for t in times]))[0]
+    """Coefficients of x_t and of the predictions at `times` in the step from times[0] to `end`; the order is len(times).
+
+    Args:
+        times: the newest first, at most three.
+        end: END for the step to the image, which is the newest prediction.
+    """
     if end == END:
         return [0.0, 1.0] + [0.0] * (len(times) - 1)
-    alpha_bar_end = scheduler.alpha_bars(torch.tensor([end]))[0]
-    lam = (alpha_bar / (1 - alpha_bar)).log() / 2
-    lam_end = ((alpha_bar_end / (1 - alpha_bar_end)).log() / 2).item()
-    h = lam_end - lam[0].item()
-    signal, noise = math.sqrt(alpha_bar_end.item()), math.sqrt(1 - alpha_bar_end.item())
-    c_x = noise / math.sqrt(1 - alpha_bar[0].item())
-    phi_1 = signal * -math.expm1(-h)  # of D_0
+    alpha_bar = scheduler.alpha_bars(torch.tensor([*times, end]))[0].double()
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    lam = (signal / noise).log().tolist()  # half the log SNR
+    h = lam[-1] - lam[0]
+    coef_x_t, signal_end = (noise[-1] / noise[0]).item(), signal[-1].item()
+    phi_1 = signal_end * -math.expm1(-h)
     if len(times) == 1:
-        return [c_x, phi_1]
-    r_0 = (lam[0] - lam[1]).item() / h
+        return [coef_x_t, phi_1]
+    r_0 = (lam[0] - lam[1]) / h
     if len(times) == 2:
-        half = phi_1 / 2 / r_0
-        return [c_x, phi_1 + half, -half]
-    r_1 = (lam[1] - lam[2]).item() / h
-    phi_2 = signal * (math.expm1(-h) / h + 1)
-    phi_3 = -signal * ((math.expm1(-h) + h) / h**2 - 0.5)
-    # D1_0 = (m0 - m1) / r0, D1_1 = (m1 - m2) / r1, D1 = D1_0 + r0 / (r0 + r1) (D1_0 - D1_1), D2 = (D1_0 - D1_1) / (r0 + r1)
-    d1_0, d1_1 = (1 / r_0, -1 / r_0, 0.0), (0.0, 1 / r_1, -1 / r_1)
-    share = r_0 / (r_0 + r_1)
-    row = [phi_1, 0.0, 0.0]
-    for k in range(3):
-        difference = d1_0[k] - d1_1[k]
-        row[k] += phi_2 * (d1_0[k] + share * difference) + phi_3 * difference / (r_0 + r_1)
-    return [c_x, *row]
+        return [coef_x_t, phi_1 + phi_1 / (2 * r_0), -phi_1 / (2 * r_0)]
+    r_1 = (lam[1] - lam[2]) / h
+    phi_2 = signal_end * (math.expm1(-h) / h + 1)
+    phi_3 = signal_end * (0.5 - (math.expm1(-h) + h) / h**2)
+    # first and second differences of the predictions, as rows of their coefficients
+    newer = torch.tensor([1, -1, 0], dtype=torch.float64) / r_0
+    older = torch.tensor([0, 1, -1], dtype=torch.float64) / r_1
+    second = (newer - older) / (r_0 + r_1)
+    row = phi_2 * (newer + r_0 * second) + phi_3 * second
+    row[0] += phi_1
+    return [coef_x_t, *row.tolist()]
 
 
-# ---- Teacher ---------------------------------------------------------------------------------------------------------
+# ---- Sampling runs ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The teacher's trajectories of B noises: states (M + 1, B, C, H, W) at `times` and at the end, x_0_pred (M, ...)."""
+class Run(NamedTuple):
+    """A sampling run, with what is needed to run a changed table from the first change on.
 
-    times: list[int]
-    states: Tensor
-    predictions: Tensor
+    Args:
+        states: x_t at the start of each of N steps, and the images at the end; N + 1 times (B, C, H, W).
+        predictions: x_0_pred of each step.
+    """
 
-    def state(self, t: int) -> Tensor:
-        return self.states[-1] if t == END else self.states[self.times.index(t)]
+    table: Table
+    states: list[Tensor]
+    predictions: list[Tensor]
 
-
-def spaced(number: int, num_steps: int) -> list[int]:
-    """`number` descending timesteps from the last one on."""
-    return [round(num_steps * (number - i) / number) - 1 for i in range(number)]
-
-
-@torch.no_grad()
-def sample(denoiser: Denoiser, scheduler: DDPMScheduler, table: Table, x: Tensor, start: int = 0, history=()) -> list[tuple[Tensor, Tensor]]:
-    """(x_t, x_0_pred) of each step of a table, and at the end (x_0, x_0)."""
-    sampler = CalibratedScheduler(scheduler, table)
-    sampler._history = list(history)
-    steps = []
-    for t, network_t in list(zip(table.timesteps, table.network_timesteps))[start:]:
-        output = sampler.step(denoiser(x, network_t), t, x)
-        steps.append((x, output.pred_original_sample))
-        x = output.prev_sample
-    return [*steps, (x, x)]
+    @property
+    def images(self) -> Tensor:
+        return self.states[-1]
 
 
-def teach(denoiser: Denoiser, scheduler: DDPMScheduler, noise: Tensor, num_steps: int = TEACHER_STEPS) -> Teacher:
-    times = spaced(min(num_steps, scheduler.num_steps), scheduler.num_steps)
-    steps = sample(denoiser, scheduler, dpm_solver_table(scheduler, times), noise)
-    return Teacher(times, torch.stack([x for x, _ in steps]), torch.stack([p for _, p in steps[:-1]]))
+class Sampler:
+    """Runs tables with a network.
+
+    Args:
+        denoiser: for all images of a run.
+        scheduler: what the network predicts, noise schedule and clipping.
+    """
+
+    def __init__(self, denoiser: Denoiser, scheduler: DDPMScheduler) -> None:
+        self.denoiser, self.scheduler = denoiser, scheduler
+
+    @torch.no_grad()
+    def predict(self, x_t: Tensor, t: int) -> Tensor:
+        """x_0_pred, (B, C, H, W)."""
+        output = self.denoiser(x_t, t)[:, : x_t.shape[1]]  # without a learned variance
+        return self.scheduler.predict_x_0(output, t, x_t)
+
+    def run(self, table: Table, x_t: Tensor) -> Run:
+        """A run from pure noise."""
+        return self._run(table, [x_t], [])
+
+    def rerun(self, run: Run, table: Table) -> Run:
+        """A run from the same noise with a changed table; steps before the first change are not computed again."""
+        first = 0
+        while first < len(table.timesteps) and _step(table, first) == _step(run.table, first):
+            first += 1
+        same_prediction = table.network_timesteps[first:][:1] == run.table.network_timesteps[first:][:1]
+        return self._run(table, run.states[: first + 1], run.predictions[: first + same_prediction])
+
+    def _run(self, table: Table, states: list[Tensor], predictions: list[Tensor]) -> Run:
+        states, predictions = list(states), list(predictions)
+        for i in range(len(states) - 1, len(table.timesteps)):
+            if i == len(predictions):
+                predictions.append(self.predict(states[i], table.network_timesteps[i]))
+            states.append(next_state(table.coefficients[i], states[i], history(predictions, i)))
+        return Run(table, states, predictions)
 
 
-# ---- Timesteps -------------------------------------------------------------------------------------------------------
+def _step(table: Table, i: int) -> tuple[int, list[float]]:
+    return table.network_timesteps[i], table.coefficients[i]
+
+
+def history(predictions: list[Tensor], i: int) -> list[Tensor]:
+    """The predictions that step i may use, the newest first."""
+    return predictions[max(0, i - HISTORY + 1) : i + 1][::-1]
+
+
+# ---- 1. Timesteps ----------------------------------------------------------------------------------------------------
+
+
+def teacher_times(scheduler: DDPMScheduler, num_steps: int = TEACHER_STEPS) -> list[int]:
+    """Evenly spaced timesteps, descending, the last of the process first; all of them if there are fewer."""
+    longest = scheduler.num_steps
+    number = min(num_steps, longest)
+    return [round(longest * (number - i) / number) - 1 for i in range(number)]
+
+
+def best_times(teacher: Run, scheduler: DDPMScheduler, num_steps: int, total: Total) -> list[int]:
+    """The N timesteps, out of the teacher's M, with the least sum of errors of single DDIM steps between its states."""
+    times = [*teacher.table.timesteps, END]
+    squares = torch.full((len(times) - 1, len(times)), math.inf, dtype=torch.float64)
+    for i, prediction in enumerate(teacher.predictions):
+        for j in range(i + 1, len(times)):
+            row = dpm_solver_coefficients(scheduler, [times[i]], times[j])
+            error = next_state(row, teacher.states[i], [prediction]) - teacher.states[j]
+            squares[i, j] = error.square().mean().item()
+    path = shortest_path(total(squares).sqrt(), num_steps)
+    return [times[i] for i in path]
 
 
 def shortest_path(cost: Tensor, num_steps: int) -> list[int]:
-    """Indices of N steps from 0 to M with the least sum of costs; cost is (M, M + 1), of a step from i to j > i."""
+    """The nodes that N steps from node 0 to node M start at, with the least sum of costs.
+
+    Args:
+        cost: (M, M + 1), of a step from node i to node j; infinite unless j > i.
+    """
     last = cost.shape[1] - 1
-    best = torch.full((num_steps + 1, last + 1), math.inf, dtype=torch.float64)
-    best[0, 0] = 0
-    came_from = torch.zeros((num_steps + 1, last + 1), dtype=torch.int64)
-    upper = torch.ones_like(cost, dtype=torch.bool).triu(1)
-    cost = cost.double().masked_fill(~upper, math.inf)
-    for n in range(1, num_steps + 1):
-        best[n], came_from[n] = (best[n - 1, :last, None] + cost).min(0)
+    best = torch.full((last + 1,), math.inf, dtype=cost.dtype)  # cost of the way to each node
+    best[0] = 0
+    came_from = []
+    for _ in range(num_steps):
+        best, before = (best[:last, None] + cost).min(dim=0)
+        came_from.append(before.tolist())
     path = [last]
-    for n in range(num_steps, 0, -1):
-        path.append(int(came_from[n, path[-1]]))
-    return path[::-1][:-1]
+    for before in reversed(came_from):
+        path.append(before[path[-1]])
+    return path[:0:-1]
 
 
-def step_costs(teacher: Teacher, scheduler: DDPMScheduler) -> Tensor:
-    """(M, M + 1): the root mean squared error of one DDIM step from the teacher's state at i to its state at j."""
-    times = [*teacher.times, END]
-    cost = torch.zeros(len(times) - 1, len(times))
-    for i in range(len(times) - 1):
-        for j in range(i + 1, len(times)):
-            c_x, c_0 = dpm_solver_coefficients(scheduler, [times[i]], times[j])
-            error = c_x * teacher.states[i] + c_0 * teacher.predictions[i] - teacher.states[j]
-            cost[i, j] = error.square().mean().sqrt()
-    return cost
+# ---- 2. Coefficients, step by step -----------------------------------------------------------------------------------
 
 
-# ---- Coefficients ----------------------------------------------------------------------------------------------------
+def fit_steps(sampler: Sampler, teacher: Run, timesteps: list[int], total: Total) -> Table:
+    """Fit the coefficients of each step to the teacher's next state, from where the steps before have led to.
+
+    Args:
+        timesteps: some of the teacher's, descending, from its first one.
+    """
+    ends = [*timesteps[1:], END]
+    x_t, predictions, coefficients = teacher.states[0], [], []
+    for i, (t, end) in enumerate(zip(timesteps, ends)):
+        predictions.append(sampler.predict(x_t, t))
+        inputs = [x_t, *history(predictions, i)]
+        target = teacher.images if end == END else teacher.states[teacher.table.timesteps.index(end)]
+        prior = dpm_solver_coefficients(sampler.scheduler, timesteps[max(0, i - HISTORY + 1) : i + 1][::-1], end)
+        coefficients.append(least_squares(inputs, target, prior, RIDGE, total))
+        x_t = next_state(coefficients[-1], x_t, inputs[1:])
+    return Table(timesteps, list(timesteps), coefficients, teacher.table.guidance)
 
 
-def least_squares(inputs: Sequence[Tensor], target: Tensor, prior: Sequence[float], ridge: float) -> list[float]:
+def least_squares(
+    inputs: Sequence[Tensor], target: Tensor, prior: Sequence[float], ridge: float, total: Total
+) -> list[float]:
     """c that minimizes |sum_k c_k inputs_k - target|^2 + ridge sum_k |inputs_k|^2 (c_k - prior_k)^2."""
-    z = torch.stack([each.flatten() for each in inputs]).double()
-    gram = z @ z.T
+    z = torch.stack([each.flatten() for each in inputs]).cpu().double()
+    products = total(torch.cat([z @ z.T, (z @ target.flatten().cpu().double())[:, None]], dim=1))
+    gram, right = products[:, :-1], products[:, -1]
     penalty = ridge * gram.diagonal()
-    right = z @ target.flatten().double() + penalty * torch.tensor(prior, dtype=torch.float64)
-    return torch.linalg.solve(gram + penalty.diag(), right).tolist()
+    solution: Tensor = torch.linalg.solve(
+        gram + penalty.diag(), right + penalty * torch.tensor(prior, dtype=torch.float64)
+    )
+    return solution.tolist()
 
 
-class Fit:
-    """Fits the coefficients of a sampler to the teacher, step by step from where the steps before have led to."""
+# ---- 3. The error at the end -----------------------------------------------------------------------------------------
 
-    def __init__(self, denoiser: Denoiser, scheduler: DDPMScheduler, teacher: Teacher, *, ridge: float = 1e-3, uses=HISTORY) -> None:
-        self.denoiser, self.scheduler, self.teacher = denoiser, scheduler, teacher
-        self.ridge, self.uses = ridge, uses
-        self.calls = 0
 
-    @torch.no_grad()
-    def step(self, x: Tensor, history: list[Tensor], times: list[int], i: int, network_t: int):
-        """One fitted step: (x_prev, history, coefficients, squared error)."""
-        t, end = times[i], times[i + 1] if i + 1 < len(times) else END
-        output = self.denoiser(x, network_t)
-        self.calls += 1
-        prediction = self.scheduler.predict_x_0(output, network_t, x)
-        history = [prediction, *history[: self.uses - 1]]
-        before = times[max(0, i - len(history) + 1) : i + 1][::-1]
-        prior = dpm_solver_coefficients(self.scheduler, before, end)
-        target = self.teacher.state(end)
-        row = least_squares([x, *history], target, prior, self.ridge)
-        x_prev = sum(c * each for c, each in zip(row, [x, *history]))
-        return x_prev, history, row, (x_prev - target).square().mean().item()
+class Objective(Protocol):
+    """A sum of squares of numbers that depend on the images at the end."""
 
-    def run(self, times: list[int], network_times: list[int] | None = None, prefix=None):
-        """Table and states [(x, history)] at the start of each step; error at the end."""
-        network_times = network_times or times
-        states = prefix[0] if prefix else [(self.teacher.states[0], [])]
-        rows = prefix[1] if prefix else []
-        states, rows = list(states), list(rows)
-        errors = []
-        for i in range(len(rows), len(times)):
-            x, history = states[-1]
-            x, history, row, error = self.step(x, history, times, i, network_times[i])
-            states.append((x, history))
+    def residuals(self, images: Tensor) -> Tensor:
+        """(R,) float64 on the CPU, for the images (B, C, H, W) of this process."""
+
+    def total(self, products: Tensor) -> Tensor:
+        """The sum over all processes of products of residuals; what it is given if each has all residuals."""
+
+
+class TeacherObjective:
+    """The mean squared difference from the teacher's images.
+
+    Args:
+        target: (B, C, H, W), of this process.
+    """
+
+    def __init__(self, target: Tensor, total: Total) -> None:
+        self._target, self._sum = target, total
+        self._number = total(torch.tensor([target.numel()], dtype=torch.float64)).item()
+
+    def residuals(self, images: Tensor) -> Tensor:
+        return (images - self._target).flatten().cpu().double() / math.sqrt(self._number)
+
+    def total(self, products: Tensor) -> Tensor:
+        return self._sum(products)
+
+
+class Parameters(NamedTuple):
+    """Numbers that change a table; zeros leave it as it is.
+
+    Args:
+        build: the table with these changes.
+        differences: a small change of each, for finite differences.
+    """
+
+    build: Callable[[Sequence[float]], Table]
+    differences: list[float]
+
+
+def all_numbers(table: Table, num_train_timesteps: int) -> Parameters:
+    """Every coefficient, and every timestep of the network, rounded."""
+    sizes = [len(row) for row in table.coefficients]
+
+    def build(values: Sequence[float]) -> Table:
+        values = list(values)
+        moved = [values.pop(0) for _ in sizes]
+        rows = [[number + values.pop(0) for number in row] for row in table.coefficients]
+        return _moved(table, moved, rows, num_train_timesteps)
+
+    return Parameters(build, _time_differences(table.network_timesteps, num_train_timesteps) + [0.02] * sum(sizes))
+
+
+def smooth_changes(table: Table, num_train_timesteps: int) -> Parameters:
+    """Four changes that are piecewise linear over the steps, with KNOTS values each.
+
+    The network's timesteps, a factor for x_t, one for the predictions of x_0, and how far these are extrapolated: what
+    is added to the coefficient of the newest one and taken from that of the one before.
+    """
+    num_steps = len(table.timesteps)
+    knots = min(KNOTS, num_steps)
+    position = torch.linspace(0, knots - 1, num_steps, dtype=torch.float64)
+    hats = (1 - (position[:, None] - torch.arange(knots)).abs()).clamp(min=0)  # (N, knots)
+
+    def build(values: Sequence[float]) -> Table:
+        moved, factor_x_t, factor_x_0, extra = (
+            (hats @ torch.tensor(part, dtype=torch.float64)).tolist() for part in _chunks(values, knots)
+        )
+        rows = []
+        for i, (coef_x_t, *coefs) in enumerate(table.coefficients):
+            row = [coef_x_t * (1 + factor_x_t[i]), *(coef * (1 + factor_x_0[i]) for coef in coefs)]
+            if len(coefs) > 1:
+                row[1] += extra[i]
+                row[2] -= extra[i]
             rows.append(row)
-            errors.append(error)
-        return Table(list(times), list(network_times), rows), states, errors[-1]
+        return _moved(table, moved, rows, num_train_timesteps)
+
+    at_knots = [table.network_timesteps[round(k * (num_steps - 1) / max(1, knots - 1))] for k in range(knots)]
+    differences = _time_differences(at_knots, num_train_timesteps) + [0.02] * (2 * knots) + [0.05] * knots
+    return Parameters(build, differences)
+
+
+def _chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _time_differences(timesteps: Sequence[int], num_train_timesteps: int) -> list[float]:
+    """A hundredth of the process, at least 1, away from its end."""
+    size = max(1, num_train_timesteps // 100)
+    return [float(size if t + size < num_train_timesteps else -size) for t in timesteps]
+
+
+def _moved(table: Table, moved: Sequence[float], rows: list[list[float]], num_train_timesteps: int) -> Table:
+    network_timesteps = [
+        min(num_train_timesteps - 1, max(0, round(t + change))) for t, change in zip(table.network_timesteps, moved)
+    ]
+    return table._replace(network_timesteps=network_timesteps, coefficients=rows)
+
+
+def gauss_newton(
+    sampler: Sampler,
+    run: Run,
+    objective: Objective,
+    parameters: Parameters,
+    *,
+    damping: float = DAMPING,
+) -> tuple[Run, float]:
+    """One iteration: the changed run, and its sum of squares; `run` itself if no change makes that smaller.
+
+    Args:
+        run: of the table that `parameters` change.
+        damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
+    """
+
+    def residuals(values: Sequence[float]) -> tuple[Run, Tensor]:
+        changed = sampler.rerun(run, parameters.build(values))
+        return changed, objective.residuals(changed.images)
+
+    number = len(parameters.differences)
+    start = objective.residuals(run.images)
+    rows = []
+    for k, difference in enumerate(parameters.differences):
+        values = [0.0] * number
+        values[k] = difference
+        rows.append((residuals(values)[1] - start) / difference)
+    jacobian = torch.stack([*rows, start])
+    products = objective.total(jacobian @ jacobian.T)
+    gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
+    diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
+    for _ in range(MAX_TRIES):
+        move = -torch.linalg.solve(gram + damping * diagonal.diag(), gradient)
+        most = MAX_MOVE * torch.tensor(parameters.differences, dtype=torch.float64).abs()
+        changed, left = residuals(move.clamp(-most, most).tolist())
+        after = objective.total(left @ left).item()
+        if after < before:
+            return changed, after
+        damping *= 10
+    return run, before
+
+
+class Trial(NamedTuple):
+    """Noises that a table is judged on: a run from them, and what is to be small."""
+
+    sampler: Sampler
+    run: Run
+    objective: Objective
+
+    def of(self, table: Table) -> Trial:
+        return self._replace(run=self.sampler.rerun(self.run, table))
+
+    def value(self) -> float:
+        """The sum of squares."""
+        residuals = self.objective.residuals(self.run.images)
+        return self.objective.total(residuals @ residuals).item()
+
+
+def improve(
+    trial: Trial,
+    held_out: Trial,
+    make_parameters: Callable[[Table, int], Parameters],
+    max_iterations: int,
+    *,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> tuple[Trial, Trial]:
+    """Gauss-Newton iterations, as long as they help on other noises, too.
+
+    Args:
+        trial, held_out: of the same table.
+        make_parameters: all_numbers or smooth_changes.
+    Returns:
+        Both trials, of the best table.
+    """
+    damping, number = DAMPING, trial.sampler.scheduler.num_steps
+    value, held_out_value = trial.value(), held_out.value()
+    for _ in range(max_iterations):
+        parameters = make_parameters(trial.run.table, number)
+        run, after = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
+        on_iteration()
+        judged = held_out.of(run.table)
+        if not judged.value() < held_out_value:
+            break
+        gain, value, held_out_value = 1 - after / value, after, judged.value()
+        trial, held_out, damping = trial._replace(run=run), judged, damping / 10
+        if gain < LEAST_GAIN:
+            break
+    return trial, held_out

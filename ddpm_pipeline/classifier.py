@@ -40,9 +40,12 @@ class ClassifierNetwork(nn.Module):
 
     def extract(self, x: Tensor) -> Tensor:
         """Features (B, 128) of images (B, C, H, W) in [0, 1]. Sides above 64 are averaged down to 64 pixels."""
-        size = min(64, x.shape[2]), min(64, x.shape[3])  # bounds memory and time
-        features: Tensor = self.features(F.adaptive_avg_pool2d(2 * x - 1, size))
+        features: Tensor = self.features(self.resized(x))
         return features
+
+    def resized(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1], at most 64 x 64, which bounds memory and time, of images in [0, 1]."""
+        return F.adaptive_avg_pool2d(2 * x - 1, (min(64, x.shape[2]), min(64, x.shape[3])))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
@@ -87,6 +90,16 @@ class Classifier:
         if x.shape[1] != channels:
             raise ValueError(f"images have {x.shape[1]} channels: the classifier was trained on {channels}")
         return self.network.extract(x) / self.feature_scale
+
+    @torch.no_grad()
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """What each layer sees in images (B, C, H, W) in [0, 1]: means of its channels, and last the features."""
+        x, layers = self.network.resized(x.to(self.network.head.weight.device)), []
+        for module in self.network.features:
+            x = module(x)
+            if isinstance(module, nn.ReLU):
+                layers.append(x.mean(dim=(2, 3)) if x.ndim == 4 else x)
+        return layers
 
     @torch.no_grad()
     def probabilities(self, x: Tensor) -> Tensor:
