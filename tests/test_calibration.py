@@ -1,0 +1,212 @@
+"""Calibration against closed forms: Gaussian data, on which every step of the probability-flow ODE is a known factor."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_pipeline import DDPMScheduler, fidelity
+from ddpm_pipeline import calibration as c
+from ddpm_pipeline.calibrated import Table
+from ddpm_pipeline.classifier import Classifier, ClassifierNetwork
+from ddpm_pipeline.pixels import to_pixels
+from training.calibration.moments import Moments, octaves
+
+VARIANCES = (0.05, 0.3, 0.8, 1.6)  # of the pixels, one for each column of the images
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+class Gaussian:
+    """x_0-prediction of pixels from N(0, v), in closed form, which counts its calls."""
+
+    def __init__(self, scheduler: DDPMScheduler, variances: tuple[float, ...] = VARIANCES) -> None:
+        self.scheduler, self.variances, self.num_calls = scheduler, torch.tensor(variances), 0
+
+    def __call__(self, x_t: Tensor, t: int) -> Tensor:
+        self.num_calls += 1
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt() * self.variances / self.variance_of(t) * x_t
+
+    def alpha_bar(self, t: int) -> Tensor:
+        return torch.tensor(1.0) if t == c.END else self.scheduler.alphas_cumprod[t]
+
+    def variance_of(self, t: int) -> Tensor:
+        return self.alpha_bar(t) * self.variances + 1 - self.alpha_bar(t)
+
+    def solution(self, x_t: Tensor, t: int, end: int) -> Tensor:
+        """The probability-flow ODE from t to `end`: the standard deviation changes, and nothing else."""
+        return x_t * (self.variance_of(end) / self.variance_of(t)).sqrt()
+
+
+@pytest.fixture
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(prediction_type="sample", clip_sample=False)
+
+
+def noise(number: int, seed: int = 0) -> Tensor:
+    return torch.randn(number, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_run(data: Gaussian, times: list[int], x_t: Tensor) -> c.Run:
+    """A teacher without an error."""
+    states = [data.solution(x_t, times[0], t) for t in [*times, c.END]]
+    return c.Run(c.dpm_solver_table(data.scheduler, times), states, [data(x, t) for x, t in zip(states, times)])
+
+
+def trial(data: Gaussian, table: Table, x_t: Tensor) -> c.Trial:
+    sampler = c.Sampler(data, data.scheduler)
+    target = data.solution(x_t, table.timesteps[0], c.END)
+    return c.Trial(sampler, sampler.run(table, x_t), c.TeacherObjective(target, alone))
+
+
+def test_two_unknowns_for_two_variances_are_those_of_the_closed_form(scheduler: DDPMScheduler) -> None:
+    """A step of two numbers can be exact for two variances: c_x + c_0 a(v) = factor(v)."""
+    data, times = Gaussian(scheduler, (0.1, 1.5)), [999, 500, 100]
+    x_t = torch.randn(64, 1, 4, 2, generator=torch.Generator().manual_seed(0))
+    table = c.fit_steps(c.Sampler(data, scheduler), exact_run(data, times, x_t), times, alone)
+    one = torch.ones(1, 1, 1, 2)
+    factors, of_prediction = data.solution(one, 999, 500).flatten(), data(one, 999).flatten()
+    expected = torch.linalg.solve(torch.stack([torch.ones(2), of_prediction], dim=1).double(), factors.double())
+    assert table.coefficients[0] == pytest.approx(expected.tolist(), rel=0.02, abs=0.02)  # the ridge
+
+
+def test_each_part_of_the_fit_comes_nearer_to_the_exact_solution(scheduler: DDPMScheduler) -> None:
+    data = Gaussian(scheduler)
+    x_t, times = noise(64), c.teacher_times(scheduler)
+    teacher = exact_run(data, times, x_t)
+    even = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 4), 3)
+    chosen = c.best_times(teacher, scheduler, 4, alone)
+    table = c.fit_steps(c.Sampler(data, scheduler), teacher, chosen, alone)
+    first, held_out = trial(data, table, x_t), trial(data, table, noise(32, seed=1))
+    errors = [trial(data, even, x_t).value(), trial(data, c.dpm_solver_table(scheduler, chosen, 3), x_t).value()]
+    errors.append(first.value())
+    for make_parameters in (c.smooth_changes, c.all_numbers):
+        better, better_held_out = c.improve(first, held_out, make_parameters, 8)
+        assert better.value() < 0.3 * first.value()
+        assert better_held_out.value() == pytest.approx(better.value(), rel=0.5)
+        assert better.run.table == better_held_out.run.table
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_iterations_that_do_not_help_on_other_noises_are_not_kept(scheduler: DDPMScheduler) -> None:
+    data = Gaussian(scheduler)
+    table = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 4))
+    first, held_out = trial(data, table, noise(8)), trial(data, table, noise(8, seed=1))
+    perfect = held_out._replace(objective=c.TeacherObjective(held_out.run.images, alone))
+    assert c.improve(first, perfect, c.all_numbers, 3) == (first, perfect)
+
+
+def test_processes_find_the_same_numbers_as_one() -> None:
+    """The sums of two halves are those of the whole."""
+    inputs, target = [noise(8, seed) for seed in range(3)], noise(8, seed=3)
+    sums: list[Tensor] = []
+
+    def remembered(tensor: Tensor) -> Tensor:
+        sums.append(tensor)
+        return tensor
+
+    prior, ridge = [1.0, 0.0, 0.0], 0.01
+    whole = c.least_squares(inputs, target, prior, ridge, alone)
+    first, second = ([each.chunk(2)[half] for each in (*inputs, target)] for half in (0, 1))
+    c.least_squares(first[:3], first[3], prior, ridge, remembered)
+    together = c.least_squares(second[:3], second[3], prior, ridge, lambda tensor: tensor + sums[0])
+    assert together == pytest.approx(whole, rel=1e-9)
+    objective = c.TeacherObjective(first[3], lambda tensor: 2 * tensor)
+    residuals = objective.residuals(first[0])
+    mean_square = (first[0] - first[3]).square().mean().item()
+    assert objective.total(residuals @ residuals).item() == pytest.approx(mean_square)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_the_shortest_path_is_that_of_trying_all(num_steps: int) -> None:
+    cost = torch.rand(7, 8, generator=torch.Generator().manual_seed(num_steps), dtype=torch.float64)
+    cost = cost.masked_fill(torch.ones_like(cost).tril().bool(), float("inf"))
+    paths = [[0, *middle] for middle in itertools.combinations(range(1, 7), num_steps - 1)]
+    best = min(paths, key=lambda path: sum(cost[i, j].item() for i, j in zip(path, [*path[1:], 7])))
+    assert c.shortest_path(cost, num_steps) == best
+
+
+def test_least_squares_finds_the_numbers_and_a_ridge_draws_them_to_the_prior() -> None:
+    inputs = [noise(8, seed) for seed in range(3)]
+    target = 0.5 * inputs[0] - 2 * inputs[1] + 0.25 * inputs[2]
+    assert c.least_squares(inputs, target, [0, 0, 0], 0, alone) == pytest.approx([0.5, -2, 0.25], abs=1e-6)
+    assert c.least_squares(inputs, target, [1, 1, 1], 1e9, alone) == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_a_changed_table_is_run_from_its_first_change_on(scheduler: DDPMScheduler) -> None:
+    data, table = Gaussian(scheduler), c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    sampler = c.Sampler(data, scheduler)
+    run = sampler.run(table, noise(4))
+    for step in range(5):
+        rows = [list(row) for row in table.coefficients]
+        rows[step][-1] += 0.1
+        times = list(table.network_timesteps)
+        times[step] -= 20
+        for changed, calls in (
+            (table._replace(coefficients=rows), 4 - step),
+            (table._replace(network_timesteps=times), 5 - step),
+        ):
+            before = data.num_calls
+            again = sampler.rerun(run, changed)
+            assert data.num_calls - before == calls
+            assert torch.equal(again.images, sampler.run(changed, noise(4)).images)
+    assert torch.equal(sampler.rerun(run, table).images, run.images)
+
+
+def test_parameters_of_zero_change_nothing_and_others_what_they_say(scheduler: DDPMScheduler) -> None:
+    table = c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    for make_parameters in (c.all_numbers, c.smooth_changes):
+        parameters = make_parameters(table, 1000)
+        assert parameters.build([0.0] * len(parameters.differences)) == table
+        for k, difference in enumerate(parameters.differences):
+            values = [0.0] * len(parameters.differences)
+            values[k] = difference
+            assert parameters.build(values) != table
+    scaled = c.smooth_changes(table, 1000).build([0.0] * 4 + [0.1] * 4 + [-0.5] * 4 + [0.0] * 4)
+    for row, before in zip(scaled.coefficients, table.coefficients):
+        assert row == pytest.approx([1.1 * before[0], *(0.5 * number for number in before[1:])])
+
+
+# ---- Moments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """Smooth random images, (600, 1, 16, 16) uint8."""
+    field = torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(field, scale_factor=2, mode="bilinear")
+    return to_pixels((smooth / 2).clamp(-1, 1), np.dtype(np.uint8))
+
+
+def test_the_sum_of_squares_is_the_frechet_distance_of_near_images(images: np.ndarray) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ClassifierNetwork(1, 4).eval()  # any one does
+    moments = Moments(images, [Classifier(network, np.arange(4), "4 rotations", 0.0, 1.0, "")], alone)
+    x = torch.from_numpy(images).float() / 127.5 - 1
+    features = torch.cat(
+        [(kind - p.mean) @ p.components for kind, p in zip(moments._kinds(x), moments._projections)], dim=1
+    )
+    same = moments.residuals(x)
+    assert (same @ same).item() == pytest.approx(0, abs=1e-6)
+    for change in (0.98 * x, x + 0.01, x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))):
+        residuals = moments.residuals(change)
+        changed = torch.cat(
+            [(kind - p.mean) @ p.components for kind, p in zip(moments._kinds(change), moments._projections)], dim=1
+        )
+        expected = fidelity.frechet_distance(changed, features)
+        assert (residuals @ residuals).item() == pytest.approx(expected, rel=0.3)
+
+
+def test_octaves_of_a_checkerboard_are_the_finest(images: np.ndarray) -> None:
+    board = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1
+    mean, *details = octaves(0.5 * board.expand(1, 1, 16, 16))[0].tolist()
+    assert mean == 0
+    assert details[0] == pytest.approx(np.log(0.5), abs=1e-4)
+    assert all(detail == pytest.approx(np.log(1e-6) / 2) for detail in details[1:])

@@ -1,0 +1,67 @@
+"""Calibrate a sampler of few steps: `accelerate launch training/calibrate.py runs/mine [--num_inference_steps 5,10]`.
+
+It fits the numbers of a sampler with few steps to the network, on all processes, and saves them in
+scheduler_config.json: from then on `pipe(num_inference_steps=10)` uses them. In the end it compares the sampler with
+every scheduler of diffusers: calibration/calibration.md with a plot beside it.
+
+What is fitted is kept in calibration/, so the same command continues where it was stopped.
+
+Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script: imports start at the project, not at training/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from training.calibration.config import CalibrationConfig, parse
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = parse(arguments)
+    try:
+        calibrate(config)
+    except OSError as error:
+        where = "" if error.filename else f"{config.output_dir or config.model} cannot be written: "  # a full disk
+        print(f"calibrate.py: {where}{error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"calibrate.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ncalibrate.py: interrupted. Finished tables are kept: run the same command again to continue.",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    return 0
+
+
+def calibrate(config: CalibrationConfig) -> None:
+    """Fit the tables of a model, save them in its scheduler, and compare.
+
+    Raises:
+        ValueError: the config does not fit the model or its data, or a library is missing.
+        OSError: the model or its data cannot be read, or a result cannot be written.
+    """
+    # Only now: torch and diffusers take seconds to import.
+    from ddpm_pipeline.cpu import importing
+
+    with importing():
+        from training.calibration.calibrator import Calibrator
+        from training.run import runtime
+
+    calibrator = Calibrator(config)
+    calibrator.load_images()
+    calibrator.fit()
+    calibrator.save()
+    if config.compare:
+        calibrator.compare()
+    calibrator.runtime.barrier()
+    runtime.leave_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
