@@ -274,6 +274,11 @@ def change_in_place(pipe):
         pipe.unet.conv_in.weight[0, 0, 0, 0] += 1e-3
 
 
+def change_below_half_precision(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.weight *= 1 + 1e-6
+
+
 def change_behind_torch(pipe):
     pipe.unet.conv_in.weight.data.add_(1e-3)
 
@@ -291,6 +296,7 @@ def load_others(pipe):
     ("change", "reason"),
     [
         (change_in_place, "they were fitted to other weights"),
+        (change_below_half_precision, "they were fitted to other weights"),
         (change_behind_torch, "they were fitted to other weights"),
         (replace, "they were fitted to other weights"),
         (load_others, "they were fitted to other weights"),
