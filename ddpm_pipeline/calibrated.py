@@ -257,7 +257,7 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel) -> str | None:
     """Why the tables of a scheduler are not for this network and these options; None: they are."""
     saved = scheduler.config[CALIBRATION]
     now, then = _options_of_predictions(scheduler), saved["scheduler"]
-    for name in now.keys() - {"alpha_bar"}:
+    for name in (*OF_PREDICTIONS, "num_train_timesteps"):
         if now[name] != then[name]:
             return f"they were fitted with {name}={then[name]!r}, and it has {now[name]!r}"
     if not torch.allclose(torch.tensor(now["alpha_bar"]), torch.tensor(then["alpha_bar"]), rtol=1e-4, atol=0):
