@@ -23,6 +23,8 @@ The chapters, one file each:
     interpolation.py     interpolation between images, distance-balanced
     inpainting.py        RePaint
     schedulers.py        diffusers' schedulers: which are compatible, one copy for each call
+    calibrated.py        sampling in a few steps by a table of numbers that were fitted to the network
+    calibration.py       fits such tables to a network
     arguments.py         checks of the pipeline's arguments
     images.py            images in and out, of any kind
     decode.py            one image file or PIL image to pixels, for training and the pipeline

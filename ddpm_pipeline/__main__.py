@@ -117,6 +117,12 @@ def make_parser() -> argparse.ArgumentParser:
             metavar=("LO", "HI"),
             help="guide at timesteps LO <= t < HI alone",
         )
+    for command in (generate, trajectory):
+        command.add_argument(
+            "--calibrated",
+            action=argparse.BooleanOptionalAction,
+            help="take the steps from a calibrated table of the model (by default where there is one for this number)",
+        )
     trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
     return parser
 
@@ -189,7 +195,7 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
     sampling = {"seeds": seeds, "eta": getattr(args, "eta", None), "output_type": "latent"}
     x_0: torch.Tensor
     if args.command == "generate":
-        x_0 = pipe(**common, **sampling).images
+        x_0 = pipe(calibrated=args.calibrated, **common, **sampling).images
     elif args.command == "invert":
         latents = pipe.invert(images, fixed_point_iterations=args.fixed_point_iterations, **common)
         for path, error in zip(args.images, pipe.inversion_error.tolist()):
@@ -230,7 +236,7 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         x_0 = pipe.vary(images, args.strength, **common, **sampling).images
     else:
         del sampling["output_type"]
-        trajectory = list(pipe.trajectory(image=args.image, **common, **sampling))
+        trajectory = list(pipe.trajectory(image=args.image, calibrated=args.calibrated, **common, **sampling))
         if args.output.suffix.lower() in visualize.ANIMATED:
             visualize.animate(trajectory, args.output)
         else:

@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .calibrated import CalibratedScheduler, Guidance, choose_table
 from .denoiser import UNetDenoiser, prepare_denoiser
 from .images import check_image_size
 from .precision import compute_dtype
@@ -125,6 +126,7 @@ def prepare_sampling(
     num_inference_steps: int | None,
     timesteps: Sequence[int] | None,
     eta: float | None,
+    calibrated: bool | None,
     class_labels: Any,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
@@ -154,7 +156,13 @@ def prepare_sampling(
         raise ValueError(f"latents are {latents.dtype} of shape {tuple(latents.shape)}: give floats of shape {shape}")
     if latents is not None and (latents.is_meta or not latents.float().isfinite().all()):
         raise ValueError("latents have values that are nan or infinite: give finite numbers, about N(0, I)")
-    scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
+    table = choose_table(
+        calibrated, scheduler, unet, guidance_of(denoiser), num_inference_steps, timesteps=timesteps, eta=eta
+    )
+    if table is None:
+        scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
+    else:
+        scheduler = CalibratedScheduler(set_schedule(scheduler, None, table.timesteps), table)
     options = step_options(scheduler, generator, eta)
 
     dtype = compute_dtype(unet.dtype)  # sampling is float32 even if the network is not
@@ -163,6 +171,13 @@ def prepare_sampling(
         latents = randn_tensor(shape, generator=generator, device=noise_device, dtype=dtype)
     x_t = latents.to(device=device, dtype=dtype) * scheduler.init_noise_sigma  # 1 except for Euler and similar ones
     return SamplingRun(x_t, denoiser, scheduler, options)
+
+
+def guidance_of(denoiser: UNetDenoiser) -> Guidance:
+    """The guidance of a call, the defaults where it has no effect."""
+    if denoiser.class_labels is None or denoiser.guidance_scale == 1:
+        return Guidance()
+    return Guidance(denoiser.guidance_scale, guidance_interval=denoiser.guidance_interval)
 
 
 def prepare_sdedit(

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from .sampling import StepCallback
+from .denoiser import UNetDenoiser
+from .sampling import SamplingRun, SamplingStep, StepCallback, TrajectoryStep, noising_steps, sampling_steps
 
 Value = TypeVar("Value")
 
@@ -88,10 +89,11 @@ class Calls:
 
 
 class WithCalls:
-    """The properties of a pipeline that tell of its calls."""
+    """The calls of a pipeline: how they run, and the properties that tell of them."""
 
     _calls: Calls
     _inversion_errors: OfThread[Tensor | None]
+    progress_bar: Callable[..., Any]  # of diffusers
 
     @property
     def guidance_scale(self) -> float:
@@ -124,6 +126,39 @@ class WithCalls:
         self._calls.interrupt(value)
 
     _interrupt = interrupt  # diffusers' documentation has callbacks that set this one
+
+    def _trajectory(self, run: SamplingRun, x_0: Tensor | None) -> Iterator[TrajectoryStep]:
+        if x_0 is not None:
+            for step in noising_steps(run.scheduler, x_0, run.step_options["generator"]):
+                run = run._replace(x_t=step.x_t)
+                yield step
+        for step, _ in self._sampling_steps(run):
+            yield step
+            run.denoiser.forget_weights()
+
+    def _sampling_steps(
+        self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None
+    ) -> Iterator[SamplingStep]:
+        call = self._calls.begin(len(run.scheduler.timesteps), run.denoiser.guidance_scale)
+        callback = None if callback is None else self._calls.marked(call, callback)
+        with self._calls.running(call), self._progress(run.denoiser, call.num_timesteps, remark):
+            yield from sampling_steps(run, interrupted=lambda: call.interrupted, callback=callback)
+
+    def _sample(self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None) -> Tensor:
+        """x_0, (B, C, H, W), or x_t where sampling was interrupted."""
+        x_t = run.x_t
+        for _, x_t in self._sampling_steps(run, callback, remark):  # noqa: B007
+            pass
+        return x_t
+
+    @contextlib.contextmanager
+    def _progress(self, denoiser: UNetDenoiser, total: int, remark: str | None = None) -> Iterator[None]:
+        """A progress bar over the calls of the denoiser, with a remark behind its numbers."""
+        with self.progress_bar(total=total) as bar:
+            if remark is not None:
+                bar.set_postfix_str(remark, refresh=False)
+            denoiser.progress_bar = bar
+            yield
 
 
 def checked_callback(pipe: Any, callback: Any, names: Any) -> StepCallback | None:

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import SafetensorError, safe_open
 
 from .betas import MAX_TRAIN_TIMESTEPS
+from .calibrated import load_tables
 from .scheduling_ddpm import OLD_FIELDS, DDPMScheduler, check_int, fields_without_effect, known_fields
 
 MAX_JSON_BYTES = 10 * 2**20  # a configuration has a few thousand; the longest trained_betas have 3 million
@@ -100,7 +101,8 @@ def _check_scheduler(file: Path, kind: type) -> None:
     try:
         check_int("num_train_timesteps", config.get("num_train_timesteps", 1000), 1, MAX_TRAIN_TIMESTEPS)
         if kind.__name__ == "DDPMScheduler":
-            DDPMScheduler.from_config(config)  # cheap now that the sizes are limited, and it checks every field
+            scheduler: Any = DDPMScheduler.from_config(config)  # cheap with limited sizes; it checks every field
+            load_tables(scheduler)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -6,7 +6,6 @@
 of the other modules.
 """
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,14 +21,14 @@ from torch import Tensor
 
 from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
 from .calls import Calls, OfThread, WithCalls, checked_callback
-from .denoiser import UNetDenoiser, prepare_denoiser
+from .denoiser import prepare_denoiser
 from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
 from .labels import class_names_of
 from .loading import check_finite, check_folder
-from .sampling import SamplingRun, SamplingStep, StepCallback, TrajectoryStep, noising_steps, sampling_steps
+from .sampling import TrajectoryStep
 from .saving import PUSH_OPTIONS, complete_folder, isolate_remote_code, local_folder
 from .schedulers import check_number, count_steps, match_betas, sdedit_schedule, set_schedule, step_options, to_ours
 from .scheduling_ddpm import check_int
@@ -83,6 +82,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        calibrated: bool | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -103,6 +103,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             timesteps: the timesteps themselves instead, descending.
             eta: 1 is ancestral sampling (DDPM), 0 is deterministic (DDIM). By default 1 with our scheduler, and the
                 default of its own with another one.
+            calibrated: take the steps from a calibrated table of the model, without noise. By default where there is
+                one for this number of steps and this guidance, and neither eta nor timesteps is given; True: else it is
+                an error; False: never.
             class_labels: for a network with classes, one for all images or one for each: numbers or `class_names`.
             guidance_scale: classifier-free guidance, w in eps_null + w (eps_class - eps_null) (Ho and Salimans 2022,
                 whose w is one less). Above 1, images are more typical of their class, and alike.
@@ -121,9 +124,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         callback = checked_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
-            num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
-            guidance_scale=guidance_scale, guidance_interval=guidance_interval, latents=latents, height=height,
-            width=width,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, calibrated=calibrated,
+            class_labels=class_labels, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            latents=latents, height=height, width=width,
         )  # fmt: skip
         all_steps = num_inference_steps is None and timesteps is None and len(run.scheduler.timesteps) > DEFAULT_STEPS
         x_0 = self._sample(run, callback, "all steps; num_inference_steps=50 is faster" if all_steps else None)
@@ -138,6 +141,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         seeds: int | Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        calibrated: bool | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -158,44 +162,11 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         x_0 = None if image is None else repeat_for_seeds(self._prepare_images(image, "image"), generator, seeds)
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
-            num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, class_labels=class_labels,
-            guidance_scale=guidance_scale, guidance_interval=guidance_interval, latents=latents, height=height,
-            width=width, image=x_0,
+            num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, calibrated=calibrated,
+            class_labels=class_labels, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            latents=latents, height=height, width=width, image=x_0,
         )  # fmt: skip
         return self._trajectory(run, x_0)
-
-    def _trajectory(self, run: SamplingRun, x_0: Tensor | None) -> Iterator[TrajectoryStep]:
-        if x_0 is not None:
-            for step in noising_steps(run.scheduler, x_0, run.step_options["generator"]):
-                run = run._replace(x_t=step.x_t)
-                yield step
-        for step, _ in self._sampling_steps(run):
-            yield step
-            run.denoiser.forget_weights()
-
-    def _sampling_steps(
-        self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None
-    ) -> Iterator[SamplingStep]:
-        call = self._calls.begin(len(run.scheduler.timesteps), run.denoiser.guidance_scale)
-        callback = None if callback is None else self._calls.marked(call, callback)
-        with self._calls.running(call), self._progress(run.denoiser, call.num_timesteps, remark):
-            yield from sampling_steps(run, interrupted=lambda: call.interrupted, callback=callback)
-
-    def _sample(self, run: SamplingRun, callback: StepCallback | None = None, remark: str | None = None) -> Tensor:
-        """x_0, (B, C, H, W), or x_t where sampling was interrupted."""
-        x_t = run.x_t
-        for _, x_t in self._sampling_steps(run, callback, remark):  # noqa: B007
-            pass
-        return x_t
-
-    @contextlib.contextmanager
-    def _progress(self, denoiser: UNetDenoiser, total: int, remark: str | None = None) -> Iterator[None]:
-        """A progress bar over the calls of the denoiser, with a remark behind its numbers."""
-        with self.progress_bar(total=total) as bar:
-            if remark is not None:
-                bar.set_postfix_str(remark, refresh=False)
-            denoiser.progress_bar = bar
-            yield
 
     # ---- From images -------------------------------------------------------------------------------------------------
 
@@ -355,7 +326,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         Args:
             images: B images.
             strength: fraction of the diffusion timesteps, in [0, 1]. 0 returns the images themselves, 1 fresh samples,
-                those of `pipe(seeds=..., num_inference_steps=...)`.
+                those of `pipe(seeds=..., num_inference_steps=..., calibrated=False)`.
             num_inference_steps: sampling steps from pure noise; 50 by default, or all timesteps if there are fewer.
             generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, guidance_interval: as in a
                 call.

@@ -56,11 +56,12 @@ def sampling_steps(
     x_t, scheduler = run.x_t, run.scheduler
     timesteps = scheduler.timesteps
     channels = None if takes_variance(scheduler) else x_t.shape[1]
-    on_device = timesteps.to(x_t.device)  # moved once: the network needs them there, the scheduler on the host
+    # of the network, on its device, moved once; the scheduler needs its own ones on the host
+    network_timesteps = getattr(scheduler, "network_timesteps", timesteps).to(x_t.device)
     for i, t in enumerate(timesteps):
         if interrupted():
             break
-        model_output = run.denoiser(scheduler.scale_model_input(x_t, t), on_device[i])
+        model_output = run.denoiser(scheduler.scale_model_input(x_t, t), network_timesteps[i])
         try:
             output = scheduler.step(model_output[:, :channels], t, x_t, **run.step_options)
         except NotImplementedError as error:  # several do not take x_0-prediction

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
 from ddpm_pipeline.__main__ import main
+from ddpm_pipeline.calibrated import Table, save_tables
 from ddpm_pipeline.pixels import from_pixels
 from tests.models import quiet, tiny_pipe
 
@@ -36,13 +37,31 @@ def run(work, command, *args, output="out.png"):
     return np.asarray(Image.open(work / output))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pipe(work):
     return quiet(DDPMPipeline.from_pretrained(str(work / "model")))
 
 
 def grid(images, **options):
     return np.asarray(visualize.grid(images, **options))
+
+
+def test_calibrated_steps(work, pipe, capsys):
+    timesteps = [19, 10, 5, 1]
+    table = Table(timesteps, timesteps, [[0.5, 0.5], [0.5, 0.6], [0.3, 0.8], [0.0, 1.0]])
+    save_tables(pipe.scheduler, pipe.unet, [table])
+    (work / "other").mkdir()
+    pipe.save_pretrained(work / "other" / "model")
+    options = {"seeds": [3, 4], "num_inference_steps": 4, "output_type": "latent"}
+    expected, plain = (grid(pipe(**options, calibrated=value).images) for value in (True, False))
+    assert not np.array_equal(expected, plain)
+    for flags, images in (((), expected), (("--calibrated",), expected), (("--no-calibrated",), plain)):
+        assert np.array_equal(run(work / "other", "generate", "--seeds", 3, 4, *flags), images)
+    trajectories = [run(work / "other", "trajectory", *flags) for flags in ((), ("--no-calibrated",))]
+    assert not np.array_equal(*trajectories)
+    output = ["-o", str(work / "out.png"), *STEPS]
+    assert main(["generate", str(work / "model"), "--calibrated", *output]) == 2
+    assert "calibrated=True, but there is no table for 4 steps: this model has no tables" in capsys.readouterr().err
 
 
 def test_each_command_is_its_method(work, pipe, capsys):

@@ -23,12 +23,15 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 import ddpm_pipeline
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, pipeline_ddpm, saving
+from ddpm_pipeline.calibrated import Table, save_tables
 from tests.models import tiny_unet
 
 SCHEDULERS = {
     "plain": {"num_train_timesteps": 6},
     "su": {"num_train_timesteps": 8, "beta_schedule": "su", "timestep_spacing": "trailing", "clip_sample": False},
+    "calibrated": {"num_train_timesteps": 6},
 }
+TABLE = Table([5, 3, 1], [4, 3, 1], [[0.5, 0.5], [0.5, 0.6, -0.1], [0.1, 1.0, -0.1, 0.05]])
 BUILT_IN = {
     "pipe": "diffusers.pipelines.ddpm.pipeline_ddpm.DDPMPipeline",
     "scheduler": "diffusers.schedulers.scheduling_ddpm.DDPMScheduler",
@@ -78,7 +81,8 @@ def use(name, load, save_as=None, **options):
         warnings.simplefilter("always")
         pipe = load()
         pipe.set_progress_bar_config(disable=True)
-        images = pipe(2, torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np", **options).images
+        options = {"num_inference_steps": 6, "output_type": "np", **options}
+        images = pipe(2, torch.Generator().manual_seed(0), **options).images
     np.save(f"{work}/{name}.npy", images)
     report[name] = {
         "pipe": name_of(pipe), "unet": name_of(pipe.unet), "scheduler": name_of(pipe.scheduler),
@@ -97,7 +101,7 @@ WITHOUT_PACKAGE = (
 import pickle
 loaded = []
 trust = {"custom_pipeline": "pipeline", "trust_remote_code": True}
-for name in ("plain", "su"):
+for name in ("plain", "su", "calibrated"):
     path = f"{folder}/{name}"
     use(f"{name} built-in", lambda: DiffusionPipeline.from_pretrained(path), save_as=f"{name} saved by built-in")
     pipe = use(f"{name} remote", lambda: DiffusionPipeline.from_pretrained(path, **trust), save_as=f"{name} 1")
@@ -108,6 +112,7 @@ for name in ("plain", "su"):
         "same images": torch.equal(steps[-1].x_0_pred, pipe(seeds=[1, 2], output_type="latent").images),
     }
     loaded.append(pipe)
+use("3 steps", lambda: pipe, num_inference_steps=3, calibrated=True)
 report["pickled"] = [type(pickle.loads(pickle.dumps(pipe.scheduler))) is type(pipe.scheduler) for pipe in loaded]
 report["package"] = [name for name in sys.modules if name.startswith("ddpm_pipeline")]
 json.dump(report, open(f"{work}/report.json", "w"))
@@ -121,7 +126,7 @@ before = DiffusionPipeline, diffusers.DDPMPipeline, diffusers.DDPMScheduler
 import ddpm_pipeline
 report["lazy"] = [name for name in sys.modules if name.startswith("ddpm_pipeline.")]
 plain = lambda: DiffusionPipeline.from_pretrained(f"{folder}/plain")
-for name in ("plain", "su"):
+for name in ("plain", "su", "calibrated"):
     path = f"{folder}/{name}"
     use(name, lambda: ddpm_pipeline.DDPMPipeline.from_pretrained(path), save_as=f"{name} 3")
     use(f"{name} again", lambda: ddpm_pipeline.DDPMPipeline.from_pretrained(f"{work}/{name} 3"), save_as=f"{name} 4")
@@ -150,8 +155,10 @@ def folder(tmp_path_factory):
     """Two saved pipelines."""
     folder = tmp_path_factory.mktemp("saved")
     for name, options in SCHEDULERS.items():
-        unet = tiny_unet(channels=3)
-        DDPMPipeline(unet, DDPMScheduler(**options)).save_pretrained(folder / name)
+        unet, scheduler = tiny_unet(channels=3), DDPMScheduler(**options)
+        if name == "calibrated":
+            save_tables(scheduler, unet, [TABLE])
+        DDPMPipeline(unet, scheduler).save_pretrained(folder / name)
     return folder
 
 
@@ -231,7 +238,7 @@ def test_remote_code_loads_our_classes_without_the_package(name, bare):
         names = {part: re.sub(r"_[0-9a-f]{16}\.", ".", name) for part, name in bare.classes(way).items()}
         assert names == REMOTE  # each version has its own module: tests/hub loads two versions in one process
         assert bare.report[way]["messages"] == []
-    assert bare.report["pickled"] == [True, True]
+    assert bare.report["pickled"] == [True, True, True]
     num_steps = SCHEDULERS[name]["num_train_timesteps"]
     assert bare.report[f"{name} remote"]["timesteps seen"] == list(range(num_steps))[::-1]
     assert bare.report[f"{name} remote"]["same images"]
@@ -255,6 +262,15 @@ def test_all_three_ways_give_the_same_images_and_schedule(name, folder, bare, pa
     if name == "su":
         assert local.scheduler.timesteps.tolist() == [7, 6, 4, 3, 2, 0]  # trailing, which rounds half to even
         np.testing.assert_allclose(seen["betas"], 0.02 * np.arange(1, 9) / 8, rtol=1e-7)  # float32
+
+
+def test_remote_code_takes_calibrated_steps(folder, bare):
+    local = DDPMPipeline.from_pretrained(folder / "calibrated")
+    options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 3, "output_type": "np"}
+    expected = local(2, **options, calibrated=True).images
+    np.testing.assert_allclose(bare.images("3 steps"), expected, rtol=0, atol=1e-5)
+    assert bare.report["3 steps"]["timesteps"] == TABLE.timesteps
+    assert bare.report["3 steps"]["messages"] == []
 
 
 def test_register_replaces_the_classes_of_diffusers_until_unregister(packaged):

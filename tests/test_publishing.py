@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.calibrated import save_tables
+from ddpm_pipeline.calibration import dpm_solver_table
 from ddpm_pipeline.labels import record_class_names
 from tests.models import tiny_unet
 from training.config import Config
@@ -390,6 +392,27 @@ def test_limits_of_the_built_in_classes_do_not_prevent_publishing(tmp_path, unet
         assert differences["built-in"] > 1e-3
     else:
         assert "built-in" not in differences  # they cannot sample it
+
+
+def test_calibrated_steps_are_published(tmp_path):
+    """The loading check compares ordinary steps: the built-in classes have no others."""
+    unet, scheduler = tiny_unet(3), DDPMScheduler(20, timestep_spacing="trailing")
+    tables = [dpm_solver_table(scheduler, range(19, -1, -2)[:steps]) for steps in (10, 9, 5)]
+    save_tables(scheduler, unet, tables)
+    run = make_run(tmp_path / "run", unet=unet)
+    pipe = DDPMPipeline(unet, scheduler)
+    pipe.save_pretrained(run / "pipeline")
+    staged(run, tmp_path / "out")
+    file = "scheduler/scheduler_config.json"
+    assert (tmp_path / "out" / file).read_bytes() == (run / "pipeline" / file).read_bytes()
+    published = DDPMPipeline.from_pretrained(tmp_path / "out")
+    for steps in (10, 5):
+        images = [
+            each(seeds=1, num_inference_steps=steps, calibrated=True, output_type="latent").images
+            for each in (pipe, published)
+        ]
+        torch.testing.assert_close(*images, rtol=0, atol=1e-5)
+    assert max(check.check_loading(tmp_path / "out").values()) < 1e-5
 
 
 @pytest.mark.parametrize(("null", "balance"), [(True, "sqrt"), (False, "equal")])

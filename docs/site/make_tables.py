@@ -33,7 +33,7 @@ def table(cls: type[Config | EvalConfig]) -> str:
 
 
 def formatted(default: Any) -> str:
-    if default is None:
+    if default in (None, ()):
         return ""
     return f"`{','.join(map(str, default))}`" if isinstance(default, tuple) else f"`{default}`"
 

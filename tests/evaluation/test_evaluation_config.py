@@ -9,7 +9,7 @@ from training.evaluation.config import METRICS, EvalConfig, check_installed, par
 def test_defaults():
     config = EvalConfig("runs/x")
     assert config.metrics == ("frechet", "kernel", "precision", "density", "memorisation", "shift", "accuracy", "bound")
-    assert (config.num_inference_steps, config.eta, config.weights) == ((50,), (1.0,), ("ema", "online"))
+    assert (config.num_inference_steps, config.eta, config.weights) == ((50,), (), ("ema", "online"))
     assert config.extractor == ("classifier",) and config.output_dir is None
     assert (config.guidance_scales, config.guidance_interval) == ((1.0,), None)
     assert config == parse(["runs/x"])

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.arguments import make_generators
-from ddpm_pipeline.calibrated import CALIBRATION, Guidance, Table, load_tables, save_tables, why_not
+from ddpm_pipeline.calibrated import (
+    CALIBRATION,
+    Guidance,
+    Table,
+    load_tables,
+    save_tables,
+    table_from_json,
+    table_to_json,
+    why_not,
+)
 from ddpm_pipeline.calibration import (
     ALL_FREE,
     Parameters,
@@ -283,7 +292,7 @@ class Calibrator:
     def _key(self) -> str:
         """A hash of all that the tables depend on."""
         scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
-        images = None if self.moments is None or self.split is None else self.split.data.sha256
+        images = None if self.moments is None or self.split is None else self.split.data.digest
         parts = [
             VERSION, self.model.sha256, scheduler, self.guidance, images, self.config.num_images, self.config.seed,
         ]  # fmt: skip

@@ -32,7 +32,8 @@ class EvalConfig:
         num_samples: number of samples to draw with each sampler.
         num_inference_steps: numbers of sampling steps, separated by commas. The model card shows the first.
         eta: 1: ancestral sampling (DDPM), 0: deterministic sampling (DDIM); several are separated by commas. The model
-            card shows the first.
+            card shows the first. Default: calibrated steps, where the model has a table for this number of steps with
+            each of the guidance scales, else 1.
         guidance_scales: scales of classifier-free guidance, separated by commas; samples are drawn with each. The model
             card shows the first, and which is best.
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
@@ -59,7 +60,7 @@ class EvalConfig:
     metrics: tuple[str, ...] = METRICS[:-1]
     num_samples: int = 2048
     num_inference_steps: tuple[int, ...] = (50,)
-    eta: tuple[float, ...] = (1.0,)
+    eta: tuple[float, ...] = ()
     guidance_scales: tuple[float, ...] = (1.0,)
     guidance_interval: tuple[float, float] | None = None
     weights: tuple[str, ...] = WEIGHTS
@@ -105,7 +106,7 @@ class EvalConfig:
     def _check_lists(self) -> None:
         for name in ("metrics", "weights", "num_inference_steps", "eta", "guidance_scales", "extractor"):
             values = getattr(self, name)
-            if not values:
+            if not values and name != "eta":
                 raise ValueError(f"{name} is empty: give at least one value")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} is {_join(values)}: give each value once")

@@ -121,19 +121,28 @@ class Evaluator:
         """
         if not self.config.sample_metrics:
             return []
-        config = self.config
-        samplers = [
-            SamplerConfig(steps, eta, scale, config.guidance_interval)
-            for scale in config.guidance_scales
-            for eta in config.eta
-            for steps in config.num_inference_steps
-        ]
         measurements = []
         for model in self.models:
+            samplers = self._samplers(model)
             for sampler in samplers if model is self.models[0] else samplers[:1]:
                 primary = model is self.models[0] and sampler == samplers[0]
                 measurements += self._measure_sampler(model, sampler, real, extractors, primary)
         return measurements
+
+    def _samplers(self, model: Model) -> list[SamplerConfig]:
+        """By default calibrated where this model has a table for each guidance scale, so that scales are comparable."""
+        config = self.config
+
+        def default_eta(steps: int) -> float | None:
+            scales = [SamplerConfig(steps, None, scale, config.guidance_interval) for scale in config.guidance_scales]
+            return None if all(sampler.table(model) is not None for sampler in scales) else 1.0
+
+        return [
+            SamplerConfig(steps, default_eta(steps) if eta is None else eta, scale, config.guidance_interval)
+            for scale in config.guidance_scales
+            for eta in config.eta or (None,)
+            for steps in config.num_inference_steps
+        ]
 
     def _measure_sampler(
         self, model: Model, sampler: SamplerConfig, real: RealImages, extractors: list[Extractor], primary: bool

@@ -71,7 +71,8 @@ class Measurement:
         primary: whether it is of the first weights and the first sampler, which a model card shows.
         seed: of the first sample, or of the random numbers for held-out images.
         seconds: time for sampling, or for measuring held-out images.
-        sampler, num_inference_steps, eta, guidance_scale: how the samples were drawn; None for held-out images.
+        sampler, num_inference_steps, eta, guidance_scale: how the samples were drawn; None for held-out images. eta is
+            None for a calibrated table, too.
     """
 
     measure: str
@@ -109,8 +110,8 @@ def make_measurement(
     description = None
     if sampler is not None:
         labels = ", labels as in the data" if getattr(model.pipe, "class_names", None) else ""
-        description = f"{type(scheduler).__name__}, eta {sampler.eta:g}, {scheduler.config.timestep_spacing}{labels}"
-        description += sampler.guidance_text
+        spacing = "" if sampler.eta is None else f", {scheduler.config.timestep_spacing}"  # a table has its timesteps
+        description = f"{type(scheduler).__name__}, {sampler.eta_text}{spacing}{labels}{sampler.guidance_text}"
     return Measurement(
         measure=result.measure,
         name=result.name,

@@ -294,7 +294,7 @@ def _plot_over(axes: Axes, measurements: Sequence[Measurement], over: str) -> No
     """Values and standard errors over num_inference_steps or guidance_scale, a line for all else, and the baseline."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for m in measurements:
-        label = f"{m.weights}, eta {m.eta:g}"
+        label = f"{m.weights}, " + ("calibrated" if m.eta is None else f"eta {m.eta:g}")
         if over == "guidance_scale":
             label += f", {m.num_inference_steps} steps"
         elif m.guidance_scale != 1:

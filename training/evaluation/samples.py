@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_pipeline import DDPMPipeline
+from ddpm_pipeline.calibrated import Guidance, Table, find_table, why_not
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
 from training.data.classes import Classes
@@ -51,12 +52,13 @@ class SamplerConfig:
     """How samples are drawn: the number of sampling steps, eta from 0 (DDIM) to 1 (DDPM), and guidance.
 
     Args:
+        eta: None: the calibrated table of the model instead.
         guidance_scale: 1: no guidance.
         guidance_interval: timesteps that are guided; None: all.
     """
 
     num_inference_steps: int
-    eta: float
+    eta: float | None
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
 
@@ -74,8 +76,18 @@ class SamplerConfig:
         at = " at {:g} <= t < {:g}".format(*self.guidance_interval) if self.guidance_interval else ""
         return f", guidance {self.guidance_scale:g}{at}" if self.guidance else ""
 
+    @property
+    def eta_text(self) -> str:
+        return "calibrated" if self.eta is None else f"eta {self.eta:g}"
+
     def __str__(self) -> str:
-        return f"{self.num_inference_steps} steps, eta {self.eta:g}{self.guidance_text}"
+        return f"{self.num_inference_steps} steps, {self.eta_text}{self.guidance_text}"
+
+    def table(self, model: Model) -> Table | None:
+        """The calibrated table of a model for this number of steps and this guidance, if it was fitted to it."""
+        scheduler = model.pipe.scheduler
+        table = find_table(scheduler, self.num_inference_steps, Guidance(**self.guidance))
+        return None if table is None or why_not(scheduler, model.pipe.unet) else table
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -198,7 +210,11 @@ class Shards:
         classes: Classes | None = None,
     ) -> None:
         weights = f"{model.weights.lower()}-{model.sha256[:12]}-scheduler-{model.scheduler_hash[:8]}"
-        settings = f"steps{sampler.num_inference_steps}-eta{sampler.eta:g}-seed{seed}-{precision}"
+        if sampler.eta is None:
+            eta = f"calibrated-{hashlib.sha256(repr(sampler.table(model)).encode()).hexdigest()[:8]}"
+        else:
+            eta = f"eta{sampler.eta:g}"
+        settings = f"steps{sampler.num_inference_steps}-{eta}-seed{seed}-{precision}"
         if sampler.guidance:
             interval = "-{:g}-{:g}".format(*sampler.guidance_interval) if sampler.guidance_interval else ""
             settings += f"-guidance{sampler.guidance_scale:g}{interval}"
@@ -270,7 +286,7 @@ def sample(
                     seeds=seeds[start : start + batch_size],
                     **({} if labels is None else {"class_labels": labels[start : start + batch_size]}),
                     num_inference_steps=sampler.num_inference_steps,
-                    eta=sampler.eta,
+                    **({"calibrated": True} if sampler.eta is None else {"eta": sampler.eta}),
                     **sampler.guidance,
                     output_type="latent",
                     return_dict=False,

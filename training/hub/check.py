@@ -60,7 +60,10 @@ def describe_differences(differences: Mapping[str, float]) -> str:
 def _sample(folder: Path) -> dict[str, Any]:
     """For each way to load, two images in a numpy array."""
     unet = unet_config(folder)
-    options = ["--steps", str(min(10, scheduler_config(folder)["num_train_timesteps"]))]
+    scheduler = scheduler_config(folder)
+    calibrated = [len(table["timesteps"]) for table in scheduler.get("_calibration", {}).get("tables", [])]
+    steps = [n for n in range(1, min(10, scheduler["num_train_timesteps"]) + 1) if n not in calibrated]
+    options = ["--steps", str(max(steps, default=1))]  # the built-in classes have no calibrated steps
     if unet.get("num_class_embeds") is not None:  # the first class by its name, if it has one, and the last
         names = class_names(unet)
         options += ["--class_labels", json.dumps([names[0] if names else 0, unet["num_class_embeds"] - 1])]
