@@ -128,6 +128,8 @@ def prepare_sampling(
     class_labels: Any,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
+    autoguidance_scale: float,
+    guide: UNet2DModel | None,
     latents: Tensor | None,
     height: int | None,
     width: int | None,
@@ -147,7 +149,8 @@ def prepare_sampling(
     seeds = check_seeds(seeds, generator)
     batch_size = check_batch_size(batch_size, seeds=seeds, class_labels=class_labels, latents=latents, image=image)
     generator = make_generators(seeds) if seeds is not None else check_generator(generator, batch_size)
-    denoiser = prepare_denoiser(unet, scheduler, device, batch_size, class_labels, guidance_scale, guidance_interval)
+    guidance = guidance_scale, guidance_interval, autoguidance_scale, guide
+    denoiser = prepare_denoiser(unet, scheduler, device, batch_size, class_labels, *guidance)
 
     shape = (batch_size, unet.config["in_channels"], *check_image_size(unet, height, width, latents))
     if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
