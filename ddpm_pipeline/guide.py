@@ -23,9 +23,9 @@ from .loading import WEIGHTS, check_finite, check_network, weight_files
 if TYPE_CHECKING:
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as BuiltInDDPMPipeline
 
-    Pipeline = BuiltInDDPMPipeline
+    BuiltIn = BuiltInDDPMPipeline
 else:
-    Pipeline = object  # diffusers takes the only class of a file of remote code that is a pipeline
+    BuiltIn = object  # diffusers takes the only class of a file of remote code that is a pipeline
 
 GUIDE = "guide"  # its folder in that of a pipeline
 GUIDE_FIELDS = ("in_channels", "out_channels", "num_class_embeds", "class_embed_type", CLASS_NAMES)  # as the network's
@@ -54,7 +54,7 @@ def load_guide(folder: Path, unet: UNet2DModel) -> UNet2DModel | None:
     config_file, hint = own / "config.json", ""
     if not config_file.is_file():  # diffusers downloads all weights, but of folders it does not know nothing else
         config_file = folder / "unet" / "config.json"  # a guide that was kept in training has the same
-        hint = f" ({own / 'config.json'} is missing: load the model with ddpm_pipeline, or from a full copy)"
+        hint = f" ({own / 'config.json'} is missing: load the model from a full copy, or with the installed package)"
     variants = sorted(path.name.split(".")[1] for path in own.glob(f"{WEIGHTS}.*.safetensors"))
     variant = next((each for each in (None, *variants) if weight_files(own, each, "safetensors")), None)
     try:
@@ -88,7 +88,7 @@ def place_guide(guide: UNet2DModel, unet: UNet2DModel, device: torch.device) -> 
     torch.nn.Module.to(guide, device=device, dtype=unet.dtype)  # diffusers' own `to` warns of casts
 
 
-class WithGuide(Pipeline):
+class WithGuide(BuiltIn):
     """The guide of a pipeline: checked when it is set, loaded and saved with the pipeline, moved with its network."""
 
     _guide: UNet2DModel | None = None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, __main__
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, __main__, denoiser, guide
 from tests.arrays import normal
 from tests.gaussian import MEAN, gaussian_images, gaussian_pipe
 from tests.models import quiet, tiny_pipe, tiny_unet
@@ -157,7 +157,7 @@ def test_an_interval_without_guidance_is_a_warning_and_one_with_autoguidance_is_
 
 
 @pytest.mark.parametrize(
-    ("guide", "message"),
+    ("other", "message"),
     [
         ("guide", "guide is a str: give a UNet2DModel, or None"),
         (torch.nn.Conv2d(1, 1, 1), "guide is a Conv2d"),
@@ -166,11 +166,11 @@ def test_an_interval_without_guidance_is_a_warning_and_one_with_autoguidance_is_
         (lambda: tiny_unet(1, num_class_embeds=3), "guide has num_class_embeds 3, but the network has None"),
     ],
 )
-def test_a_guide_that_does_not_fit_is_refused(guide, message):
+def test_a_guide_that_does_not_fit_is_refused(other, message):
     pipe = guided_pipe()
-    before, guide = pipe.guide, guide() if type(guide) is type(lambda: 0) else guide
+    before, other = pipe.guide, other() if type(other) is type(lambda: 0) else other
     with pytest.raises(ValueError, match=message):
-        pipe.guide = guide
+        pipe.guide = other
     assert pipe.guide is before
     pipe.unet = tiny_unet(1, num_class_embeds=3)  # another network, which the guide does not fit
     with pytest.raises(ValueError, match="guide has num_class_embeds None, but the network has 3"):
@@ -253,6 +253,23 @@ def test_it_has_the_dtype_and_the_device_of_the_network(saved):
     pipe.save_pretrained(saved[1], variant="fp16")
     assert (saved[1] / WEIGHTS.replace(".safetensors", ".fp16.safetensors")).is_file()
     assert DDPMPipeline.from_pretrained(saved[1], variant="fp16").guide is not None
+
+
+def test_with_offloading_it_is_on_the_device_during_a_call(monkeypatch):
+    pipe, devices = guided_pipe(), []
+    expected = sample(pipe, autoguidance_scale=W)
+    place = guide.place_guide
+
+    def place_and_note(network, unet, device):
+        devices.append(str(device))
+        place(network, unet, device)
+
+    monkeypatch.setattr(guide, "place_guide", place_and_note)
+    monkeypatch.setattr(denoiser, "place_guide", place_and_note)
+    pipe.enable_model_cpu_offload(device="cpu")  # from the CPU to the CPU, the only device that is always there
+    devices.clear()
+    assert torch.equal(sample(pipe, autoguidance_scale=W), expected)
+    assert devices == ["cpu:0", "cpu"]  # where it computes, and where it is kept
 
 
 def test_a_guide_in_half_precision_alone_is_found_as_diffusers_downloads_it(saved):

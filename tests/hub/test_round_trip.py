@@ -315,7 +315,7 @@ guided("package same", DDPMPipeline, "bob/same")
 guided("package another", DDPMPipeline, "bob/another")
 """
     report = load(hub, tmp_path / "home", tmp_path, script)
-    assert "guide/config.json is missing: load the model with ddpm_pipeline" in report.pop("error")
+    assert "guide/config.json is missing: load the model from a full copy" in report.pop("error")
     assert report.pop("built-in").startswith("diffusers.pipelines")
     assert list(report) == ["remote same", "package same", "package another"]
     options = {"seeds": [0, 1], "num_inference_steps": 3, "output_type": "np"}
