@@ -11,6 +11,7 @@ The chapters, one file each:
     scheduling_ddpm.py   the scheduler: tables, forward process, one reverse step, conversions
     pipeline_ddpm.py     the pipeline for users, thin methods over the next five
     labels.py            classes by number and by name, guidance intervals
+    guide.py             the weaker network of autoguidance
     denoiser.py          the network as a function of x_t and t
     fast_unet.py         the U-net's layers with fewer passes over memory
     attention.py         attention in chunks

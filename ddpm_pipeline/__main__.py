@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 NUM_INFERENCE_STEPS = 50  # by default, also where the pipeline's own default is all timesteps
+SCALES = ("guidance_scale", "autoguidance_scale")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -111,6 +112,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--guidance_scale", type=float, help="classifier-free guidance: above 1 more typical of the class (1)"
         )
         command.add_argument(
+            "--autoguidance_scale", type=float, help="guidance by the guide of the model: above 1 fewer errors (1)"
+        )
+        command.add_argument(
             "--guidance_interval",
             type=float,
             nargs=2,
@@ -151,9 +155,11 @@ def check(args: argparse.Namespace) -> None:
     latents = getattr(args, "latents", None)
     if latents is not None and latents.suffix.lower() != ".npy":
         raise ValueError(f"--latents is {latents}: give a name that ends in .npy")
-    if getattr(args, "guidance_interval", None) is not None and args.guidance_scale is None:
+    is_guided = any(getattr(args, name, None) is not None for name in SCALES)
+    if getattr(args, "guidance_interval", None) is not None and not is_guided:
         raise ValueError(
-            f"--guidance_interval is {args.guidance_interval}, without guidance: give --guidance_scale too"
+            f"--guidance_interval is {args.guidance_interval}, without guidance: give --guidance_scale or "
+            "--autoguidance_scale too"
         )
     if getattr(args, "columns", 2) < 2:
         raise ValueError(f"--columns is {args.columns}: give at least 2")
@@ -189,8 +195,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
     if args.class_label is not None:
         is_number = args.class_label.isdecimal() and args.class_label not in (pipe.class_names or ())
         common["class_labels"] = int(args.class_label) if is_number else args.class_label
-    if getattr(args, "guidance_scale", None) is not None:
-        common |= {"guidance_scale": args.guidance_scale, "guidance_interval": args.guidance_interval}
+    if scales := {name: scale for name in SCALES if (scale := getattr(args, name, None)) is not None}:
+        common |= {**scales, "guidance_interval": args.guidance_interval}
     seeds = getattr(args, "seeds", None) or [0]
     sampling = {"seeds": seeds, "eta": getattr(args, "eta", None), "output_type": "latent"}
     x_0: torch.Tensor

@@ -130,6 +130,8 @@ def prepare_sampling(
     class_labels: Any,
     guidance_scale: float,
     guidance_interval: tuple[float, float] | None,
+    autoguidance_scale: float,
+    guide: UNet2DModel | None,
     latents: Tensor | None,
     height: int | None,
     width: int | None,
@@ -149,7 +151,8 @@ def prepare_sampling(
     seeds = check_seeds(seeds, generator)
     batch_size = check_batch_size(batch_size, seeds=seeds, class_labels=class_labels, latents=latents, image=image)
     generator = make_generators(seeds) if seeds is not None else check_generator(generator, batch_size)
-    denoiser = prepare_denoiser(unet, scheduler, device, batch_size, class_labels, guidance_scale, guidance_interval)
+    guidance = guidance_scale, guidance_interval, autoguidance_scale, guide
+    denoiser = prepare_denoiser(unet, scheduler, device, batch_size, class_labels, *guidance)
 
     shape = (batch_size, unet.config["in_channels"], *check_image_size(unet, height, width, latents))
     if latents is not None and (tuple(latents.shape) != shape or not latents.is_floating_point()):
@@ -157,7 +160,7 @@ def prepare_sampling(
     if latents is not None and (latents.is_meta or not latents.float().isfinite().all()):
         raise ValueError("latents have values that are nan or infinite: give finite numbers, about N(0, I)")
     table = choose_table(
-        calibrated, scheduler, unet, guidance_of(denoiser), num_inference_steps, timesteps=timesteps, eta=eta
+        calibrated, scheduler, unet, guide, guidance_of(denoiser), num_inference_steps, timesteps=timesteps, eta=eta
     )
     if table is None:
         scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
@@ -175,6 +178,8 @@ def prepare_sampling(
 
 def guidance_of(denoiser: UNetDenoiser) -> Guidance:
     """The guidance of a call, the defaults where it has no effect."""
+    if denoiser.autoguidance_scale != 1:
+        return Guidance(1.0, denoiser.autoguidance_scale, denoiser.guidance_interval)
     if denoiser.class_labels is None or denoiser.guidance_scale == 1:
         return Guidance()
     return Guidance(denoiser.guidance_scale, guidance_interval=denoiser.guidance_interval)

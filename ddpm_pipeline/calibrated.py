@@ -123,10 +123,23 @@ def next_state(coefficients: Sequence[float], x_t: Tensor, predictions: Sequence
 # ---- Saved tables ----------------------------------------------------------------------------------------------------
 
 
-def save_tables(scheduler: DDPMScheduler, unet: UNet2DModel, tables: Sequence[Table]) -> None:
-    """Put tables into the configuration of a scheduler, bound to the weights of the network, float32."""
+def save_tables(
+    scheduler: DDPMScheduler, unet: UNet2DModel, tables: Sequence[Table], guide: UNet2DModel | None = None
+) -> None:
+    """Put tables into the configuration of a scheduler, bound to the weights of the networks, float32.
+
+    Args:
+        guide: with which those with autoguidance were fitted.
+    """
+    if guide is None and any(table.guidance.autoguidance_scale != 1 for table in tables):
+        raise ValueError("guide is None, but a table has autoguidance: give the guide that it was fitted with")
+
+    def hashes(network: UNet2DModel) -> dict[str, str]:
+        return {name: hash_weights(network, dtype) for name, dtype in LOADED_DTYPES.items()}
+
     saved: dict[str, Any] = {
-        "weights": {name: hash_weights(unet, dtype) for name, dtype in LOADED_DTYPES.items()},
+        "weights": hashes(unet),
+        "guide": None if guide is None else hashes(guide),
         "scheduler": _options_of_predictions(scheduler),
         "tables": [table_to_json(table) for table in tables],
     }
@@ -151,8 +164,10 @@ def load_tables(scheduler: DDPMScheduler) -> list[Table]:
 
 
 def _check_saved(saved: Any, num_steps: int) -> list[Table]:
-    _check_fields_of("the field", saved, ("weights", "scheduler", "tables"))
+    _check_fields_of("the field", saved, ("weights", "guide", "scheduler", "tables"))
     _check_fields_of("weights", saved["weights"], [*LOADED_DTYPES])
+    if saved["guide"] is not None:
+        _check_fields_of("guide", saved["guide"], [*LOADED_DTYPES])
     _check_fields_of("scheduler", saved["scheduler"], [*OF_PREDICTIONS, "num_train_timesteps", "alpha_bar"])
     for alpha_bar in _check_list("alpha_bar", saved["scheduler"]["alpha_bar"], NUM_ALPHA_BARS, NUM_ALPHA_BARS):
         check_number("alpha_bar", alpha_bar, 0, 1, "numbers from 0 to 1")
@@ -210,6 +225,7 @@ def choose_table(
     calibrated: bool | None,
     scheduler: Any,
     unet: UNet2DModel,
+    guide: UNet2DModel | None,
     guidance: Guidance,
     num_inference_steps: int | None,
     **not_of_a_table: Any,
@@ -218,6 +234,7 @@ def choose_table(
 
     Args:
         calibrated: None: a table if there is one for this call; it warns if that was fitted to another model.
+        guide: of the pipeline.
         guidance: of the call, and `not_of_a_table` are arguments that a table does not take.
     Raises:
         ValueError: calibrated is True, and there is no such table.
@@ -236,7 +253,7 @@ def choose_table(
     elif table is None:
         there_are = ", ".join(_described(len(each.timesteps), each.guidance) for each in load_tables(scheduler))
         problem = f"there is no table for {_described(number, guidance)}: this model has {there_are or 'no tables'}"
-    elif mismatch := why_not(scheduler, unet):
+    elif mismatch := why_not(scheduler, unet, guide, table):
         problem = f"the tables are not for this model: {mismatch}"
         if calibrated is None:
             warnings.warn(f"sampling without calibration: {problem}; calibrated=False avoids this", stacklevel=4)
@@ -264,8 +281,8 @@ def _described(num_steps: int, guidance: Guidance) -> str:
     return f"{num_steps} steps" + (f" with {', '.join(texts)}" if texts else "")
 
 
-def why_not(scheduler: DDPMScheduler, unet: UNet2DModel) -> str | None:
-    """Why the tables of a scheduler are not for this network and these options; None: they are."""
+def why_not(scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | None, table: Table) -> str | None:
+    """Why a table of a scheduler is not for these networks and options; None: it is."""
     saved = scheduler.config[CALIBRATION]
     now, then = _options_of_predictions(scheduler), saved["scheduler"]
     for name in (*OF_PREDICTIONS, "num_train_timesteps"):
@@ -273,11 +290,17 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel) -> str | None:
             return f"they were fitted with {name}={then[name]!r}, and it has {now[name]!r}"
     if not torch.allclose(torch.tensor(now["alpha_bar"]), torch.tensor(then["alpha_bar"]), rtol=1e-4, atol=0):
         return "they were fitted with another noise schedule"
-    if any(tensor.is_meta for tensor in unet.state_dict().values()):
-        return "its weights are on the meta device, where they cannot be compared"
-    own_first = sorted(LOADED_DTYPES.items(), key=lambda item: item[1] != unet.dtype)  # mostly the only one
-    if not any(saved["weights"][name] == _cached_hash(unet, dtype) for name, dtype in own_first):
-        return "they were fitted to other weights"
+    networks = [("weights", unet)]
+    if table.guidance.autoguidance_scale != 1:
+        if guide is None or saved["guide"] is None:
+            return "they were fitted with a guide"
+        networks.append(("guide", guide))
+    for name, network in networks:
+        if any(tensor.is_meta for tensor in network.state_dict().values()):
+            return "its weights are on the meta device, where they cannot be compared"
+        own_first = sorted(LOADED_DTYPES.items(), key=lambda item: item[1] != network.dtype)  # mostly the only one
+        if not any(saved[name][of_dtype] == _cached_hash(network, dtype) for of_dtype, dtype in own_first):
+            return "they were fitted to other weights" if network is unet else "they were fitted with another guide"
     return None
 
 

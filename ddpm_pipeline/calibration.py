@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .calibrated import HISTORY, Guidance, Table, next_state
+from .calibrated import HISTORY, Table, next_state
 from .denoiser import Denoiser
 from .scheduling_ddpm import DDPMScheduler
 
@@ -42,20 +42,18 @@ Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 # ---- DPM-Solver++ as a table -----------------------------------------------------------------------------------------
 
 
-def dpm_solver_table(
-    scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2, guidance: Guidance = Guidance()
-) -> Table:
+def dpm_solver_table(scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2) -> Table:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, with data prediction, of order 1 (DDIM), 2 or 3."""
     ends = [*timesteps[1:], END]
     coefficients = [
         dpm_solver_coefficients(scheduler, timesteps[max(0, i - order + 1) : i + 1][::-1], end)
         for i, end in enumerate(ends)
     ]
-    return Table(list(timesteps), list(timesteps), coefficients, guidance)
+    return Table(list(timesteps), list(timesteps), coefficients)
 
 
 def dpm_solver_coefficients(scheduler: DDPMScheduler, times: Sequence[int], end: int) -> list[float]:
-    """Coefficients of x_t and of the predictions at `times` in the step from times[0] to `end`; the order is len(times).
+    """Coefficients of x_t and of the predictions at `times` in the step from times[0] to `end`, of order len(times).
 
     Args:
         times: the newest first, at most three.

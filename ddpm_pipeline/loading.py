@@ -66,7 +66,9 @@ def check_folder(
             raise ValueError(
                 f'{index_file}: unet is {_quoted(entries["unet"])}: it must be ["diffusers", "UNet2DModel"]'
             )
-        use_safetensors = _check_unet(component_folder(folder, "unet"), variant, use_safetensors)
+        unet_folder = component_folder(folder, "unet")
+        _, files = check_network(unet_folder / "config.json", unet_folder, variant, use_safetensors)
+        use_safetensors = files[0].suffix == ".safetensors"
     if "scheduler" not in skip:
         library, name = entries["scheduler"]
         kind = getattr(diffusers, name, None) if library == "diffusers" and name.endswith("Scheduler") else None
@@ -136,9 +138,15 @@ def unet_on_meta(file: Path, config: Mapping[str, Any]) -> UNet2DModel:
     return unet
 
 
-def _check_unet(folder: Path, variant: str | None, use_safetensors: bool | None) -> bool:
-    file = folder / "config.json"
-    unet = unet_on_meta(file, read_json(file))
+def check_network(
+    config_file: Path, folder: Path, variant: str | None, use_safetensors: bool | None
+) -> tuple[UNet2DModel, list[Path]]:
+    """The network of a configuration, without memory, and the files in a folder that have all of its weights.
+
+    Raises:
+        ValueError, OSError: as `check_folder`.
+    """
+    unet = unet_on_meta(config_file, read_json(config_file))
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
     files, use_safetensors = _find_weights(folder, variant, use_safetensors)
@@ -160,7 +168,7 @@ def _check_unet(folder: Path, variant: str | None, use_safetensors: bool | None)
             "save the pipeline again to get safetensors",
             stacklevel=4,
         )
-    return use_safetensors
+    return unet, files
 
 
 def _find_weights(folder: Path, variant: str | None, use_safetensors: bool | None) -> tuple[list[Path], bool]:

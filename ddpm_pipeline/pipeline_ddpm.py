@@ -22,6 +22,7 @@ from torch import Tensor
 from .arguments import check_fusion, image_seeds, make_generators, prepare_sampling, prepare_sdedit, repeat_for_seeds
 from .calls import Calls, OfThread, WithCalls, checked_callback
 from .denoiser import prepare_denoiser
+from .guide import WithGuide
 from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
@@ -37,7 +38,7 @@ ClassLabels = int | str | Sequence[int | str] | Tensor | None  # one for all ima
 DEFAULT_STEPS = 50  # sampling steps of the methods that start from images
 
 
-class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
+class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
     """Images from a trained DDPM, a drop-in for diffusers' DDPMPipeline.
 
     `invert`, `fuse`, `vary` and `inpaint` start from images: files, PIL images, arrays (uint8, uint16, or floats in
@@ -85,6 +86,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         calibrated: bool | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
@@ -109,6 +111,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             class_labels: for a network with classes, one for all images or one for each: numbers or `class_names`.
             guidance_scale: classifier-free guidance, w in eps_null + w (eps_class - eps_null) (Ho and Salimans 2022,
                 whose w is one less). Above 1, images are more typical of their class, and alike.
+            autoguidance_scale: autoguidance, w in weak + w (strong - weak), where weak is the output of `pipe.guide`
+                (Karras et al. 2024, arXiv 2406.02507). Above 1, images have fewer of the errors of the network.
             guidance_interval: (lo, hi): guidance at the timesteps t with lo <= t < hi alone (Kynkaanniemi et al. 2024,
                 arXiv 2404.07724, whose sigma is sqrt(1 / alpha_bar_t - 1)): without the noisiest ones images stay
                 diverse. By default at all timesteps.
@@ -125,8 +129,8 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, calibrated=calibrated,
-            class_labels=class_labels, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            latents=latents, height=height, width=width,
+            class_labels=class_labels, guidance_scale=guidance_scale, autoguidance_scale=autoguidance_scale,
+            guidance_interval=guidance_interval, guide=self.guide, latents=latents, height=height, width=width,
         )  # fmt: skip
         all_steps = num_inference_steps is None and timesteps is None and len(run.scheduler.timesteps) > DEFAULT_STEPS
         x_0 = self._sample(run, callback, "all steps; num_inference_steps=50 is faster" if all_steps else None)
@@ -144,6 +148,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         calibrated: bool | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
@@ -163,8 +168,9 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         run = prepare_sampling(
             self.unet, self.scheduler, self._execution_device, batch_size=batch_size, generator=generator, seeds=seeds,
             num_inference_steps=num_inference_steps, timesteps=timesteps, eta=eta, calibrated=calibrated,
-            class_labels=class_labels, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            latents=latents, height=height, width=width, image=x_0,
+            class_labels=class_labels, guidance_scale=guidance_scale, autoguidance_scale=autoguidance_scale,
+            guidance_interval=guidance_interval, guide=self.guide, latents=latents, height=height, width=width,
+            image=x_0,
         )  # fmt: skip
         return self._trajectory(run, x_0)
 
@@ -319,6 +325,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         eta: float | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Image-to-image (SDEdit, Meng et al. 2022): adds noise to images and samples from there.
@@ -328,15 +335,16 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
             strength: fraction of the diffusion timesteps, in [0, 1]. 0 returns the images themselves, 1 fresh samples,
                 those of `pipe(seeds=..., num_inference_steps=..., calibrated=False)`.
             num_inference_steps: sampling steps from pure noise; 50 by default, or all timesteps if there are fewer.
-            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, guidance_interval: as in a
-                call.
+            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, autoguidance_scale,
+                guidance_interval: as in a call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
         strength = check_number("strength", strength, 0, 1, "a number from 0 (the same image) to 1 (a fresh sample)")
         x_0 = repeat_for_seeds(self._prepare_images(images, "images"), generator, seeds)
         denoiser = prepare_denoiser(
-            self.unet, self.scheduler, x_0.device, len(x_0), class_labels, guidance_scale, guidance_interval
-        )
+            self.unet, self.scheduler, x_0.device, len(x_0), class_labels, guidance_scale, guidance_interval,
+            autoguidance_scale, self.guide,
+        )  # fmt: skip
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
         seeds = image_seeds(generator, seeds, len(x_0))
         t = round(strength * self.scheduler.num_steps) - 1 if strength < 1 else None
@@ -363,6 +371,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         eta: float | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        autoguidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Inpainting with RePaint (Lugmayr et al. 2022, arXiv 2201.09865): generates what the mask covers.
@@ -380,14 +389,15 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
                 num_inference_steps is not larger.
             resamples: how often each part of the schedule is sampled, which takes that many times as long; 1 makes no
                 jumps. If the result does not match its surroundings, take more, or more steps. The paper has 10.
-            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, guidance_interval: as in a
-                call.
+            generator, seeds, output_type, return_dict, eta, class_labels, guidance_scale, autoguidance_scale,
+                guidance_interval: as in a call.
         """
         check_output_type(output_type, self.unet.config.in_channels)
         known = repeat_for_seeds(self._prepare_images(image, "image"), generator, seeds)
         denoiser = prepare_denoiser(
-            self.unet, self.scheduler, known.device, len(known), class_labels, guidance_scale, guidance_interval
-        )
+            self.unet, self.scheduler, known.device, len(known), class_labels, guidance_scale, guidance_interval,
+            autoguidance_scale, self.guide,
+        )  # fmt: skip
         to_paint = to_mask(mask, tuple(known.shape), size_of(self.unet), image).to(known.device)
         jump_length = check_int("jump_length", jump_length, 1, self.scheduler.num_steps)
         number = count_steps(self.scheduler, num_inference_steps, DEFAULT_STEPS)
@@ -432,6 +442,7 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         folder = Path(save_directory)
         options = dict(zip(("safe_serialization", "variant"), args)) | kwargs
         kept = {name: options[name] for name in ("safe_serialization", "variant") if name in options}
+        self.save_guide(folder, kept.get("variant"))
         complete_folder(folder, **kept)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), **hub, **kept)
@@ -456,13 +467,6 @@ class DDPMPipeline(WithCalls, BuiltInDDPMPipeline):
         if "unet" not in passed:
             check_finite(pipe.unet, f"the weights of {name}")
         return pipe
-
-    @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """diffusers' `from_pipe`, but the shared network keeps its dtype unless `dtype` is given."""
-        if "torch_dtype" not in kwargs:  # the name of dtype until diffusers 0.40
-            kwargs.setdefault("dtype", pipeline.dtype)
-        return super().from_pipe(pipeline, **kwargs)
 
 
 isolate_remote_code()

@@ -15,14 +15,15 @@ from typing import Any
 
 import diffusers
 
+from .guide import GUIDE, fetch_guide_config
 from .loading import WEIGHTS, read_json, variant_tag, weight_files, weight_index
 from .scheduling_ddpm import DDPMScheduler, fields_without_effect, known_fields
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
     "precision", "cpu", "betas", "scheduling_ddpm", "schedulers", "calibrated", "pixels", "decode", "loading", "images",
-    "group_norm", "attention", "packed_weights", "fast_unet", "labels", "denoiser", "sampling", "calls", "inversion",
-    "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
+    "group_norm", "attention", "packed_weights", "fast_unet", "labels", "guide", "denoiser", "sampling", "calls",
+    "inversion", "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
 
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
@@ -55,7 +56,8 @@ def complete_folder(folder: Path, safe_serialization: bool = True, variant: str 
     """
     remove_stale_weights(folder / "unet", safe_serialization, variant)
     (folder / "pipeline.py").write_text(pipeline_source(), encoding="utf-8")
-    for config_file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+    guide_config = (f"{GUIDE}/config.json",) if (folder / GUIDE).is_dir() else ()
+    for config_file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", *guide_config):
         file = folder / config_file
         config = json.loads(file.read_text(encoding="utf-8"))
         removed = {"_name_or_path"}
@@ -98,7 +100,7 @@ def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., 
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name} is not a local folder, and not the name of a model on the Hub (user/model)")
     try:
-        return Path(download(name, **{option: options[option] for option in DOWNLOAD_OPTIONS if option in options}))
+        folder = Path(download(name, **{option: options[option] for option in DOWNLOAD_OPTIONS if option in options}))
     except OSError as error:  # its text speaks of caches and stack traces, whatever the cause
         revision = f" at revision {options['revision']!r}" if options.get("revision") else ""
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -106,6 +108,8 @@ def local_folder(name: str, options: Mapping[str, Any], download: Callable[..., 
             f"{name} is not a local folder, and no model{revision} on the Hub that can be loaded ({reason}): give the "
             "folder of a pipeline, such as runs/moons/pipeline, or user/model"
         ) from error
+    fetch_guide_config(name, folder, options)
+    return folder
 
 
 def isolate_remote_code() -> None:

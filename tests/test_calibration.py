@@ -1,4 +1,4 @@
-"""Calibration against closed forms: Gaussian data, on which every step of the probability-flow ODE is a known factor."""
+"""Calibration against closed forms: on Gaussian data every step of the probability-flow ODE is a known factor."""
 
 import itertools
 

@@ -18,7 +18,8 @@ from training.run import checkpoint
 from training.run.checkpoint import CheckpointError
 
 ROOT = Path(__file__).parents[1]
-FILES = (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER, checkpoint.BEST, checkpoint.MANIFEST)
+KEPT = (checkpoint.BEST, checkpoint.GUIDE)
+FILES = (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER, *KEPT, checkpoint.MANIFEST)
 
 
 def state(step):
@@ -34,8 +35,8 @@ def state(step):
 
 
 def save(folder, step, total_limit=2):
-    record, best = {"global_batch": 4, "x": [1]}, state(step - 1)["ema"]
-    return checkpoint.save(folder, step, **state(step), best=best, record=record, total_limit=total_limit)
+    record, earlier = {"global_batch": 4, "x": [1]}, {name: state(step - 1 - i)["ema"] for i, name in enumerate(KEPT)}
+    return checkpoint.save(folder, step, **state(step), earlier=earlier, record=record, total_limit=total_limit)
 
 
 def names(folder):
@@ -55,8 +56,10 @@ def test_a_saved_checkpoint_loads_back_equal(tmp_path):
     }
     expected = state(500)
     model, ema, optimizer = checkpoint.load(path)
-    best = checkpoint.load_best(path)
-    for loaded, saved in ((model, expected["model"]), (ema, expected["ema"]), (best, state(499)["ema"])):
+    earlier = checkpoint.load_earlier(path)
+    assert list(earlier) == list(KEPT)
+    pairs = [(earlier[name], state(499 - i)["ema"]) for i, name in enumerate(KEPT)]
+    for loaded, saved in ((model, expected["model"]), (ema, expected["ema"]), *pairs):
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[name], saved[name]) and loaded[name].dtype == torch.float32 for name in saved)
     assert optimizer["param_groups"] == expected["optimizer"]["param_groups"]
@@ -69,7 +72,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
     views = {"a": flat[:12].view(3, 4), "b": flat[12:].view(3, 4).t()}
     checkpoint.save(tmp_path, 1, model=views, ema={"a": flat[:2].clone()}, optimizer={}, record={}, total_limit=1)
     model, _, _ = checkpoint.load(tmp_path / "checkpoint-000001")
-    assert checkpoint.load_best(tmp_path / "checkpoint-000001") is None
+    assert checkpoint.load_earlier(tmp_path / "checkpoint-000001") == {}
     assert all(torch.equal(model[name], views[name]) for name in views)
 
 
@@ -282,8 +285,9 @@ def test_everything_is_flushed_before_the_rename_and_verified_before_the_old_one
     save(tmp_path, 2, total_limit=1)
     temporary, hidden = tmp_path / f"checkpoint-000002.tmp-{os.getpid()}", f"checkpoint-000001.tmp-{os.getpid()}"
     assert events[0] == f"deleted {temporary.name}"
-    assert sorted(events[1:7]) == sorted(map(str, [temporary, *(temporary / name for name in FILES)]))
-    assert events[7:] == [
+    renamed = 2 + len(FILES)
+    assert sorted(events[1:renamed]) == sorted(map(str, [temporary, *(temporary / name for name in FILES)]))
+    assert events[renamed:] == [
         "renamed to checkpoint-000002", str(tmp_path), "verified", f"renamed to {hidden}", f"deleted {hidden}"
     ]  # fmt: skip
 
@@ -394,7 +398,7 @@ def test_the_estimated_bytes_are_about_those_written(tmp_path):
     written = sum(file.stat().st_size for file in path.iterdir())
     for estimate in (before_training, checkpoint.estimate_bytes(**states)):
         assert written <= estimate <= 1.1 * written
-    assert checkpoint.estimate_bytes(**states, best=states["ema"]) == estimate + 4 * 1001 * 1000
+    assert checkpoint.estimate_bytes(*states.values(), states["ema"]) == estimate + 4 * 1001 * 1000
 
 
 # ---- Pickles ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -122,6 +123,44 @@ def test_half_precision(run, tmp_path):
     save_file(weights, run / "pipeline" / files.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"conv_in\.bias has values above 65504"):
         staged(run, tmp_path / "large", fp16=True)
+
+
+def test_a_guide_is_published_with_the_model(run, tmp_path):
+    pipeline = run / "pipeline"
+    pipe = DDPMPipeline.from_pretrained(pipeline)
+    pipe.guide = tiny_unet(3, seed=5)
+    pipe.save_pretrained(pipeline)
+    dataclasses.replace(RunRecord.load(pipeline), guide_step=2).save(pipeline)
+    measure = {"name": "kernel distance", "values": [2, 1], "standard_errors": [0.1, 0.1], "real_data_baseline": 0.5}
+    guidance = {"argument": "autoguidance_scale", "interval": [100, 700], "scales": [1, 2], "best_scale": 2}
+    report = write_report(run) | {"guidance": {**guidance, "extractor": "resnet56", "measures": [measure]}}
+    (run / "report.json").write_text(json.dumps(report))
+    (card, _), names = card_of(run, tmp_path / "out", fp16=True), files.list_files(tmp_path / "out")
+    assert {name for name in names if name.startswith("guide/")} == {*files.GUIDE_FILES, files.HALF_GUIDE_WEIGHTS}
+    for name in files.GUIDE_FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (pipeline / name).read_bytes()
+    assert "guide in `guide/`, the EMA weights of step 2:" in card and "`pipe(autoguidance_scale=2.0)`" in card
+    assert " autoguidance_scale=2, guidance_interval=(100, 700), num_inference" in card  # in the example
+    assert "| autoguidance scale | kernel distance |" in card
+    half = DDPMPipeline.from_pretrained(tmp_path / "out", variant="fp16", dtype=torch.float16)
+    assert half.guide.dtype == torch.float16
+    (pipeline / files.GUIDE_WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match="guide"):
+        staged(run, tmp_path / "incomplete")
+
+
+def test_the_loading_check_compares_the_guided_images(run, tmp_path, monkeypatch):
+    guided = {"images": np.zeros(2), "guided images": np.ones(2)}
+    ways = {"package": guided, "remote-code": dict(guided), "built-in": {"images": np.zeros(2)}}
+    monkeypatch.setattr(check, "_sample", lambda folder: ways)
+    monkeypatch.setattr(check, "built_in_limits", lambda folder: [])
+    assert check.check_loading(tmp_path) == {"remote-code": 0, "built-in": 0}
+    ways["remote-code"]["guided images"] = np.zeros(2)
+    with pytest.raises(check.LoadingError, match="other images with remote code"):
+        check.check_loading(tmp_path)
+    del ways["remote-code"]["guided images"]
+    with pytest.raises(check.LoadingError, match="there are no guided images with remote code"):
+        check.check_loading(tmp_path)
 
 
 def test_local_fields_are_left_out(tmp_path):

@@ -20,6 +20,7 @@ from training.ema import FlatEMA
 from training.hub import during_training
 from training.run import checkpoint, resume
 from training.run.best import Best
+from training.run.kept import GuideSnapshot
 from training.run.log import Log
 from training.run.runtime import Runtime
 
@@ -178,7 +179,8 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
             record["scaler"] = state if saved == "state" else None
         path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
         manifest = checkpoint.verify(path)
-        parts = {"unet": unet, "ema": ema, "optimizer": optimizer, "best": Best(None, ema, print)}
+        kept = {"best": Best(None, ema, print), "guide": GuideSnapshot(None, ema, print)}
+        parts = {"unet": unet, "ema": ema, "optimizer": optimizer, **kept}
         state = resume.restore(path, manifest, config, Budget(10), runtime, **parts)
         assert state.step == state.saved_step == 4
         assert scaler.get_scale() == (2.0 if saved == "state" and has_scaler else 8.0)

@@ -141,6 +141,8 @@ class Config:
         keep_best: what pipeline/ has the EMA weights of: the validation with the lowest validation_loss or the lowest
             kernel_distance (which needs validation_samples), with those of the last step in pipeline-last/; default:
             the last step.
+        guide_snapshot: share of the run, from 1/64 to 1/2, after which the EMA weights are kept as the guide of
+            autoguidance, in pipeline/guide/, see docs/training.md; default: none.
         push_to_hub: publish the model at the end, as training/publish.py does.
         push_to_hub_steps: steps between two publications during training; 0: only at the end.
         hub_model_id: repository on the Hub, "user/name"; created if missing.
@@ -218,6 +220,7 @@ class Config:
     resume_from_checkpoint: str | None = None
     init_from: str | None = None
     keep_best: Literal["validation_loss", "kernel_distance"] | None = None
+    guide_snapshot: float | None = None
     push_to_hub: bool = False
     push_to_hub_steps: int = 0
     hub_model_id: str | None = None
@@ -258,6 +261,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}: give a number in [0, 1)")
+        if self.guide_snapshot is not None and not 1 / 64 <= self.guide_snapshot <= 1 / 2:
+            raise ValueError(
+                f"guide_snapshot is {self.guide_snapshot}: give a share of the run from 1/64 to 1/2, such as 0.125"
+            )
         if not 0 <= self.adam_weight_decay < math.inf:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
         self.trackers  # noqa: B018  raises if report_to is wrong

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from training.ema import FlatEMA
     from training.plan import Passes
     from training.run.best import Best
+    from training.run.kept import GuideSnapshot
     from training.run.validation import Validator
 
 CHECKPOINTING_STEPS = 1000  # or sooner, if the settings do not say
@@ -65,6 +66,7 @@ class Run:
     sampler: EMASampler
     validator: Validator
     best: Best
+    guide: GuideSnapshot
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
@@ -114,6 +116,7 @@ def train(run: Run, state: TrainingState) -> bool:
         if budget.reads_clock(state.step):
             budget.read_clock(state.step, runtime.broadcast(clock.total_seconds))
             bar.total = known(budget.total)
+        run.guide.see(state.step, budget.share(state.step))
         bar.update()
 
         # ---- Read the outcome of the step before; of this one only if that is needed now
@@ -257,11 +260,16 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                 model=run.unet.state_dict(),
                 ema=run.ema.state_dict(),
                 optimizer=run.optimizer.state_dict(),
-                best=run.best.weights_before(state.step),
+                earlier={
+                    name: weights
+                    for name, kept in ((checkpoint.BEST, run.best), (checkpoint.GUIDE, run.guide))
+                    if (weights := kept.weights_before(state.step)) is not None
+                },
                 record=run.record_at(state).as_dict()
                 | {
                     "scaler": None if scaler is None else scaler.state_dict(),
                     "held_out_loss": run.best.state_dict(),
+                    "guide_step": run.guide.step,
                     "owes_validation": state.owes_validation,
                 },
                 total_limit=run.config.checkpoints_total_limit,

@@ -34,6 +34,7 @@ from training.loop import Run, save_pipeline, train
 from training.progress import quiet_libraries
 from training.run import checkpoint, failures, resume, signals
 from training.run.best import Best, check_held_out
+from training.run.kept import GuideSnapshot
 from training.run.log import Log, check_trackers
 from training.run.record import BY, RunRecord, describe_best, precision_name
 from training.run.runtime import Runtime, commit, device_name, leave_process_group, tell_other_machines, versions
@@ -119,9 +120,10 @@ def main(config: Config, stop: StopSignal) -> int:
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
 
-    # ---- EMA, its best weights, optimizer ----------------------------------------------------------------------------
+    # ---- EMA, the weights of it that are kept, optimizer -------------------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     best = Best(config.keep_best, ema, runtime.print)
+    guide = GuideSnapshot(config.guide_snapshot, ema, runtime.print)
     optimizer = make_optimizer(config, unet)
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
@@ -135,7 +137,9 @@ def main(config: Config, stop: StopSignal) -> int:
             if runtime.is_main:
                 digests = data.digest, None if classes is None else classes.digest
                 failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
-        state = resume.restore(*found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best)
+        state = resume.restore(
+            *found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best, guide=guide
+        )
     is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
     has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
     (replaces_earlier,) = runtime.any(has_earlier)
@@ -145,17 +149,18 @@ def main(config: Config, stop: StopSignal) -> int:
     with runtime.together():
         if runtime.is_main:  # fail now, not at the first checkpoint
             weights = ema.state_dict()
-            needed = checkpoint.estimate_bytes(unet.state_dict(), weights, best=weights if config.keep_best else None)
+            kept = [weights for setting in (config.keep_best, config.guide_snapshot) if setting is not None]
+            needed = checkpoint.estimate_bytes(unet.state_dict(), weights, None, *kept)
             checkpoint.check_free_space(output_dir, needed)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
-    sampler = EMASampler(config, runtime, unet, scheduler, ema, log, stop, inputs)
+    sampler = EMASampler(config, runtime, unet, scheduler, ema, guide, log, stop, inputs)
     validator = Validator(config, runtime, inputs, sampler, log, best)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
     record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
-              record, log, sampler, validator, best, publisher, stop, replaces_earlier)  # fmt: skip
+              record, log, sampler, validator, best, guide, publisher, stop, replaces_earlier)  # fmt: skip
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)

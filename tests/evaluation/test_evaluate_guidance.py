@@ -4,6 +4,7 @@ Images of class c are noise in a band of gray levels. The stub draws the class t
 probability for each guidance scale, and at a high scale images with little noise.
 """
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -224,6 +225,38 @@ def test_a_bad_interval_is_refused_before_sampling(work, band_run, settings, mes
 def test_guidance_without_a_null_class_is_refused(work, run):
     with pytest.raises(ValueError, match=r'guidance_scales has 2, but .* has no class for "no label": give 1'):
         evaluate_here(work, run, "mistake", guidance_scales=(1.0, 2.0))
+
+
+def test_autoguidance_is_measured_over_its_scale(work, run, monkeypatch):
+    """With a stub whose samples are training images at scale 2, and noise at 1. A guide with other weights has samples
+    of its own."""
+    with pytest.raises(ValueError, match=r"autoguidance is true, but .* has no guide: leave it out"):
+        evaluate_here(work, run, "mistake", guidance_scales=(1.0, 2.0), autoguidance=True)
+    model = work / "guided" / "pipeline"
+    pipe = DDPMPipeline.from_pretrained(run / "pipeline")
+    real = load_data_split(dataset_name="moons", resolution=16, cache_dir=work / "cache").train_images
+    calls = []
+
+    def call(self, *, seeds, autoguidance_scale=1.0, guidance_interval=None, **options):
+        calls.append((autoguidance_scale, guidance_interval))
+        images = [real[seed] if autoguidance_scale == 2 else random_images(1, 16, 16, seed=seed) for seed in seeds]
+        return (torch.from_numpy(np.stack(images)).float() / 127.5 - 1,)
+
+    monkeypatch.setattr(DDPMPipeline, "__call__", call)
+    for scale in (0.5, 0.6):
+        pipe.guide = copy.deepcopy(pipe.unet)
+        with torch.no_grad():
+            pipe.guide.conv_out.weight.mul_(scale)
+        pipe.save_pretrained(model)
+        report = evaluate_here(
+            work, work / "guided", weights=("ema",), num_samples=64, guidance_scales=(1.0, 2.0), autoguidance=True,
+            guidance_interval=(5, 15), metrics=("kernel",), dataset_name="moons",
+        )  # fmt: skip
+    assert calls == [(1, None), (2, (5, 15)), (2, (5, 15))]  # those without guidance are the same
+    assert (report["guidance"]["argument"], report["guidance"]["best_scale"]) == ("autoguidance_scale", 2)
+    samplers = [m["sampler"] for m in report["measurements"]]
+    assert samplers[0].endswith("trailing") and samplers[1].endswith(", autoguidance 2 at 5 <= t < 15")
+    assert "| autoguidance scale | kernel distance |" in (work / "guided" / "report.md").read_text()
 
 
 def test_the_command_line_has_the_guidance():

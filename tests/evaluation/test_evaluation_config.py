@@ -61,6 +61,7 @@ def test_metrics_by_what_they_need():
         ("guidance_scales", "2,2", "guidance_scales is 2.0,2.0: give each value once"),
         ("guidance_interval", "100", "guidance_interval is"),
         ("guidance_interval", "100,600", "guidance_interval is 100.0,600.0, but guidance_scales is 1, no guidance"),
+        ("autoguidance", "true", "autoguidance is true, but guidance_scales is 1, no guidance: give other scales too"),
         ("num_inference_steps", "10,0", "num_inference_steps has 0: give at least 1"),
         ("num_inference_steps", "10,10", "num_inference_steps is 10,10: give each value once"),
         ("train_data_dir", "x --dataset_name=moons", "dataset_name is 'moons' and train_data_dir is 'x': give one"),

@@ -3,6 +3,7 @@
 The children only report; assertions are made here.
 """
 
+import copy
 import io
 import json
 import re
@@ -15,14 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers.models.unets.unet_2d import UNet2DModel
 from PIL import Image
 
+from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.loading import check_folder
 from tests.arrays import save_images
 from tests.hub.commands import ROOT, run, run_code, start
 from tests.hub.repositories import check_card
 from tests.hub.server import TOKENS, Hub
+from tests.models import quiet
 from tests.short_run import SHORT_RUN, flags
 from training.hub.files import HALF_WEIGHTS, IMAGES, MODEL_FILES, WEIGHTS, count_parameters
 
@@ -272,6 +277,53 @@ report["saved"] = "MARK" in open(f"{sys.argv[1]}/saved/pipeline.py").read()
 """
     report = load(hub, tmp_path / "home", tmp_path, script)
     assert report["marks"] == [None, "other"] and not report["saved"]
+
+
+def test_a_guide_on_the_hub(published, tmp_path):
+    """diffusers downloads its weights with the model, but not its config.json, which is that of the network unless the
+    guide is another one: then the package fetches it, and remote code says what is wrong."""
+    hub, folder, _ = published
+    pipe = DDPMPipeline.from_pretrained(folder / "pipeline")
+    pipe.guide = copy.deepcopy(pipe.unet)
+    torch.nn.init.constant_(pipe.guide.conv_out.bias, 0.5)
+    pipe.save_pretrained(tmp_path / "same")
+    layers = pipe.unet.config.layers_per_block + 1
+    pipe.guide = UNet2DModel.from_config({**pipe.unet.config, "layers_per_block": layers})
+    pipe.save_pretrained(tmp_path / "another")
+    expected = {}
+    for name in ("same", "another"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        contents = {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files}
+        hub.create(f"bob/{name}", files=contents | {"README.md": b""})
+        expected[name] = quiet(DDPMPipeline.from_pretrained(tmp_path / name))
+    script = """
+def guided(name, kind, repo, **options):
+    pipe = kind.from_pretrained(repo, **options)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(seeds=[0, 1], num_inference_steps=3, output_type="np", autoguidance_scale=2.0).images
+    np.save(f"{sys.argv[1]}/{name}.npy", images)
+    report[name] = type(pipe).__module__
+
+sample("built-in", DiffusionPipeline, "bob/same")
+guided("remote same", DiffusionPipeline, "bob/same", **trust)
+try:
+    DiffusionPipeline.from_pretrained("bob/another", **trust)
+except ValueError as error:
+    report["error"] = str(error)
+DDPMPipeline = package()
+guided("package same", DDPMPipeline, "bob/same")
+guided("package another", DDPMPipeline, "bob/another")
+"""
+    report = load(hub, tmp_path / "home", tmp_path, script)
+    assert "guide/config.json is missing: load the model from a full copy" in report.pop("error")
+    assert report.pop("built-in").startswith("diffusers.pipelines")
+    assert list(report) == ["remote same", "package same", "package another"]
+    options = {"seeds": [0, 1], "num_inference_steps": 3, "output_type": "np"}
+    for name in report:
+        pipe = expected[name.split()[1]]
+        images = np.load(tmp_path / f"{name}.npy")
+        assert np.abs(images - pipe(**options, autoguidance_scale=2.0).images).max() <= 1e-5, name
+        assert np.abs(images - pipe(**options).images).max() > 1e-3, name
 
 
 def test_training_from_a_published_model(published, work, tmp_path):

@@ -22,7 +22,6 @@ from torch import Tensor
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.arguments import make_generators
 from ddpm_pipeline.calibrated import (
-    CALIBRATION,
     Guidance,
     Table,
     load_tables,
@@ -167,7 +166,7 @@ class Calibrator:
         scheduler = self.pipe.scheduler
         values = int(np.prod(self._shape))
         share = min(1.0, MAX_VALUES / values / (TEACHER_IMAGES + HELD_OUT_IMAGES))
-        table = dpm_solver_table(scheduler, teacher_times(scheduler), guidance=self.guidance)
+        table = dpm_solver_table(scheduler, teacher_times(scheduler))._replace(guidance=self.guidance)
         trials, first = [], 0
         for number in (TEACHER_IMAGES, HELD_OUT_IMAGES):
             sampler, noise = self._sampler(first, max(4, round(number * share)))
@@ -191,7 +190,7 @@ class Calibrator:
             sampler, noise = self._sampler(first, number)
             trials.append(Trial(sampler, Run(table, [noise], []), self.moments))
             first += number
-        return self._improve(table, *trials, smooth_changes, MOMENT_ITERATIONS, "to the training images")
+        return self._improve(table, trials[0], trials[1], smooth_changes, MOMENT_ITERATIONS, "to the training images")
 
     def _improve(
         self,
@@ -241,7 +240,7 @@ class Calibrator:
         guidance = self.guidance
         return prepare_denoiser(
             self.pipe.unet, self.pipe.scheduler, self.runtime.device, len(index), labels, guidance.guidance_scale,
-            guidance.guidance_interval,
+            guidance.guidance_interval, guidance.autoguidance_scale, self.pipe.guide,
         )  # fmt: skip
 
     def _total(self, tensor: Tensor) -> Tensor:
@@ -272,11 +271,15 @@ class Calibrator:
         """Put the tables into the configuration of the scheduler, beside those for other numbers or guidance."""
         pipe = self.pipe
         chosen = [self.tables[number] for number in self.config.num_inference_steps]
-        kept = []
-        if pipe.scheduler.config.get(CALIBRATION) is not None and why_not(pipe.scheduler, pipe.unet) is None:
-            replaced = {(len(table.timesteps), table.guidance) for table in chosen}
-            kept = [t for t in load_tables(pipe.scheduler) if (len(t.timesteps), t.guidance) not in replaced]
-        save_tables(pipe.scheduler, pipe.unet, sorted([*kept, *chosen], key=lambda table: len(table.timesteps)))
+        replaced = {(len(table.timesteps), table.guidance) for table in chosen}
+        kept = [
+            table
+            for table in load_tables(pipe.scheduler)
+            if (len(table.timesteps), table.guidance) not in replaced
+            and why_not(pipe.scheduler, pipe.unet, pipe.guide, table) is None
+        ]
+        tables = sorted([*kept, *chosen], key=lambda table: len(table.timesteps))
+        save_tables(pipe.scheduler, pipe.unet, tables, pipe.guide)
         if not self.runtime.is_main:
             return
         if not self.folder.is_dir():

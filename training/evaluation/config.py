@@ -36,6 +36,7 @@ class EvalConfig:
             each of the guidance scales, else 1.
         guidance_scales: scales of classifier-free guidance, separated by commas; samples are drawn with each. The model
             card shows the first, and which is best.
+        autoguidance: guidance_scales are of autoguidance, by the guide of the model, instead.
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         weights: ema (the published weights), online (without EMA; measured with the first sampler only), or both.
         extractor: features that samples are compared in: pixels, classifier (trained on the training images first) or
@@ -62,6 +63,7 @@ class EvalConfig:
     num_inference_steps: tuple[int, ...] = (50,)
     eta: tuple[float, ...] = ()
     guidance_scales: tuple[float, ...] = (1.0,)
+    autoguidance: bool = False
     guidance_interval: tuple[float, float] | None = None
     weights: tuple[str, ...] = WEIGHTS
     extractor: tuple[str, ...] = ("classifier",)
@@ -98,6 +100,8 @@ class EvalConfig:
                 f"guidance_interval is {_join(self.guidance_interval)}, but guidance_scales is 1, no guidance: give "
                 "other scales too"
             )
+        if self.autoguidance and set(self.guidance_scales) == {1}:
+            raise ValueError("autoguidance is true, but guidance_scales is 1, no guidance: give other scales too")
         if self.dataset_name and self.train_data_dir:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"

@@ -14,7 +14,7 @@ from ddpm_pipeline.labels import check_guidance_interval, null_class
 from training.data.classes import find_classes
 from training.evaluation import measures, report
 from training.evaluation.config import EvalConfig
-from training.evaluation.guidance import guidance_effect
+from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE, guidance_effect
 from training.evaluation.measures import Curve, HeldOutBits, Measurement, Result, make_measurement
 from training.evaluation.reference import RealImages, choose_real_images, load_split, was_trained_on
 from training.evaluation.samples import Model, SamplerConfig, Shards, load_models, sample
@@ -132,13 +132,14 @@ class Evaluator:
     def _samplers(self, model: Model) -> list[SamplerConfig]:
         """By default calibrated where this model has a table for each guidance scale, so that scales are comparable."""
         config = self.config
+        guidance = config.guidance_interval, config.autoguidance
 
         def default_eta(steps: int) -> float | None:
-            scales = [SamplerConfig(steps, None, scale, config.guidance_interval) for scale in config.guidance_scales]
+            scales = [SamplerConfig(steps, None, scale, *guidance) for scale in config.guidance_scales]
             return None if all(sampler.table(model) is not None for sampler in scales) else 1.0
 
         return [
-            SamplerConfig(steps, default_eta(steps) if eta is None else eta, scale, config.guidance_interval)
+            SamplerConfig(steps, default_eta(steps) if eta is None else eta, scale, *guidance)
             for scale in config.guidance_scales
             for eta in config.eta or (None,)
             for steps in config.num_inference_steps
@@ -243,7 +244,11 @@ class Evaluator:
                     {"name": extractor.name, "key": extractor.key, "accuracy": extractor.accuracy}
                     for extractor in extractors
                 ],
-                guidance=guidance_effect(measurements, self.config.guidance_interval),
+                guidance=guidance_effect(
+                    measurements,
+                    self.config.guidance_interval,
+                    AUTOGUIDANCE if self.config.autoguidance else CLASSIFIER_FREE,
+                ),
                 step=None if first.record is None else first.record.weights_step,
                 precision=self.precision,
                 seconds=round(time.monotonic() - self.started, 1),
@@ -285,7 +290,12 @@ def check_fits_model(config: EvalConfig, model: Model) -> None:
         )
     num_timesteps = model.pipe.scheduler.config.num_train_timesteps
     if guided := [scale for scale in config.guidance_scales if scale != 1]:
-        if null_class(model.pipe.unet) is None:
+        if config.autoguidance and model.pipe.guide is None:
+            raise ValueError(
+                f"autoguidance is true, but {config.model} has no guide: leave it out (to have one, train with "
+                "--guide_snapshot 0.125)"
+            )
+        if not config.autoguidance and null_class(model.pipe.unet) is None:
             raise ValueError(
                 f'guidance_scales has {guided[0]:g}, but {config.model} has no class for "no label": give 1 (for '
                 "guidance, train with --class_conditional and --label_dropout 0.1)"

@@ -1,4 +1,4 @@
-"""GUIDANCE: distances and accuracy over the scale of classifier-free guidance, and which scale is best."""
+"""GUIDANCE: distances and accuracy over the scale of guidance, and which scale is best."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ if TYPE_CHECKING:  # it imports torch, which the model card does not need
 
 DISTANCES = ("mean_class_kernel_distance", "kernel_distance")  # the first that was measured says which scale is best
 MEASURES = (*DISTANCES, "accuracy")
+CLASSIFIER_FREE, AUTOGUIDANCE = "guidance_scale", "autoguidance_scale"  # the arguments of a call
 
 
-def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, float] | None) -> dict[str, Any] | None:
+def guidance_effect(
+    measurements: Sequence[Measurement], interval: tuple[float, float] | None, argument: str = CLASSIFIER_FREE
+) -> dict[str, Any] | None:
     """The "guidance" of report.json: each measure at each scale, with the first weights, steps, eta and extractor.
 
     The best scale has the smallest mean distance within a class, which grows with samples of a wrong class too; if
@@ -22,9 +25,10 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
 
     Args:
         interval: timesteps that were guided; None: all.
+        argument: of a call of the pipeline, that the scales are of.
     Returns:
-        interval, scales, best_scale and the extractor of the distances (None without distances), and a list of
-        measures: name, values, standard_errors, real_data_baseline. None if there is only one scale.
+        argument, interval, scales, best_scale and the extractor of the distances (None without distances), and a list
+        of measures: name, values, standard_errors, real_data_baseline. None if there is only one scale.
     """
     columns: dict[str, list[Measurement]] = {}
     for measure in MEASURES:
@@ -37,6 +41,7 @@ def guidance_effect(measurements: Sequence[Measurement], interval: tuple[float, 
     scales = [m.guidance_scale for m in next(iter(columns.values()))]
     best = next((_best(columns[measure]) for measure in DISTANCES if measure in columns), None)
     return {
+        "argument": argument,
         "interval": interval,
         "scales": scales,
         "best_scale": None if best is None else best.guidance_scale,
@@ -75,8 +80,9 @@ def best_scale_text(guidance: Mapping[str, Any]) -> str:
 def guidance_table(guidance: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: a line for each scale, and one for the real-data baseline."""
     measures = guidance["measures"]
+    kind = guidance.get("argument", CLASSIFIER_FREE).replace("_", " ")  # older reports lack it
     lines = [
-        "| guidance scale | " + " | ".join(each["name"] for each in measures) + " |",
+        f"| {kind} | " + " | ".join(each["name"] for each in measures) + " |",
         "|---" * (1 + len(measures)) + "|",
     ]
     for i, scale in enumerate(guidance["scales"]):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from training.calibration.config import CalibrationConfig
 from training.config import Config
 from training.data.classes import Classes
 from training.data.split import DataSplit, evenly_spaced, load_data_split, splits_to_hold_out
@@ -59,7 +60,7 @@ class RealImages:
         return hashlib.sha256(np.ascontiguousarray(self.reference).data).hexdigest()
 
 
-def load_split(config: EvalConfig, model: Model) -> DataSplit:
+def load_split(config: EvalConfig | CalibrationConfig, model: Model) -> DataSplit:
     """The data that the model was trained on, or that of the config, prepared as for training.
 
     The held-out set is the test split if there is one, because training may have been tuned on the others; otherwise

@@ -20,6 +20,7 @@ from ddpm_pipeline.calibrated import Guidance, Table, find_table, why_not
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
 from training.data.classes import Classes
+from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE
 from training.progress import is_terminal, progress
 from training.run import checkpoint
 from training.run.record import RunRecord
@@ -55,12 +56,14 @@ class SamplerConfig:
         eta: None: the calibrated table of the model instead.
         guidance_scale: 1: no guidance.
         guidance_interval: timesteps that are guided; None: all.
+        autoguidance: the scale is of autoguidance, not of classifier-free guidance.
     """
 
     num_inference_steps: int
     eta: float | None
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
+    autoguidance: bool = False
 
     @property
     def guidance(self) -> dict[str, Any]:
@@ -68,13 +71,14 @@ class SamplerConfig:
         if self.guidance_scale == 1:
             return {}
         interval = {} if self.guidance_interval is None else {"guidance_interval": self.guidance_interval}
-        return {"guidance_scale": self.guidance_scale, **interval}
+        return {AUTOGUIDANCE if self.autoguidance else CLASSIFIER_FREE: self.guidance_scale, **interval}
 
     @property
     def guidance_text(self) -> str:
         """Such as ", guidance 2 at 100 <= t < 600"; empty without guidance."""
         at = " at {:g} <= t < {:g}".format(*self.guidance_interval) if self.guidance_interval else ""
-        return f", guidance {self.guidance_scale:g}{at}" if self.guidance else ""
+        kind = "autoguidance" if self.autoguidance else "guidance"
+        return f", {kind} {self.guidance_scale:g}{at}" if self.guidance else ""
 
     @property
     def eta_text(self) -> str:
@@ -87,7 +91,7 @@ class SamplerConfig:
         """The calibrated table of a model for this number of steps and this guidance, if it was fitted to it."""
         scheduler = model.pipe.scheduler
         table = find_table(scheduler, self.num_inference_steps, Guidance(**self.guidance))
-        return None if table is None or why_not(scheduler, model.pipe.unet) else table
+        return None if table is None or why_not(scheduler, model.pipe.unet, model.pipe.guide, table) else table
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -158,8 +162,10 @@ def _load_online(run: Path, ema: Model, step: int) -> Model:
         raise ValueError(f"{path} is of step {manifest['step']}, pipeline/ of step {step}: give --weights ema")
     unet = type(ema.pipe.unet).from_config(ema.pipe.unet.config)
     unet.load_state_dict(load_file(path / checkpoint.WEIGHTS))
+    pipe = DDPMPipeline(unet.eval(), ema.pipe.scheduler)
+    pipe.guide = ema.pipe.guide
     return ema._replace(
-        pipe=DDPMPipeline(unet.eval(), ema.pipe.scheduler),
+        pipe=pipe,
         weights="online",
         sha256=manifest["files"][checkpoint.WEIGHTS]["sha256"],
     )
@@ -176,7 +182,7 @@ def _hash_scheduler(scheduler: Any) -> str:
 
 
 def _hash_weights(weights: dict[str, Tensor]) -> str:
-    """sha256 of the weights of a model on the Hub, whose file is in the cache and not in a known folder."""
+    """sha256 of weights whose file is not known: of a model on the Hub, or of a guide."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         sha256.update(name.encode() + tensor.float().cpu().numpy().tobytes())
@@ -217,7 +223,8 @@ class Shards:
         settings = f"steps{sampler.num_inference_steps}-{eta}-seed{seed}-{precision}"
         if sampler.guidance:
             interval = "-{:g}-{:g}".format(*sampler.guidance_interval) if sampler.guidance_interval else ""
-            settings += f"-guidance{sampler.guidance_scale:g}{interval}"
+            guide = f"-auto-{_hash_weights(model.pipe.guide.state_dict())[:8]}" if sampler.autoguidance else ""
+            settings += f"{guide}-guidance{sampler.guidance_scale:g}{interval}"
         if classes is not None:
             settings += f"-classes-{hashlib.sha256(repr(classes.counts).encode()).hexdigest()[:8]}"
         self.folder = folder / "samples" / f"{weights}-{settings}"

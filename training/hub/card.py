@@ -12,8 +12,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from training.evaluation.guidance import best_scale_text, guidance_table
+from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE, best_scale_text, guidance_table
 from training.hub.files import (
+    GUIDE_WEIGHTS,
     IMAGES,
     ROOT,
     WEIGHTS,
@@ -77,6 +78,7 @@ def write_card(
         "built_in_way": "" if has_class_labels(unet_config(folder)) else _built_in_way(repo_id, revision, record),
         "class_labels": _class_labels(folder) + _guidance_arguments(report),
         "classes": _classes(folder, record, report),
+        "guide": _guide(folder, record, report),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
         **_model_fields(folder),
@@ -201,13 +203,13 @@ def _guidance_arguments(report: Mapping[str, Any] | None) -> str:
     if guidance is None or guidance["best_scale"] in (None, 1):
         return ""
     interval = f" guidance_interval={tuple(guidance['interval'])}," if guidance["interval"] else ""
-    return f" guidance_scale={guidance['best_scale']:g},{interval}"
+    return f" {guidance.get('argument', CLASSIFIER_FREE)}={guidance['best_scale']:g},{interval}"
 
 
-def _guidance(report: Mapping[str, Any] | None) -> list[str]:
-    """What was measured of guidance: which scale is best, and a table."""
+def _guidance(report: Mapping[str, Any] | None, argument: str) -> list[str]:
+    """What was measured of guidance by this argument of a call: which scale is best, and a table."""
     guidance = (report or {}).get("guidance")
-    if guidance is None or guidance["best_scale"] is None:
+    if guidance is None or guidance["best_scale"] is None or guidance.get("argument", CLASSIFIER_FREE) != argument:
         return ["Its best scale was not measured."]
     at = " (at timesteps {:g} <= t < {:g})".format(*guidance["interval"]) if guidance["interval"] else ""
     best = (
@@ -239,10 +241,27 @@ def _classes(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) 
             f"In training an image had no label with probability {record.config.get('label_dropout', 0):g}, so it has "
             "classifier-free guidance: `pipe(class_labels=..., guidance_scale=2.0)`."
         )
-        lines += _guidance(report)
+        lines += _guidance(report, CLASSIFIER_FREE)
     else:
         lines.append("In training every image had its label, so it has no guidance: `guidance_scale` must be 1.")
     return "\n\n".join(lines)
+
+
+def _guide(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) -> str:
+    """The section on autoguidance, or nothing."""
+    if not (folder / GUIDE_WEIGHTS).is_file():
+        return ""
+    label = "class_labels=..., " if has_class_labels(unet_config(folder)) else ""
+    snapshot = "" if record.guide_step is None else f", the EMA weights of step {record.guide_step:,}"
+    return "\n\n".join(
+        [
+            "## Autoguidance",
+            f"It has a guide in `guide/`{snapshot}: a weaker version of the network, away from which sampling can be "
+            "guided ([Karras et al. 2024](https://arxiv.org/abs/2406.02507)), with the package or remote code: "
+            f"`pipe({label}autoguidance_scale=2.0)`. Each step then takes two calls of a network.",
+            *_guidance(report, AUTOGUIDANCE),
+        ]
+    )
 
 
 def _model_fields(folder: Path) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from training.run.record import read_json
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, with the card's template and the licence
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 HALF_WEIGHTS = "unet/diffusion_pytorch_model.fp16.safetensors"
+GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
+GUIDE_FILES = ("guide/config.json", GUIDE_WEIGHTS)  # if the model has a guide
+HALF_GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.fp16.safetensors"
 REMOTE_CODE = "pipeline.py"
 MODEL_FILES = ("model_index.json", REMOTE_CODE, "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
 IMAGES = ("samples.png", "trajectory.png")
 CARD = "README.md"
-PUBLISHED = (*MODEL_FILES, HALF_WEIGHTS, *IMAGES, CARD, "config.yaml", "report.json", "LICENSE")  # and nothing else
+OTHERS = (CARD, "config.yaml", "report.json", "LICENSE")
+PUBLISHED = (*MODEL_FILES, HALF_WEIGHTS, *GUIDE_FILES, HALF_GUIDE_WEIGHTS, *IMAGES, *OTHERS)  # and nothing else
 FORMER_NAMES = {"walk.png": "trajectory.png"}  # of files in runs and repositories from earlier versions
 
 

@@ -1,8 +1,8 @@
-"""LOAD ONCE: load a published folder in one of the three ways, sample two images and save them. check.py runs it.
+"""LOAD ONCE: load a published folder in one of the three ways; sample two images, and two with its guide; save them.
 
     python load_once.py {package,remote-code,built-in} FOLDER OUTPUT.safetensors --steps N [--class_labels JSON]
 
-Each way has its own process: in all but the first, ddpm_pipeline cannot be imported.
+check.py runs it. Each way has its own process: in all but the first, ddpm_pipeline cannot be imported.
 """
 
 import argparse
@@ -47,10 +47,13 @@ def main() -> None:
     else:
         pipe = diffusers.DiffusionPipeline.from_pretrained(args.folder)
     pipe.set_progress_bar_config(disable=True)
-    options = {"class_labels": args.class_labels} if args.class_labels else {}
+    options: dict[str, Any] = {"class_labels": args.class_labels} if args.class_labels else {}
     generator = torch.Generator().manual_seed(0)
-    images = pipe(2, generator, num_inference_steps=args.steps, output_type="np", **options).images
-    save_file({"images": torch.from_numpy(images).contiguous()}, args.output)
+    options |= {"num_inference_steps": args.steps, "output_type": "np"}
+    images = {"images": pipe(2, generator, **options).images}
+    if getattr(pipe, "guide", None) is not None:
+        images["guided images"] = pipe(2, generator, autoguidance_scale=2.0, **options).images
+    save_file({name: torch.from_numpy(each).contiguous() for name, each in images.items()}, args.output)
 
 
 if __name__ == "__main__":

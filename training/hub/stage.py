@@ -19,6 +19,9 @@ from training.hub.card import write_card
 from training.hub.files import (
     CARD,
     FORMER_NAMES,
+    GUIDE_FILES,
+    GUIDE_WEIGHTS,
+    HALF_GUIDE_WEIGHTS,
     HALF_WEIGHTS,
     IMAGES,
     MODEL_FILES,
@@ -116,7 +119,8 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
     record = RunRecord.load(pipeline)
     if record is None:
         raise FileNotFoundError(f"{pipeline / 'training.json'} is missing: the card needs the run's record")
-    sources = {name: pipeline / name for name in MODEL_FILES}
+    guide_files = GUIDE_FILES if (pipeline / "guide").is_dir() else ()
+    sources = {name: pipeline / name for name in (*MODEL_FILES, *guide_files)}
     for name in [*FORMER_NAMES, *IMAGES]:  # if both names exist, the current one wins
         if (pipeline / name).is_file():
             sources[FORMER_NAMES.get(name, name)] = pipeline / name
@@ -129,12 +133,15 @@ def _copy_model(pipeline: Path, folder: Path) -> RunRecord:
 def _write_half_precision(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS).items()}
-    if too_large := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"fp16: {too_large[0]} has values above 65504, the largest in half precision: publish without --fp16"
-        )
-    save_file(weights, folder / HALF_WEIGHTS, metadata={"format": "pt"})
+    for whole, half in ((WEIGHTS, HALF_WEIGHTS), (GUIDE_WEIGHTS, HALF_GUIDE_WEIGHTS)):
+        if not (folder / whole).is_file():
+            continue
+        weights = {name: tensor.half() for name, tensor in load_file(folder / whole).items()}
+        if too_large := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise ValueError(
+                f"fp16: {too_large[0]} has values above 65504, the largest in half precision: publish without --fp16"
+            )
+        save_file(weights, folder / half, metadata={"format": "pt"})
 
 
 def _read_report(file: Path, weights: Path, log: Callable[[str], object]) -> dict[str, Any] | None:

@@ -7,8 +7,7 @@ their difference, which image it is and how much noise it had cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from training.data.split import HELD_OUT_EVERY
+from training.run.kept import KeptWeights
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -65,7 +65,7 @@ class LossRise:
         )
 
 
-class Best:
+class Best(KeptWeights):
     """The EMA weights with the lowest measure of all validations so far, the same on all ranks.
 
     Args:
@@ -76,9 +76,9 @@ class Best:
     """
 
     def __init__(self, keep_best: str | None, ema: FlatEMA, tell: Callable[[str], object]) -> None:
-        self._keep_best, self._ema, self._tell = keep_best, ema, tell
+        super().__init__(ema)
+        self._keep_best, self._tell = keep_best, tell
         self.found: dict[str, Any] | None = None
-        self._weights: dict[str, Tensor] = {}
         self._rise = LossRise()
 
     def see(self, step: int, metrics: Mapping[str, float], losses: Sequence[float]) -> None:
@@ -91,7 +91,8 @@ class Best:
         if self._keep_best is not None:
             value = metrics.get(self._keep_best, math.nan)
             if value < (math.inf if self.found is None else self.found["value"]):
-                self._keep({"measure": self._keep_best, "step": step, "value": value}, self._ema.state_dict())
+                self.found = {"measure": self._keep_best, "step": step, "value": value}
+                self.keep(step)
         if risen := self._rise.see(step, losses):
             advice = "Give it more images or flips, --dropout 0.1, less time, or keep the model of step "
             advice += f"{self._rise.step} with --keep_best validation_loss"
@@ -99,23 +100,6 @@ class Best:
                 advice = f"The model of step {self.found['step']} is kept. A better one needs more images, flips or "
                 advice += "--dropout 0.1"
             self._tell(f"WARNING: {risen}. {advice}")
-
-    def weights_before(self, step: int) -> dict[str, Tensor] | None:
-        """The best weights; None if there are none, or they are the EMA weights of this step."""
-        return None if self.found is None or self.found["step"] == step else self._weights
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """A context in which the EMA has the best weights, if there are any."""
-        if self.found is None:
-            yield
-            return
-        now = self._ema.state_dict()
-        self._ema.load_state_dict(self._weights)
-        try:
-            yield
-        finally:
-            self._ema.load_state_dict(now)
 
     def state_dict(self) -> dict[str, Any]:
         """Of the warning, as JSON values; `found` is in the run record, and the weights are in a file of their own."""
@@ -141,13 +125,11 @@ class Best:
             if changes := changed("keep_best", *MEASURED_WITH[found["measure"]]):
                 self._tell(f"WARNING: {changes}: the best model so far, of step {found['step']}, is not kept")
             else:
-                self._keep(found, weights or self._ema.state_dict())
+                self.found = found
+                self.keep(found["step"], weights)
         if "held_out_loss" in manifest:
             rise = LossRise(**manifest["held_out_loss"])
             self._rise = LossRise(warned=rise.warned) if changed(*MEASURED_WITH["validation_loss"]) else rise
-
-    def _keep(self, found: dict[str, Any], weights: Mapping[str, Tensor]) -> None:
-        self.found, self._weights = found, {name: tensor.cpu() for name, tensor in weights.items()}
 
 
 def check_held_out(keep_best: str | None, number: int) -> None:

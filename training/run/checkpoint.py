@@ -1,11 +1,13 @@
 """CHECKPOINTS: complete or invisible, and enough to resume bit for bit.
 
-    checkpoint-000500/  model.safetensors  ema.safetensors  optimizer.pt  manifest.json  (best.safetensors)
+    checkpoint-000500/  model.safetensors  ema.safetensors  optimizer.pt  manifest.json
+                        (best.safetensors  guide.safetensors)
 
 A checkpoint is written into a temporary folder and flushed to disk, and only then renamed to its final name. Older
 checkpoints are deleted after the new one has been read back. The manifest holds the size and sha256 of each file, the
-step, the run record, the state of fp16's loss scaler and that of best.py, whose weights are in best.safetensors unless
-they are the EMA weights of this step. Random numbers need no state: see ddpm_pipeline/rng.py.
+step, the run record, the state of fp16's loss scaler and that of best.py. What is kept of earlier steps, the best
+weights and the guide, is in files of its own unless it is the EMA weights of this step. Random numbers need no state:
+see ddpm_pipeline/rng.py.
 
 Other names in the folder: `checkpoint-000500.tmp-PID` is incomplete or being deleted; `checkpoint-000500.old` is
 complete and being replaced by another one of the same step. `clean_up` handles both after a crash. While a run writes
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"checkpoint-(\d{6,})")
 WEIGHTS, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
-BEST = "best.safetensors"  # the EMA weights that are kept, if they are of an earlier step
+BEST, GUIDE = "best.safetensors", "guide.safetensors"  # EMA weights that are kept, if they are of an earlier step
 LOCK = ".lock"
 # What opening or flushing a folder answers where it cannot be done.
 NO_FOLDER_FLUSH = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOSYS)
@@ -135,7 +137,7 @@ def save(
     optimizer: dict[str, Any],
     record: Mapping[str, Any],
     total_limit: int,
-    best: Mapping[str, Tensor] | None = None,
+    earlier: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` optimizer steps, then delete all but the newest `total_limit` up to this step.
 
@@ -146,7 +148,7 @@ def save(
         model, ema: named float32 tensors.
         optimizer: a state dict of tensors, numbers, lists and dicts.
         record: more entries of the manifest, as JSON values.
-        best: EMA weights of an earlier step, float32, or none.
+        earlier: float32 EMA weights of earlier steps, for BEST and GUIDE if there are any.
     Raises:
         DiskFullError: it cannot be written. The message has the path, the bytes needed and the bytes free.
         CheckpointError: what was written does not read back correctly. No other checkpoint has been deleted.
@@ -154,7 +156,8 @@ def save(
     final = output_dir / f"checkpoint-{step:06d}"
     temporary = output_dir / f"{final.name}.tmp-{os.getpid()}"
     replaced = output_dir / f"{final.name}.old"
-    needed = estimate_bytes(model, ema, optimizer, best)
+    earlier = earlier or {}
+    needed = estimate_bytes(model, ema, optimizer, *earlier.values())
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_free_space(output_dir, needed)
@@ -166,8 +169,8 @@ def save(
             EMA: _write(temporary / EMA, _safetensors_bytes(ema)),
             OPTIMIZER: _write(temporary / OPTIMIZER, _torch_bytes(optimizer)),
         }
-        if best is not None:
-            files[BEST] = _write(temporary / BEST, _safetensors_bytes(best))
+        for name, weights in earlier.items():
+            files[name] = _write(temporary / name, _safetensors_bytes(weights))
         _write(temporary / MANIFEST, json.dumps({"step": step, **record, "files": files}, indent=2).encode() + b"\n")
         _flush_folder(temporary)
         if final.exists():  # of a run that was resumed from an earlier step
@@ -191,10 +194,10 @@ def estimate_bytes(
     model: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Any] | None = None,
-    best: Mapping[str, Tensor] | None = None,
+    *others: Mapping[str, Tensor],
 ) -> int:
     """Approximate size of a checkpoint in bytes. Without an optimizer state, Adam's after the first step is assumed."""
-    tensors = [*model.values(), *ema.values(), *(best or {}).values()]
+    tensors = [tensor for weights in (model, ema, *others) for tensor in weights.values()]
     if optimizer is None:
         tensors += [*ema.values(), *ema.values()]
     else:
@@ -277,9 +280,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
     return load_file(path / WEIGHTS), load_file(path / EMA), optimizer
 
 
-def load_best(path: Path) -> dict[str, Tensor] | None:
-    """The EMA weights of an earlier step in a checkpoint, on the CPU; None if it has none."""
-    return load_file(path / BEST) if (path / BEST).exists() else None
+def load_earlier(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The EMA weights of earlier steps in a checkpoint, on the CPU: for each of BEST and GUIDE that it has."""
+    return {name: load_file(path / name) for name in (BEST, GUIDE) if (path / name).exists()}
 
 
 def _write_lock_holder(descriptor: int) -> None:

@@ -43,6 +43,7 @@ class RunRecord:
         share: of its budget that the run has used, in [0, 1]; None in older records.
         budget: for a resumed run, see training/budget.py; None in older records.
         best: which EMA weights are kept: `measure`, and its `value` at `step`; None: those of the last step.
+        guide_step: the step that the guide is of, whose EMA weights are in guide/; None: the model has none.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
 
@@ -71,6 +72,7 @@ class RunRecord:
     share: float | None = None
     budget: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
+    guide_step: int | None = None
 
     @property
     def weights_step(self) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from training.config import Config
     from training.ema import FlatEMA
     from training.run.best import Best
+    from training.run.kept import GuideSnapshot
     from training.run.runtime import Runtime
 
 # What may change when a run is resumed, but changes how it is trained; `describe_changes` says so.
@@ -72,6 +73,7 @@ def restore(
     ema: FlatEMA,
     optimizer: torch.optim.Optimizer,
     best: Best,
+    guide: GuideSnapshot,
 ) -> TrainingState:
     """Load a checkpoint on all ranks, and print what has changed since it was written.
 
@@ -82,10 +84,10 @@ def restore(
     loaded = None
     with runtime.together():
         if runtime.is_main:
-            loaded = *checkpoint.load(path), checkpoint.load_best(path)
+            loaded = *checkpoint.load(path), checkpoint.load_earlier(path)
     loaded = runtime.broadcast(loaded)
     assert loaded is not None
-    weights, ema_weights, optimizer_state, best_weights = loaded
+    weights, ema_weights, optimizer_state, earlier = loaded
     ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
     unet.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
@@ -95,12 +97,14 @@ def restore(
     scaler_state = manifest.get("scaler")  # None if the checkpoint is of a run without fp16
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
-    best.load_state(manifest, best_weights, runtime.broadcast(config))  # settings of paths differ between machines
+    config_of_rank_0 = runtime.broadcast(config)  # settings of paths differ between machines
+    best.load_state(manifest, earlier.get(checkpoint.BEST), config_of_rank_0)
     runtime.begin_threads(manifest.get("threads"))
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
     seconds = manifest.get("seconds", 0.0)
     budget.load_state_dict(manifest.get("budget"), step, seconds)
+    guide.load_state(manifest, earlier.get(checkpoint.GUIDE), budget.share(step))
     if changes := describe_changes(manifest, config, budget, runtime.mixed_precision):
         runtime.print(changes)
     if budget.share(step) >= 1:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from training.config import Config
     from training.ema import FlatEMA
     from training.run.inputs import Inputs
+    from training.run.kept import GuideSnapshot
     from training.run.log import Log
     from training.run.runtime import Runtime
     from training.run.signals import StopSignal
@@ -45,12 +47,14 @@ class EMASampler:
         unet: UNet2DModel,
         scheduler: DDPMScheduler,
         ema: FlatEMA,
+        guide: GuideSnapshot,
         log: Log,
         stop: StopSignal,
         inputs: Inputs,
     ) -> None:
         self.unet, self.scheduler = unet, scheduler
         self._config, self._runtime, self._ema, self._log, self._stop = config, runtime, ema, log, stop
+        self._guide = guide
         self._classes = inputs.classes
         # The training image whose forward process is in trajectory.png, (1, C, H, W) in [-1, 1], and its label.
         first = torch.zeros(1, dtype=torch.int64)
@@ -139,7 +143,7 @@ class EMASampler:
         return visualize.grid(samples, columns=labels.count(labels[0]))
 
     def save_pipeline(self, record: RunRecord, name: str = PIPELINE) -> Tensor | None:
-        """Write pipeline/: the EMA weights, the run record, samples, a trajectory. Returns what `draw` returns."""
+        """Write pipeline/: EMA weights, guide, run record, samples, a trajectory. Returns what `draw` returns."""
         samples = self.save_grid(record.weights_step)
         with self._runtime.together():
             if self._runtime.is_main:
@@ -168,10 +172,14 @@ class EMASampler:
                 if not is_out_of_memory(error):
                     raise
                 print("WARNING: out of memory drawing trajectory.png: skipped. The model is saved.", file=sys.stderr)
+            pipe.guide = self._guide.network(self.unet, record.weights_step)
+            if pipe.guide is not None:
+                record = replace(record, guide_step=self._guide.step)
             try:
                 save_pipeline(pipe, folder, record, images)
             except (OSError, SafetensorError) as error:
-                needed = checkpoint.estimate_bytes(self.unet.state_dict(), {}, {})
+                networks = [each.state_dict() for each in (self.unet, pipe.guide) if each is not None]
+                needed = checkpoint.estimate_bytes({}, {}, {}, *networks)
                 advice = "checkpoints are untouched: make room, then --resume_from_checkpoint latest"
                 raise checkpoint.disk_full(folder, error, needed, advice) from error
 
