@@ -14,14 +14,18 @@ from docstring_parser import parse
 DOCS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(DOCS.parent))  # the project, so that `training` is found
 
+from training.calibration.config import CalibrationConfig  # noqa: E402
 from training.config import Config  # noqa: E402
 from training.evaluation.config import EvalConfig  # noqa: E402
 
-TABLES: dict[str, type[Config | EvalConfig]] = {"training.md": Config, "evaluation.md": EvalConfig}
+AnyConfig = type[Config | EvalConfig | CalibrationConfig]
+TABLES: dict[str, AnyConfig] = {
+    "training.md": Config, "evaluation.md": EvalConfig, "few-steps.md": CalibrationConfig,
+}  # fmt: skip
 TABLE = re.compile(r"(<!-- begin settings[^\n]*-->\n).*?(<!-- end settings -->)", re.S)
 
 
-def table(cls: type[Config | EvalConfig]) -> str:
+def table(cls: AnyConfig) -> str:
     """One line per field: name, default, meaning."""
     descriptions = {param.arg_name: param.description or "" for param in parse(cls.__doc__ or "").params}
     lines = ["| setting | default | meaning |", "|---|---|---|"]

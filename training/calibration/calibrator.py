@@ -181,16 +181,18 @@ class Calibrator:
         scheduler = self.pipe.scheduler
         times = best_times(teacher.run, scheduler, num_steps, self._total)
         table = fit_steps(teacher.sampler, teacher.run, times, self._total)
-        make_parameters = all_numbers if num_steps <= ALL_FREE else smooth_changes
-        table = self._improve(table, teacher, held_out, make_parameters, ITERATIONS, "to its own samples")
         if self.moments is None:
-            return table
-        first, trials = TEACHER_IMAGES + HELD_OUT_IMAGES, []
-        for number in (self.config.num_images, self.config.num_images // 2):
-            sampler, noise = self._sampler(first, number)
-            trials.append(Trial(sampler, Run(table, [noise], []), self.moments))
-            first += number
-        return self._improve(table, trials[0], trials[1], smooth_changes, MOMENT_ITERATIONS, "to the training images")
+            make_parameters = all_numbers if num_steps <= ALL_FREE else smooth_changes
+            trials, goal = [teacher, held_out], "to its own samples"
+        else:
+            make_parameters, goal = smooth_changes, "to the training images"
+            first, trials = TEACHER_IMAGES + HELD_OUT_IMAGES, []
+            for number in (self.config.num_images, self.config.num_images // 2):
+                sampler, noise = self._sampler(first, number)
+                trials.append(Trial(sampler, Run(table, [noise], []), self.moments))
+                first += number
+        table = self._improve(table, trials[0], trials[1], make_parameters, f"{num_steps} steps, {goal}")
+        return table._replace(coefficients=[[round(number, 6) for number in row] for row in table.coefficients])
 
     def _improve(
         self,
@@ -198,14 +200,14 @@ class Calibrator:
         trial: Trial,
         held_out: Trial,
         make_parameters: Callable[[Table, int], Parameters],
-        max_iterations: int,
-        goal: str,
+        title: str,
     ) -> Table:
         number = len(table.timesteps)
         runs = len(make_parameters(table, self.pipe.scheduler.num_steps).differences) + 2
         images = sum(len(each.run.states[0]) for each in (trial, held_out))
+        max_iterations = ITERATIONS if self.moments is None else MOMENT_ITERATIONS
         total = max_iterations * runs * number * images  # at most
-        with self._progress(f"{number} steps, {goal}", total, trial.sampler, held_out.sampler):
+        with self._progress(title, total, trial.sampler, held_out.sampler):
             starts = [each._replace(run=each.sampler.run(table, each.run.states[0])) for each in (trial, held_out)]
             return improve(starts[0], starts[1], make_parameters, max_iterations)[0].run.table
 
