@@ -1,1 +1,1 @@
-"""The parts of `training/calibrate.py`."""
+"""Calibration: a sampler with few steps, fitted to a network, and its comparison with the schedulers of diffusers."""

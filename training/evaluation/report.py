@@ -258,12 +258,12 @@ def plot_distances(folder: Path, measurements: Sequence[Measurement]) -> list[st
         steps = sorted({m.num_inference_steps for m in chosen if m.num_inference_steps is not None})
         if len(steps) < 2:
             continue
-        figure, axes = _figure()
+        figure, axes = make_figure()
         _plot_over(axes, chosen, "num_inference_steps")
         axes.set(xscale="log", xlabel="number of sampling steps")
         axes.set_xticks(steps, [f"{number}" for number in steps])
         axes.minorticks_off()
-        names.append(_save(figure, [axes], folder / f"{measure}.png"))
+        names.append(save_figure(figure, [axes], folder / f"{measure}.png"))
     return names
 
 
@@ -281,13 +281,13 @@ def plot_guidance(folder: Path, measurements: Sequence[Measurement]) -> list[str
             panels.append(chosen)
     if not panels:
         return []
-    figure, *_ = _figure(len(panels))
+    figure, *_ = make_figure(len(panels))
     for axes, chosen in zip(figure.axes, panels):
         _plot_over(axes, chosen, "guidance_scale")
         axes.set(
             xlabel="guidance scale", xticks=sorted({m.guidance_scale for m in chosen if m.guidance_scale is not None})
         )
-    return [_save(figure, figure.axes, folder / "guidance.png")]
+    return [save_figure(figure, figure.axes, folder / "guidance.png")]
 
 
 def _plot_over(axes: Axes, measurements: Sequence[Measurement], over: str) -> None:
@@ -317,7 +317,7 @@ def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
     """Plot the terms of the variational bound over t, and distortion over rate. Returns the names of the files."""
     if not curves:
         return []
-    figure, axes = _figure()
+    figure, axes = make_figure()
     for curve in curves:
         label = f"{curve['weights']}, {curve['variance_type']}"
         axes.plot([0, *curve["t"]], [curve["decoder"], *curve["kl"]], marker=".", label=label)
@@ -325,17 +325,17 @@ def plot_bound(folder: Path, curves: Sequence[Curve]) -> list[str]:
         yscale="log", xscale="symlog", xlim=(0, None), xlabel="t (at 0: the decoder)",
         ylabel="bits per dimension of one timestep",
     )  # fmt: skip
-    names = [_save(figure, [axes], folder / "bound.png")]
-    figure, axes = _figure()
+    names = [save_figure(figure, [axes], folder / "bound.png")]
+    figure, axes = make_figure()
     for curve in curves:
         progressive = curve["rate_distortion"]
         label = f"{curve['weights']}, {curve['variance_type']}"
         axes.plot(progressive["rate"], progressive["distortion"], marker=".", label=label)
     axes.set(xlabel="rate, bits per dimension", ylabel="distortion, RMS error of 255", ylim=(0, None))
-    return [*names, _save(figure, [axes], folder / "rate_distortion.png")]
+    return [*names, save_figure(figure, [axes], folder / "rate_distortion.png")]
 
 
-def _figure(panels: int = 1) -> tuple[Figure, Axes]:
+def make_figure(panels: int = 1) -> tuple[Figure, Axes]:
     """A figure with panels side by side, and the first of them."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -343,7 +343,8 @@ def _figure(panels: int = 1) -> tuple[Figure, Axes]:
     return figure, figure.subplots(1, panels, squeeze=False)[0, 0]
 
 
-def _save(figure: Figure, panels: Sequence[Axes], path: Path) -> str:
+def save_figure(figure: Figure, panels: Sequence[Axes], path: Path) -> str:
+    """Save it with a grid and a legend in each panel. Returns the name of the file."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend()
