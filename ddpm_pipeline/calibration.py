@@ -392,14 +392,14 @@ def improve(
     held_out: Trial,
     make_parameters: Callable[[Table, int], Parameters],
     max_iterations: int,
-    *,
-    on_iteration: Callable[[], None] = lambda: None,
+    least_damping: float = 0.0,
 ) -> tuple[Trial, Trial]:
     """Gauss-Newton iterations, as long as they help on other noises, too.
 
     Args:
         trial, held_out: of the same table.
         make_parameters: all_numbers or smooth_changes.
+        least_damping: the first iteration has DAMPING, each later one a tenth of the one before, but not less.
     Returns:
         Both trials, of the best table.
     """
@@ -408,12 +408,11 @@ def improve(
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, number)
         run, after = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
-        on_iteration()
         judged = held_out.of(run.table)
         if not judged.value() < held_out_value:
             break
         gain, value, held_out_value = 1 - after / value, after, judged.value()
-        trial, held_out, damping = trial._replace(run=run), judged, damping / 10
+        trial, held_out, damping = trial._replace(run=run), judged, max(damping / 10, least_damping)
         if gain < LEAST_GAIN:
             break
     return trial, held_out

@@ -6,6 +6,7 @@ depends on sums over all of them, so every process finds the same table.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -32,6 +33,8 @@ from ddpm_pipeline.calibrated import (
 )
 from ddpm_pipeline.calibration import (
     ALL_FREE,
+    DAMPING,
+    TEACHER_STEPS,
     Parameters,
     Run,
     Sampler,
@@ -47,24 +50,40 @@ from ddpm_pipeline.calibration import (
 )
 from ddpm_pipeline.classifier import train_classifier
 from ddpm_pipeline.denoiser import UNetDenoiser, prepare_denoiser
+from ddpm_pipeline.features import Extractor, make_extractor
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.labels import null_class
 from ddpm_pipeline.saving import pipeline_source
-from training.calibration.config import CalibrationConfig
+from training.calibration.compare import (
+    FeatureDistances,
+    Measure,
+    Samples,
+    TeacherDistance,
+    compare,
+    draw,
+    plot,
+    summary,
+    table,
+)
+from training.calibration.config import MAX_IMAGES, CalibrationConfig
 from training.calibration.moments import Moments
+from training.calibration.settings import CALIBRATED, SETTINGS, Setting, make_plan, num_calls
+from training.data.classes import Classes, find_classes
 from training.data.split import DataSplit, evenly_spaced
-from training.evaluation.reference import load_split
+from training.evaluation.reference import choose_real_images, load_split
 from training.evaluation.samples import load_models
 from training.progress import progress, quiet_libraries
 from training.run.runtime import Runtime
 
 FOLDER = "calibration"
 VERSION = 1  # of what is fitted; another one does not continue
-TEACHER_IMAGES, HELD_OUT_IMAGES = 144, 48
+TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
-ITERATIONS = 6
+TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
-MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to
+MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
+COMPARED = 2**24  # added to the seeds for the comparison: noises that were not fitted to
+TEACHER = Setting("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"})
 
 
 class Calibrator:
@@ -94,6 +113,7 @@ class Calibrator:
         self.denoiser(np.arange(1))  # checks the guidance
         self.folder = self._output_folder()
         self.split: DataSplit | None = None
+        self.classes: Classes | None = None
         self.moments: Moments | None = None
         self.tables: dict[int, Table] = {}
 
@@ -128,14 +148,15 @@ class Calibrator:
             )
             return
         self.split = self.runtime.in_turn(lambda: load_split(config, self.model))  # rank 0 decodes for all
-        images, labels = self.split.train_images[::2], self.split.train_labels()  # the others are compared with
+        names = self.pipe.class_names
+        self.classes = None if names is None else find_classes(self.split).numbered_as(names)
+        images = self.split.train_images[::2]  # the others are compared with
         chosen = evenly_spaced(len(images), MAX_TRAINING_IMAGES)
         options: dict[str, Any] = {"cache_dir": self._cache_dir, "device": self.runtime.device}
 
         def train() -> Moments:
-            kinds = [None] if labels is None else [labels[::2], None]
-            classifiers = [train_classifier(images, kind, **options) for kind in kinds]
-            return Moments(images[chosen], classifiers, self._rows)
+            # of rotations, also if there are labels: a classifier of those is what one compares with
+            return Moments(images[chosen], [train_classifier(images, None, **options)], self._rows)
 
         self.moments = self.runtime.in_turn(train)
 
@@ -153,46 +174,33 @@ class Calibrator:
         missing = [number for number in self.config.num_inference_steps if number not in self.tables]
         if not missing:
             return
-        teacher, held_out = self._teach()
+        teacher = self._teach(0, TEACHER_IMAGES)
+        if self.moments is None:
+            held_out = self._teach(1, TEACHER_IMAGES // 2)
         for number in missing:
             started = time.monotonic()
-            self.tables[number] = self._fit_table(teacher, held_out, number)
+            times = best_times(teacher.run, self.pipe.scheduler, number, self._total)
+            table = fit_steps(teacher.sampler, teacher.run, times, self._total)
+            if self.moments is None:
+                table = self._fit_to_teacher(table, teacher, held_out)
+            else:
+                table = self._fit_to_images(table, self.moments)
+            rounded = [[round(value, 6) for value in row] for row in table.coefficients]
+            self.tables[number] = table._replace(coefficients=rounded)
             if self.runtime.is_main:
                 self._write_tables(file)
             self.runtime.print(f"{number} steps: calibrated in {(time.monotonic() - started) / 60:.1f} min")
 
-    def _teach(self) -> tuple[Trial, Trial]:
-        """The teacher's samples, and its samples from other noises; objectives are yet to be chosen."""
-        scheduler = self.pipe.scheduler
-        values = int(np.prod(self._shape))
-        share = min(1.0, MAX_VALUES / values / (TEACHER_IMAGES + HELD_OUT_IMAGES))
-        table = dpm_solver_table(scheduler, teacher_times(scheduler))._replace(guidance=self.guidance)
-        trials, first = [], 0
-        for number in (TEACHER_IMAGES, HELD_OUT_IMAGES):
-            sampler, noise = self._sampler(first, max(4, round(number * share)))
-            steps = len(table.timesteps)
-            with self._progress(f"teacher, {steps} steps", len(noise) * steps, sampler):
-                run = sampler.run(table, noise)
-            trials.append(Trial(sampler, run, TeacherObjective(run.images, self._total)))
-            first += number
-        return trials[0], trials[1]
+    def _fit_to_teacher(self, table: Table, teacher: Trial, held_out: Trial) -> Table:
+        make_parameters = all_numbers if len(table.timesteps) <= ALL_FREE else smooth_changes
+        return self._improve(table, teacher, held_out, make_parameters, TEACHER_ITERATIONS)
 
-    def _fit_table(self, teacher: Trial, held_out: Trial, num_steps: int) -> Table:
-        scheduler = self.pipe.scheduler
-        times = best_times(teacher.run, scheduler, num_steps, self._total)
-        table = fit_steps(teacher.sampler, teacher.run, times, self._total)
-        if self.moments is None:
-            make_parameters = all_numbers if num_steps <= ALL_FREE else smooth_changes
-            trials, goal = [teacher, held_out], "to its own samples"
-        else:
-            make_parameters, goal = smooth_changes, "to the training images"
-            first, trials = TEACHER_IMAGES + HELD_OUT_IMAGES, []
-            for number in (self.config.num_images, self.config.num_images // 2):
-                sampler, noise = self._sampler(first, number)
-                trials.append(Trial(sampler, Run(table, [noise], []), self.moments))
-                first += number
-        table = self._improve(table, trials[0], trials[1], make_parameters, f"{num_steps} steps, {goal}")
-        return table._replace(coefficients=[[round(number, 6) for number in row] for row in table.coefficients])
+    def _fit_to_images(self, table: Table, moments: Moments) -> Table:
+        trials = []
+        for which, number in ((2, self.config.num_images), (3, self.config.num_images // 2)):
+            sampler, noise = self._sampler(which, number)
+            trials.append(Trial(sampler, Run(table, [noise], []), moments))
+        return self._improve(table, trials[0], trials[1], smooth_changes, MOMENT_ITERATIONS, DAMPING)
 
     def _improve(
         self,
@@ -200,16 +208,26 @@ class Calibrator:
         trial: Trial,
         held_out: Trial,
         make_parameters: Callable[[Table, int], Parameters],
-        title: str,
+        max_iterations: int,
+        least_damping: float = 0.0,
     ) -> Table:
         number = len(table.timesteps)
         runs = len(make_parameters(table, self.pipe.scheduler.num_steps).differences) + 2
         images = sum(len(each.run.states[0]) for each in (trial, held_out))
-        max_iterations = ITERATIONS if self.moments is None else MOMENT_ITERATIONS
         total = max_iterations * runs * number * images  # at most
-        with self._progress(title, total, trial.sampler, held_out.sampler):
+        with self._progress(f"{number} steps", total, trial.sampler, held_out.sampler):
             starts = [each._replace(run=each.sampler.run(table, each.run.states[0])) for each in (trial, held_out)]
-            return improve(starts[0], starts[1], make_parameters, max_iterations)[0].run.table
+            best, _ = improve(starts[0], starts[1], make_parameters, max_iterations, least_damping)
+        return best.run.table
+
+    def _teach(self, which: int, number: int) -> Trial:
+        """The teacher's samples from this set of noises."""
+        table = dpm_solver_table(self.pipe.scheduler, teacher_times(self.pipe.scheduler))
+        sampler, noise = self._sampler(which, max(4, min(number, MAX_VALUES // int(np.prod(self._shape)))))
+        steps = len(table.timesteps)
+        with self._progress(f"teacher, {steps} steps", len(noise) * steps, sampler):
+            run = sampler.run(table._replace(guidance=self.guidance), noise)
+        return Trial(sampler, run, TeacherObjective(run.images, self._total))
 
     # ---- Noises ------------------------------------------------------------------------------------------------------
 
@@ -219,11 +237,11 @@ class Calibrator:
         size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
         return config.in_channels, *size
 
-    def _sampler(self, first: int, number: int) -> tuple[Sampler, Tensor]:
-        """This process's share of noises first, first + 1, ...: a sampler for them, and x_T, (B, C, H, W)."""
+    def _sampler(self, which: int, number: int) -> tuple[Sampler, Tensor]:
+        """This process's share of a set of noises: a sampler for them, and x_T, (B, C, H, W)."""
         world_size = self.runtime.world_size
         each = -(-number // world_size)  # the same number on all processes
-        index = first + np.arange(self.runtime.rank, each * world_size, world_size)
+        index = which * MAX_IMAGES + np.arange(self.runtime.rank, each * world_size, world_size)
         generators = make_generators([self.config.seed + int(i) for i in index])
         noise = randn_tensor((each, *self._shape), generators, device=self.runtime.device)
         return Sampler(BatchedDenoiser(self.denoiser(index), self.config.batch_size), self.pipe.scheduler), noise
@@ -234,16 +252,20 @@ class Calibrator:
         Raises:
             ValueError: the network cannot be guided so.
         """
-        labels = None
-        if (number := self.pipe.unet.config.num_class_embeds) is not None:
-            if null_class(self.pipe.unet) is not None:
-                number -= 1
-            labels = [int(i) % number for i in index]
-        guidance = self.guidance
+        guidance, labels = self.guidance, self._labels(index)
         return prepare_denoiser(
             self.pipe.unet, self.pipe.scheduler, self.runtime.device, len(index), labels, guidance.guidance_scale,
             guidance.guidance_interval, guidance.autoguidance_scale, self.pipe.guide,
         )  # fmt: skip
+
+    def _labels(self, index: np.ndarray) -> list[int] | None:
+        """Labels of these noises, each class as often as in the data; None for a network without classes."""
+        if (number := self.pipe.unet.config.num_class_embeds) is None:
+            return None
+        if self.classes is not None:
+            return self.classes.of_samples(index)
+        number -= null_class(self.pipe.unet) is not None
+        return [int(i) % number for i in index]
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -294,6 +316,44 @@ class Calibrator:
         numbers = ", ".join(map(str, self.config.num_inference_steps))
         self.runtime.print(f"{self.folder} samples with calibrated steps for num_inference_steps={numbers}")
 
+    def compare(self) -> None:
+        """Compare the calibrated sampler with every scheduler of diffusers; see compare.py."""
+        config, guidance = self.config, guidance_arguments(self.guidance)
+        labels = self._labels(np.arange(config.num_samples))
+        samples = Samples(config.num_samples, config.seed + COMPARED, config.batch_size, labels)
+        calls = [num_calls(self.tables[n].network_timesteps, guidance) for n in config.num_inference_steps]
+        built_in = SETTINGS
+        if self.guidance.guidance_scale != 1:  # which they can have as well
+            built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
+        own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
+        path, measure = self.results / "comparison.json", self._measure(samples)
+        records = compare(self.model, calls, [*built_in, own], measure, samples, path=path, runtime=self.runtime)
+        if self.runtime.is_main:
+            lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
+            _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
+            plot(records, path.with_suffix(".png"))
+        for line in summary(records):
+            self.runtime.print(line)
+        self.runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
+
+    def _measure(self, samples: Samples) -> Measure:
+        """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
+        if self.split is None:
+            plan = make_plan(TEACHER, self.pipe.scheduler, min(TEACHER_STEPS, self.pipe.scheduler.num_steps))
+            call = {**plan.call, **guidance_arguments(self.guidance)}
+            images = draw(self.pipe, plan.scheduler, call, samples, self.runtime)
+            return TeacherDistance(images, f"{TEACHER.name} with {TEACHER_STEPS} steps")
+        others = dataclasses.replace(self.split, train_indices=self.split.train_indices[1::2])
+        real = choose_real_images(others, MAX_TRAINING_IMAGES, samples.number)
+
+        def make() -> Extractor:
+            return make_extractor(
+                self.config.extractor, images=others.train_images, labels=others.train_labels(),
+                cache_dir=self._cache_dir, device=self.runtime.device,
+            )  # fmt: skip
+
+        return FeatureDistances(real, self.runtime.in_turn(make), self._cache_dir)
+
     def _key(self) -> str:
         """A hash of all that the tables depend on."""
         scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
@@ -339,6 +399,12 @@ class BatchedDenoiser:
             outputs.append(self._denoiser(x_t[part], t))
             self.on_batch(len(outputs[-1]))
         return torch.cat(outputs)
+
+
+def guidance_arguments(guidance: Guidance) -> dict[str, Any]:
+    """Arguments of a call; empty without guidance."""
+    default = Guidance()._asdict()
+    return {name: value for name, value in guidance._asdict().items() if value != default[name]}
 
 
 def _write(path: Path, text: str) -> None:

@@ -303,6 +303,19 @@ def table(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def summary(records: Sequence[Record]) -> list[str]:
+    """A line for each number of calls: the first measure of calibrated sampling, and of the others at their best."""
+    lines = []
+    for first in _first_results(records)[:1]:
+        for calls in dict.fromkeys(record.calls for record in records):
+            estimates, best = _estimates(records, first.measure, calls), best_built_in(records, first.measure, calls)
+            own = [record.setting for record in records if record.is_calibrated and record.setting in estimates]
+            names = dict.fromkeys([*own, *([] if best is None else [best.setting]), DDIM.name, DDPM.name])
+            texts = [f"{name} {_plain(estimates[name])}" for name in names if name in estimates]
+            lines.append(f"{calls} calls, {first.name}: {', '.join(texts)}")
+    return lines
+
+
 def _best_settings(records: Sequence[Record], measure: str) -> list[str]:
     calibrated = list(dict.fromkeys(record.setting for record in records if record.is_calibrated))
     columns = ["calls", "best built-in", "its setting", DDIM.name, DDPM.name]
@@ -360,9 +373,11 @@ def _title(result: Result) -> str:
 
 
 def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    error = "" if estimate.standard_error is None else f" &plusmn; {estimate.standard_error:.2g}"
+    return "" if estimate is None else _plain(estimate).replace("+-", "&plusmn;")
+
+
+def _plain(estimate: Estimate) -> str:
+    error = "" if estimate.standard_error is None else f" +- {estimate.standard_error:.2g}"
     return f"{estimate.value:.4g}{error}"
 
 

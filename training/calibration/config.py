@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from training.command_line import parse_dataclass
 
+MAX_IMAGES = 2**20
 MAX_STEPS = 100  # with more, nothing is left to gain
 
 
@@ -62,6 +63,9 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}: give at least {minimum}")
+        for name in ("num_images", "num_samples"):
+            if getattr(self, name) > MAX_IMAGES:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at most {MAX_IMAGES}")
         if self.seed > 2**31:
             raise ValueError(f"seed is {self.seed}: give at most 2^31, so that every noise has a seed below 2^32")
         steps = self.num_inference_steps
