@@ -102,6 +102,8 @@ class CalibratedScheduler:
         x_0_pred = self._scheduler.predict_x_0(model_output, self._table.network_timesteps[i], sample)
         self._num_taken, self._history = i + 1, [x_0_pred, *self._history[: HISTORY - 1]]
         x_prev = next_state(self._table.coefficients[i], sample, self._history)
+        if i + 1 == len(timesteps):
+            x_prev = self._scheduler.bounded(x_prev, in_place=True)  # the image, as predictions of it
         # a copy: the caller may change its x_0_pred, and the next steps need it
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0_pred.clone())
 

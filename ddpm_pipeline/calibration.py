@@ -139,6 +139,8 @@ class Sampler:
             if i == len(predictions):
                 predictions.append(self.predict(states[i], table.network_timesteps[i]))
             states.append(next_state(table.coefficients[i], states[i], history(predictions, i)))
+            if i + 1 == len(table.timesteps):
+                states[-1] = self.scheduler.bounded(states[-1], in_place=True)
         return Run(table, states, predictions)
 
 

@@ -392,7 +392,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
                 *self.log_variance(*alpha_bars, fallback_variance=fallback_variance),
             )
         )
-        x_0_pred = self._bounded(self._converted(output, t, x_t, self.prediction_type, "sample"))
+        x_0_pred = self.bounded(self._converted(output, t, x_t, self.prediction_type, "sample"))
         log_variance = centre if predicted_variance is None else centre + slope * predicted_variance
         moments = (coef_x_0 * x_0_pred + coef_x_t * x_t, log_variance.exp(), log_variance, x_0_pred)
         return ReverseMeanVariance(*(value.to(x_t.dtype) for value in moments))
@@ -469,9 +469,9 @@ class DDPMScheduler(BuiltInDDPMScheduler):
         c = self._coefficients(timestep, ddim_eta, sample)
         x_t = _widened(sample)
         if self.prediction_type == "sample":
-            x_0_pred = self._bounded(_widened(output))
+            x_0_pred = self.bounded(_widened(output))
         else:
-            x_0_pred = self._bounded(_add_scaled(x_t * c.a, output, c.b), in_place=True)
+            x_0_pred = self.bounded(_add_scaled(x_t * c.a, output, c.b), in_place=True)
         x_prev = _add_scaled(x_0_pred * c.coef_x_0, x_t, c.coef_x_t)
         if isinstance(c.std, Tensor) or c.std > 0:
             if variance_noise is None:
@@ -491,7 +491,7 @@ class DDPMScheduler(BuiltInDDPMScheduler):
     def predict_x_0(self, output: Tensor, t: int, x_t: Tensor) -> Tensor:
         """x_0_pred, thresholded or clipped as configured, from the network's output, (B, C, H, W), at index t."""
         a, b = (value.item() for value in self.x_0_coefficients(self._alpha_bar[t + 1], self.prediction_type))
-        return self._bounded(_add_scaled(_widened(x_t) * a, _widened(output), b), in_place=True)
+        return self.bounded(_add_scaled(_widened(x_t) * a, _widened(output), b), in_place=True)
 
     def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
         """The next timestep of the schedule, which the step from `timestep` ends at; -1 after the last one."""
@@ -583,8 +583,8 @@ class DDPMScheduler(BuiltInDDPMScheduler):
             steps = np.arange(num_steps, 0, -num_steps / number)[:number].round() - 1
         return steps.astype(np.int64).tolist()
 
-    def _bounded(self, x_0_pred: Tensor, in_place: bool = False) -> Tensor:
-        """x_0_pred after the configured thresholding or clipping."""
+    def bounded(self, x_0_pred: Tensor, in_place: bool = False) -> Tensor:
+        """x_0_pred, (B, C, H, W), after the configured thresholding or clipping."""
         if self._thresholding:
             return self._threshold_sample(x_0_pred)
         bound = self._clip_bound
