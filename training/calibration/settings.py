@@ -119,17 +119,19 @@ def variants(name: str, scheduler: str, options: Mapping[str, Any], *axes: Axis,
 
 # ---- The settings ----------------------------------------------------------------------------------------------------
 
-TRAILING = {"timestep_spacing": "trailing"}
+TRAILING, LEADING = ({"timestep_spacing": spacing} for spacing in ("trailing", "leading"))
+SPACINGS: Axis = {"": {}, "leading": LEADING}
 KARRAS, LU, EXPONENTIAL, BETA = (
     {f"use_{name}": True} for name in ("karras_sigmas", "lu_lambdas", "exponential_sigmas", "beta_sigmas")
 )
 # Beta: quantiles of sigma itself, instead of t, so that few steps are left for the details, with any number of them.
-SIGMAS: Axis = {"": {}, "Karras": KARRAS, "exponential": EXPONENTIAL, "beta": BETA}
+SIGMAS: Axis = SPACINGS | {"Karras": KARRAS, "exponential": EXPONENTIAL, "beta": BETA}
 # In some classes these sigmas end at that of the last timestep: with linspace, t = 0.
 SIGMAS_OF_SPACING = SIGMAS | {"Karras to t = 0": {**KARRAS, "timestep_spacing": "linspace"}}
 # With this maximum, dynamic thresholding is clipping to [-1, 1]; these classes have no clip_sample.
 CLIPPING: Axis = {"": {}, "clipped": {"thresholding": True, "sample_max_value": 1.0}}
-# Of UniPC. bh1 takes the step in log SNR as a factor, which is infinite to sigma 0: all its images would be NaN.
+# Of UniPC. bh1 takes the step in log SNR as a factor, which is infinite to sigma 0: all its images would be NaN. At
+# sigma_min the last call still corrects the image.
 KINDS: Axis = {"bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, "bh2": {"solver_type": "bh2"}}
 
 DDIM = Setting("DDIM", "DDIMScheduler", TRAILING)
@@ -138,8 +140,9 @@ CALIBRATED = Setting("calibrated", None, call={"calibrated": True}, at_table=Tru
 
 SETTINGS = [
     DDIM,
+    Setting("DDIM, leading", "DDIMScheduler", LEADING),
     DDPM,
-    Setting("DDPM, leading", None, {"timestep_spacing": "leading"}, {"eta": 1.0}),
+    Setting("DDPM, leading", None, LEADING, {"eta": 1.0}),
     *variants("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", TRAILING, SIGMAS | {"Lu": LU}, CLIPPING),
     *variants(
         "DPM-Solver++ 3M", "DPMSolverMultistepScheduler", {**TRAILING, "solver_order": 3}, SIGMAS | {"Lu": LU}, CLIPPING
@@ -149,7 +152,7 @@ SETTINGS = [
         "SDE-DPM-Solver++ 2M",
         "DPMSolverMultistepScheduler",
         {**TRAILING, "algorithm_type": "sde-dpmsolver++"},
-        {"": {}, "Karras": KARRAS},
+        SPACINGS | {"Karras": KARRAS},
         CLIPPING,
     ),
     *variants("DPM-Solver++ 2S", "DPMSolverSinglestepScheduler", {"lower_order_final": True}, CLIPPING),
@@ -158,10 +161,13 @@ SETTINGS = [
     ),
     *variants("UniPC 2", "UniPCMultistepScheduler", TRAILING, KINDS, SIGMAS, CLIPPING),
     *variants("UniPC 3", "UniPCMultistepScheduler", {**TRAILING, "solver_order": 3}, KINDS, SIGMAS, CLIPPING),
-    # Both end at sigma_0 instead of 0. They repeat it after Karras, exponential or beta sigmas: the last call is lost.
-    *variants("DEIS 2", "DEISMultistepScheduler", TRAILING, CLIPPING),
-    *variants("DEIS 3", "DEISMultistepScheduler", {**TRAILING, "solver_order": 3}, CLIPPING),
-    *variants("SA-Solver", "SASolverScheduler", TRAILING, CLIPPING),
+    # DEIS and SA-Solver end at sigma_0 instead of 0, and repeat it after Karras, exponential or beta sigmas. Then the
+    # last call of DEIS is lost, while SA-Solver corrects with it.
+    *variants("DEIS 2", "DEISMultistepScheduler", TRAILING, SPACINGS, CLIPPING),
+    *variants("DEIS 3", "DEISMultistepScheduler", {**TRAILING, "solver_order": 3}, SPACINGS, CLIPPING),
+    *variants(
+        "SA-Solver", "SASolverScheduler", TRAILING, SPACINGS | {"Karras": KARRAS, "exponential": EXPONENTIAL}, CLIPPING
+    ),
     # These clip if the model's scheduler does.
     *variants("Heun", "HeunDiscreteScheduler", TRAILING, SIGMAS_OF_SPACING),
     # These never clip.
