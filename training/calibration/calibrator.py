@@ -59,6 +59,7 @@ from training.calibration.compare import (
     Measure,
     Samples,
     TeacherDistance,
+    best_settings,
     compare,
     draw,
     plot,
@@ -82,7 +83,8 @@ MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of
 TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
-COMPARED = 2**24  # added to the seeds for the comparison: noises that were not fitted to
+SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
+SCREENED_IMAGES = 128  # samples of every setting of every scheduler; those at their best get as many as we
 TEACHER = Setting("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"})
 
 
@@ -307,7 +309,11 @@ class Calibrator:
         if not self.runtime.is_main:
             return
         if not self.folder.is_dir():
-            pipe.save_pretrained(self.folder)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder) as temporary:
+                pipe.save_pretrained(temporary)
+                if self.model.record is not None:
+                    self.model.record.save(temporary)
         else:
             config = json.loads(pipe.scheduler.to_json_string())
             _write(self.folder / "pipeline.py", pipeline_source())  # first: an older one has no tables
@@ -319,15 +325,20 @@ class Calibrator:
     def compare(self) -> None:
         """Compare the calibrated sampler with every scheduler of diffusers; see compare.py."""
         config, guidance = self.config, guidance_arguments(self.guidance)
-        labels = self._labels(np.arange(config.num_samples))
-        samples = Samples(config.num_samples, config.seed + COMPARED, config.batch_size, labels)
-        calls = [num_calls(self.tables[n].network_timesteps, guidance) for n in config.num_inference_steps]
         built_in = SETTINGS
         if self.guidance.guidance_scale != 1:  # which they can have as well
             built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
         own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
-        path, measure = self.results / "comparison.json", self._measure(samples)
-        records = compare(self.model, calls, [*built_in, own], measure, samples, path=path, runtime=self.runtime)
+        path, records = self.results / "comparison.json", []
+        few, all_samples = self._samples(SCREENED, SCREENED_IMAGES), self._samples(COMPARED, config.num_samples)
+        measures = [(samples, self._measure(samples)) for samples in (few, all_samples)]
+        for number in config.num_inference_steps:
+            calls = num_calls(self.tables[number].network_timesteps, guidance)
+            chosen = built_in
+            for samples, measure in measures:
+                found = compare(self.model, [calls], [*chosen, own], measure, samples, path=path, runtime=self.runtime)
+                chosen = best_settings(built_in, found)
+            records += found
         if self.runtime.is_main:
             lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
             _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
@@ -335,6 +346,10 @@ class Calibrator:
         for line in summary(records):
             self.runtime.print(line)
         self.runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
+
+    def _samples(self, first: int, number: int) -> Samples:
+        index = first + np.arange(number)
+        return Samples(number, self.config.seed + first, self.config.batch_size, self._labels(index))
 
     def _measure(self, samples: Samples) -> Measure:
         """Distances to those training images that were not fitted to; without images, to the teacher's samples."""

@@ -266,6 +266,14 @@ def _one_line(error: Exception) -> str:
 # ---- Table and plot --------------------------------------------------------------------------------------------------
 
 
+def best_settings(settings: Sequence[Setting], records: Iterable[Record], number: int = 8) -> list[Setting]:
+    """DDIM, DDPM and, of the others, those with the smallest values of the first measure."""
+    values = {record.setting: record.results[0].estimate.value for record in records if record.results}
+    ranked = sorted((each for each in settings if each.name in values), key=lambda each: values[each.name])
+    chosen = {each.name for each in ranked[:number]} | {DDIM.name, DDPM.name}
+    return [each for each in settings if each.name in chosen]
+
+
 def best_built_in(records: Iterable[Record], measure: str, calls: int) -> Record | None:
     """The record with the smallest value of the schedulers of diffusers, with this number of calls."""
     values = [

@@ -72,6 +72,9 @@ class CalibrationConfig:
         if not steps or len(set(steps)) < len(steps) or not all(2 <= number <= MAX_STEPS for number in steps):
             given = ",".join(map(str, steps))
             raise ValueError(f"num_inference_steps is {given!r}: give different numbers from 2 to {MAX_STEPS}")
+        if self.guidance_interval is not None and self.guidance_scale == self.autoguidance_scale == 1:
+            given = ",".join(f"{end:g}" for end in self.guidance_interval)
+            raise ValueError(f"guidance_interval is {given}, but there is no guidance: give a scale other than 1, too")
         if self.dataset_name and self.train_data_dir:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"

@@ -130,13 +130,9 @@ SIGMAS: Axis = SPACINGS | {"Karras": KARRAS, "exponential": EXPONENTIAL, "beta":
 SIGMAS_OF_SPACING = SIGMAS | {"Karras to t = 0": {**KARRAS, "timestep_spacing": "linspace"}}
 # With this maximum, dynamic thresholding is clipping to [-1, 1]; these classes have no clip_sample.
 CLIPPING: Axis = {"": {}, "clipped": {"thresholding": True, "sample_max_value": 1.0}}
-# Of UniPC. bh1 takes the step in log SNR as a factor, which is infinite to sigma 0: all its images would be NaN.
-# At sigma_min the last call still corrects the image.
-KINDS: Axis = {
-    "bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
-    "bh2": {"solver_type": "bh2"},
-    "bh2 to sigma_min": {"solver_type": "bh2", "final_sigmas_type": "sigma_min"},
-}
+# Of UniPC. bh1 takes the step in log SNR as a factor, which is infinite to sigma 0: all its images would be NaN. At
+# sigma_min the last call still corrects the image.
+KINDS: Axis = {"bh1": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}, "bh2": {"solver_type": "bh2"}}
 
 DDIM = Setting("DDIM", "DDIMScheduler", TRAILING)
 DDPM = Setting("DDPM", None, TRAILING, {"eta": 1.0})

@@ -1,0 +1,199 @@
+"""training/calibrate.py on a run of six steps: what it saves, and that it continues, on one process and on two."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline as BuiltInDDPMPipeline
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+
+from ddpm_pipeline import DDPMPipeline
+from ddpm_pipeline.calibrated import load_tables
+from tests.evaluation.helpers import train
+from tests.short_run import flags, run_here, run_in_child
+from training.calibration import calibrator
+from training.calibration.config import CalibrationConfig
+from training.calibration.settings import DDIM, DDPM
+
+SETTINGS = {"num_inference_steps": "2,3", "num_images": 64, "compare": "false", "cpu_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("calibrate")
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+    """A run on 48 smooth images of 16 x 16 pixels."""
+    folder = work / "images"
+    folder.mkdir()
+    field = torch.randn(48, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(field, size=16, mode="bicubic")
+    for i, image in enumerate(((smooth[:, 0] + 2) * 64).clamp(0, 255).byte().numpy()):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return train(work, "run", train_data_dir=folder, resolution=16, guide_snapshot=0.5)
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    """A copy of the run."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def arguments(work, model, **settings):
+    return [str(model), *flags({"cache_dir": work / "cache", **SETTINGS, **settings})]
+
+
+def calibrate(work, model, expected=0, **settings):
+    assert run_here("calibrate.py", arguments(work, model, **settings)) == expected
+
+
+def tables(model):
+    scheduler = DDPMPipeline.from_pretrained(model / "pipeline").scheduler
+    return {len(table.timesteps): table for table in load_tables(scheduler)}
+
+
+def sample(model, **options):
+    pipe = DDPMPipeline.from_pretrained(model / "pipeline")
+    return pipe(seeds=range(1000, 1032), output_type="pt", **options).images
+
+
+def test_the_pipeline_has_tables_and_a_second_command_keeps_them(work, model, capsys):
+    calibrate(work, model, num_inference_steps="2")
+    first = tables(model)
+    assert list(first) == [2]
+    assert not torch.equal(sample(model, num_inference_steps=2), sample(model, num_inference_steps=2, calibrated=False))
+    capsys.readouterr()
+    calibrate(work, model)
+    assert "3 steps: calibrated" in (output := capsys.readouterr().out) and "2 steps: calibrated" not in output
+    both = tables(model)
+    assert list(both) == [2, 3] and both[2] == first[2]
+    calibrate(work, model)
+    assert "calibrated in" not in capsys.readouterr().out
+    calibrate(work, model, num_inference_steps="4")
+    assert list(tables(model)) == [2, 3, 4]  # other numbers stay
+    BuiltInDDPMPipeline.from_pretrained(model / "pipeline")(num_inference_steps=2)
+    size = (model / "pipeline" / "scheduler" / "scheduler_config.json").stat().st_size
+    assert size < 5000
+
+
+def test_another_seed_or_number_of_images_is_fitted_anew(work, model, capsys):
+    calibrate(work, model, num_inference_steps="2")
+    before = tables(model)
+    for settings in ({"seed": 1}, {"num_images": 65}):
+        calibrate(work, model, num_inference_steps="2", **settings)
+        assert "2 steps: calibrated" in capsys.readouterr().out
+        assert tables(model) != before
+
+
+def test_a_damaged_file_of_tables_does_not_count(work, model, capsys):
+    calibrate(work, model, num_inference_steps="2")
+    file = model / "calibration" / "tables.json"
+    content = json.loads(file.read_text())
+    content["tables"][0]["coefficients"][0][0] = "much"
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    calibrate(work, model, num_inference_steps="2")
+    assert "2 steps: calibrated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_images", ["true", "false"])
+def test_two_processes_find_the_table_of_one(work, model, tmp_path, use_images):
+    other = shutil.copytree(model, tmp_path / "other")
+    calibrate(work, model, num_inference_steps="3", use_images=use_images)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_in_child(launcher, "calibrate.py", arguments(work, other, num_inference_steps="3", use_images=use_images))
+    one, two = tables(model)[3], tables(other)[3]
+    assert one.timesteps == two.timesteps
+    assert np.abs(np.array(one.network_timesteps) - two.network_timesteps).max() <= 1
+    for row, expected in zip(two.coefficients, one.coefficients):
+        assert row == pytest.approx(expected, abs=0.01)
+
+
+def test_without_images_few_steps_lead_where_all_of_them_do(work, model):
+    """The outside truth is DPM-Solver++ of diffusers with all 20 steps."""
+    pipe = DDPMPipeline.from_pretrained(model / "pipeline")
+    with torch.no_grad():  # after six steps of training it predicts nothing: any solver is right
+        pipe.unet.conv_out.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    pipe.save_pretrained(model / "pipeline")
+    calibrate(work, model, num_inference_steps="3", use_images="false")
+    pipe = BuiltInDDPMPipeline.from_pretrained(model / "pipeline")
+    ours = DDPMPipeline(pipe.unet, pipe.scheduler)
+    ours.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    options = {"seeds": range(1000, 1032), "output_type": "pt"}
+    target, plain = (ours(num_inference_steps=steps, **options).images for steps in (20, 3))
+    errors = [(images - target).square().mean().item() for images in (sample(model, num_inference_steps=3), plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model):
+    calibrate(work, model, num_inference_steps="2", autoguidance_scale=1.5, guidance_interval="2,15")
+    pipe = DDPMPipeline.from_pretrained(model / "pipeline")
+    guided = {"seeds": [0], "num_inference_steps": 2, "autoguidance_scale": 1.5, "guidance_interval": (2, 15)}
+    pipe(**guided, calibrated=True)
+    with pytest.raises(ValueError, match=r"there is no table for 2 steps: .* 2 steps with autoguidance_scale=1\.5"):
+        pipe(seeds=[0], num_inference_steps=2, calibrated=True)
+    with torch.no_grad():
+        pipe.guide.conv_in.weight += 1
+    with pytest.raises(ValueError, match="fitted with another guide"):
+        pipe(**guided, calibrated=True)
+    calibrate(work, model, num_inference_steps="2")  # a table without guidance stands beside it
+    assert len(load_tables(DDPMPipeline.from_pretrained(model / "pipeline").scheduler)) == 2
+
+
+def test_an_output_folder_gets_a_complete_copy(work, model, tmp_path):
+    before = (model / "pipeline" / "scheduler" / "scheduler_config.json").read_bytes()
+    calibrate(work, model / "pipeline", num_inference_steps="2", output_dir=tmp_path / "copy")
+    assert list(tables(tmp_path / "copy")) == [2]
+    assert (model / "pipeline" / "scheduler" / "scheduler_config.json").read_bytes() == before
+    names = [path.relative_to(model / "pipeline") for path in (model / "pipeline").rglob("*.[js][sa][of]*")]
+    assert names and all((tmp_path / "copy" / "pipeline" / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("use_images", ["true", "false"])
+def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypatch, capsys, use_images):
+    monkeypatch.setattr(calibrator, "SETTINGS", [DDIM, DDPM])
+    settings = {"num_samples": 64, "compare": "true", "extractor": "pixels", "use_images": use_images}
+    calibrate(work, model, num_inference_steps="2", **settings)
+    assert "2 calls, " in capsys.readouterr().out
+    folder = model / "calibration"
+    text = (folder / "comparison.md").read_text()
+    assert "calibrated" in text and DDIM.name in text and DDPM.name in text
+    assert Image.open(folder / "comparison.png").width > 100
+    records = json.loads((folder / "comparison.json").read_text())["records"]
+    assert len(records) == 3
+    values = [record["results"][0]["estimate"][0] for record in records]
+    assert all(math.isfinite(value) and value > 0 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inference_steps": "1"}, "num_inference_steps is '1': give different numbers from 2 to 100"),
+        ({"num_inference_steps": "5,5"}, "num_inference_steps is '5,5'"),
+        ({"num_inference_steps": "20"}, "num_inference_steps has 20, but the process of .* has 20 timesteps"),
+        ({"num_inference_steps": ""}, "num_inference_steps"),
+        ({"num_images": 3}, "num_images is 3: give at least 64"),
+        ({"seed": -1}, "seed is -1: give at least 0"),
+        ({"guidance_scale": 2}, "no classes"),
+        ({"guidance_interval": "2,8"}, "guidance_interval is 2,8, but there is no guidance"),
+        ({"dataset_name": "a", "train_data_dir": "b"}, "give one of them"),
+        ({"train_data_dir": "/nowhere"}, "/nowhere"),
+        ({"extractor": "dino", "compare": "true"}, "extractor is 'dino': give \"pixels\""),
+    ],
+)
+def test_bad_settings_end_with_code_2_before_anything_is_fitted(work, trained, capsys, settings, message):
+    calibrate(work, trained, expected=2, **settings)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (trained / "calibration" / "tables.json").exists()
+
+
+def test_a_model_on_the_hub_needs_an_output_folder():
+    with pytest.raises(ValueError, match="num_samples is 1: give at least 64"):
+        CalibrationConfig("user/model", num_samples=1)
