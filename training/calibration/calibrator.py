@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler
-from ddpm_pipeline.arguments import make_generators
+from ddpm_pipeline.arguments import guidance_of, make_generators
 from ddpm_pipeline.calibrated import (
     Guidance,
     Table,
@@ -85,7 +86,8 @@ MOMENT_ITERATIONS = 2  # more of them only fit the features
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
 SCREENED_IMAGES = 128  # samples of every setting of every scheduler; those at their best get as many as we
-TEACHER = Setting("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"})
+CLIPPED = {"thresholding": True, "sample_max_value": 1.0}
+TEACHER = Setting("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", **CLIPPED})
 
 
 class Calibrator:
@@ -112,10 +114,14 @@ class Calibrator:
                 f"{longest} timesteps: give less"
             )
         self.guidance = Guidance(config.guidance_scale, config.autoguidance_scale, config.guidance_interval)
-        self.denoiser(np.arange(1))  # checks the guidance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of guidance without effect, which is an error here
+            if (effective := guidance_of(self.denoiser(np.arange(1)))) != self.guidance:
+                raise ValueError(f"{self.guidance} would be {effective} for {config.model}: it has no classes to guide")
         self.folder = self._output_folder()
         self.split: DataSplit | None = None
         self.classes: Classes | None = None
+        self.extractor: Extractor | None = None  # of the comparison
         self.moments: Moments | None = None
         self.tables: dict[int, Table] = {}
 
@@ -156,11 +162,22 @@ class Calibrator:
         chosen = evenly_spaced(len(images), MAX_TRAINING_IMAGES)
         options: dict[str, Any] = {"cache_dir": self._cache_dir, "device": self.runtime.device}
 
-        def train() -> Moments:
-            # of rotations, also if there are labels: a classifier of those is what one compares with
-            return Moments(images[chosen], [train_classifier(images, None, **options)], self._rows)
+        others = self._others(self.split)
 
-        self.moments = self.runtime.in_turn(train)
+        def train() -> tuple[Moments, Extractor | None]:
+            # of rotations, also if there are labels: a classifier of those is what one compares with
+            moments = Moments(images[chosen], [train_classifier(images, None, **options)], self._rows)
+            if not config.compare:
+                return moments, None
+            labels = others.train_labels()
+            return moments, make_extractor(config.extractor, images=others.train_images, labels=labels, **options)
+
+        self.moments, self.extractor = self.runtime.in_turn(train)
+
+    @staticmethod
+    def _others(split: DataSplit) -> DataSplit:
+        """Those training images that tables are not fitted to."""
+        return dataclasses.replace(split, train_indices=split.train_indices[1::2])
 
     @property
     def _cache_dir(self) -> Path:
@@ -353,21 +370,13 @@ class Calibrator:
 
     def _measure(self, samples: Samples) -> Measure:
         """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
-        if self.split is None:
+        if self.split is None or self.extractor is None:
             plan = make_plan(TEACHER, self.pipe.scheduler, min(TEACHER_STEPS, self.pipe.scheduler.num_steps))
             call = {**plan.call, **guidance_arguments(self.guidance)}
             images = draw(self.pipe, plan.scheduler, call, samples, self.runtime)
             return TeacherDistance(images, f"{TEACHER.name} with {TEACHER_STEPS} steps")
-        others = dataclasses.replace(self.split, train_indices=self.split.train_indices[1::2])
-        real = choose_real_images(others, MAX_TRAINING_IMAGES, samples.number)
-
-        def make() -> Extractor:
-            return make_extractor(
-                self.config.extractor, images=others.train_images, labels=others.train_labels(),
-                cache_dir=self._cache_dir, device=self.runtime.device,
-            )  # fmt: skip
-
-        return FeatureDistances(real, self.runtime.in_turn(make), self._cache_dir)
+        real = choose_real_images(self._others(self.split), MAX_TRAINING_IMAGES, samples.number)
+        return FeatureDistances(real, self.extractor, self._cache_dir)
 
     def _key(self) -> str:
         """A hash of all that the tables depend on."""
