@@ -86,8 +86,7 @@ MOMENT_ITERATIONS = 2  # more of them only fit the features
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
 SCREENED_IMAGES = 128  # samples of every setting of every scheduler; those at their best get as many as we
-CLIPPED = {"thresholding": True, "sample_max_value": 1.0}
-TEACHER = Setting("DPM-Solver++ 2M", "DPMSolverMultistepScheduler", {"timestep_spacing": "trailing", **CLIPPED})
+CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
 
 
 class Calibrator:
@@ -371,10 +370,12 @@ class Calibrator:
     def _measure(self, samples: Samples) -> Measure:
         """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
         if self.split is None or self.extractor is None:
-            plan = make_plan(TEACHER, self.pipe.scheduler, min(TEACHER_STEPS, self.pipe.scheduler.num_steps))
+            scheduler, steps = self.pipe.scheduler, min(TEACHER_STEPS, self.pipe.scheduler.num_steps)
+            options = {"timestep_spacing": "trailing", **(CLIPPED if scheduler.config.clip_sample else {})}
+            plan = make_plan(Setting("teacher", "DPMSolverMultistepScheduler", options), scheduler, steps)
             call = {**plan.call, **guidance_arguments(self.guidance)}
             images = draw(self.pipe, plan.scheduler, call, samples, self.runtime)
-            return TeacherDistance(images, f"{TEACHER.name} with {TEACHER_STEPS} steps")
+            return TeacherDistance(images, f"DPM-Solver++ 2M with {steps} steps")
         real = choose_real_images(self._others(self.split), MAX_TRAINING_IMAGES, samples.number)
         return FeatureDistances(real, self.extractor, self._cache_dir)
 

@@ -6,15 +6,13 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from training.calibration.config import CalibrationConfig
 from training.config import Config
 from training.data.classes import Classes
 from training.data.split import DataSplit, evenly_spaced, load_data_split, splits_to_hold_out
-from training.evaluation.config import EvalConfig
 from training.evaluation.samples import Model
 from training.run.record import data_set
 
@@ -60,7 +58,18 @@ class RealImages:
         return hashlib.sha256(np.ascontiguousarray(self.reference).data).hexdigest()
 
 
-def load_split(config: EvalConfig | CalibrationConfig, model: Model) -> DataSplit:
+class DataConfig(Protocol):
+    """The data of an evaluation or a calibration."""
+
+    @property
+    def dataset_name(self) -> str | None: ...
+    @property
+    def train_data_dir(self) -> str | None: ...
+    @property
+    def cache_dir(self) -> str: ...
+
+
+def load_split(config: DataConfig, model: Model) -> DataSplit:
     """The data that the model was trained on, or that of the config, prepared as for training.
 
     The held-out set is the test split if there is one, because training may have been tuned on the others; otherwise
