@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .schedulers import check_number, count_steps
@@ -53,16 +54,18 @@ class Table(NamedTuple):
     network_timesteps: what the network is conditioned on in each step, integers in [0, T).
     coefficients: for each step those of x_t and of the last x_0_pred, the newest first; up to 1 + HISTORY numbers.
     guidance: with which it was fitted.
+    noise: for each step the standard deviation of the noise that is added; none in a deterministic sampler.
     """
 
     timesteps: list[int]
     network_timesteps: list[int]
     coefficients: list[list[float]]
     guidance: Guidance = Guidance()
+    noise: tuple[float, ...] = ()
 
 
 class CalibratedScheduler:
-    """A scheduler for one sampling run that takes its steps from a table. Deterministic.
+    """A scheduler for one sampling run that takes its steps from a table.
 
     Args:
         scheduler: of the model: what the network predicts, noise schedule and clipping.
@@ -89,7 +92,7 @@ class CalibratedScheduler:
             model_output: of the network at the network timestep of this step, (B, C, H, W).
             timestep: one of `timesteps`, on the host.
             sample: x_t, (B, C, H, W).
-            generator: not used.
+            generator: for the noise, or a list with one for each image.
         Raises:
             ValueError: this is not the timestep of the next step.
         """
@@ -102,6 +105,9 @@ class CalibratedScheduler:
         x_0_pred = self._scheduler.predict_x_0(model_output, self._table.network_timesteps[i], sample)
         self._num_taken, self._history = i + 1, [x_0_pred, *self._history[: HISTORY - 1]]
         x_prev = next_state(self._table.coefficients[i], sample, self._history)
+        if self._table.noise and self._table.noise[i]:
+            noise = randn_tensor(x_prev.shape, generator=generator, device=x_prev.device, dtype=x_prev.dtype)
+            x_prev.add_(noise, alpha=self._table.noise[i])
         if i + 1 == len(timesteps):
             x_prev = self._scheduler.bounded(x_prev, in_place=True)  # the image, as predictions of it
         # a copy: the caller may change its x_0_pred, and the next steps need it
@@ -190,6 +196,8 @@ def table_from_json(table: Any, num_steps: int) -> Table:
     for i, row in enumerate(rows):
         _check_list(f"coefficients of step {i}", row, 1 + min(i + 1, HISTORY), 2)
     allowed = f"numbers from {-MAX_COEFFICIENT:g} to {MAX_COEFFICIENT:g}"
+    noise = _check_list("noise", table["noise"], number, number if table["noise"] else 0)
+    allowed_noise = "numbers from 0 to 10"
     _check_fields_of("guidance", table["guidance"], Guidance._fields)
     guidance = dict(table["guidance"])
     for name in ("guidance_scale", "autoguidance_scale"):
@@ -203,6 +211,7 @@ def table_from_json(table: Any, num_steps: int) -> Table:
         [check_int("network_timesteps", t, 0, num_steps - 1) for t in network_timesteps],
         [[check_number("coefficients", c, -MAX_COEFFICIENT, MAX_COEFFICIENT, allowed) for c in row] for row in rows],
         Guidance(**guidance),
+        tuple(check_number("noise", deviation, 0, 10, allowed_noise) for deviation in noise),
     )
 
 

@@ -110,10 +110,21 @@ class Sampler:
     Args:
         denoiser: for all images of a run.
         scheduler: what the network predicts, noise schedule and clipping.
+        draw: draws the noise of a step, (B, C, H, W); each step has the same noise in all runs.
     """
 
-    def __init__(self, denoiser: Denoiser, scheduler: DDPMScheduler) -> None:
+    def __init__(
+        self, denoiser: Denoiser, scheduler: DDPMScheduler, draw: Callable[[], Tensor] | None = None
+    ) -> None:
         self.denoiser, self.scheduler = denoiser, scheduler
+        self._draw, self._noises = draw, list[Tensor]()
+
+    def noise(self, i: int) -> Tensor:
+        """The noise of step i."""
+        assert self._draw is not None
+        while len(self._noises) <= i:
+            self._noises.append(self._draw())
+        return self._noises[i]
 
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: int) -> Tensor:
@@ -139,13 +150,15 @@ class Sampler:
             if i == len(predictions):
                 predictions.append(self.predict(states[i], table.network_timesteps[i]))
             states.append(next_state(table.coefficients[i], states[i], history(predictions, i)))
+            if table.noise and table.noise[i]:
+                states[-1].add_(self.noise(i), alpha=table.noise[i])
             if i + 1 == len(table.timesteps):
                 states[-1] = self.scheduler.bounded(states[-1], in_place=True)
         return Run(table, states, predictions)
 
 
-def _step(table: Table, i: int) -> tuple[int, list[float]]:
-    return table.network_timesteps[i], table.coefficients[i]
+def _step(table: Table, i: int) -> tuple[int, list[float], float]:
+    return table.network_timesteps[i], table.coefficients[i], table.noise[i] if table.noise else 0.0
 
 
 def history(predictions: list[Tensor], i: int) -> list[Tensor]:
@@ -273,9 +286,9 @@ class Parameters(NamedTuple):
     differences: list[float]
 
 
-def all_numbers(table: Table, num_train_timesteps: int) -> Parameters:
+def all_numbers(table: Table, scheduler: DDPMScheduler) -> Parameters:
     """Every coefficient, and every timestep of the network, rounded."""
-    sizes = [len(row) for row in table.coefficients]
+    sizes, num_train_timesteps = [len(row) for row in table.coefficients], scheduler.num_steps
 
     def build(values: Sequence[float]) -> Table:
         values = list(values)
@@ -286,32 +299,42 @@ def all_numbers(table: Table, num_train_timesteps: int) -> Parameters:
     return Parameters(build, _time_differences(table.network_timesteps, num_train_timesteps) + [0.02] * sum(sizes))
 
 
-def smooth_changes(table: Table, num_train_timesteps: int) -> Parameters:
-    """Four changes that are piecewise linear over the steps, with KNOTS values each.
+def smooth_changes(table: Table, scheduler: DDPMScheduler) -> Parameters:
+    """Five changes that are piecewise linear over the steps, with KNOTS values each.
 
-    The network's timesteps, a factor for x_t, one for the predictions of x_0, and how far these are extrapolated: what
-    is added to the coefficient of the newest one and taken from that of the one before.
+    The network's timesteps, a factor for x_t, one for the predictions of x_0, how far these are extrapolated (what is
+    added to the coefficient of the newest one and taken from that of the one before), and fresh noise: the share of the
+    variance of the noise in the next state that is drawn anew, as eta does in DDIM.
     """
     num_steps = len(table.timesteps)
     knots = min(KNOTS, num_steps)
     position = torch.linspace(0, knots - 1, num_steps, dtype=torch.float64)
     hats = (1 - (position[:, None] - torch.arange(knots)).abs()).clamp(min=0)  # (N, knots)
+    alpha_bar = scheduler.alpha_bars(torch.tensor(table.timesteps))[0].double().tolist()
+    before = table.noise or (0.0,) * num_steps
 
     def build(values: Sequence[float]) -> Table:
-        moved, factor_x_t, factor_x_0, extra = (
+        moved, factor_x_t, factor_x_0, extra, fresh = (
             (hats @ torch.tensor(part, dtype=torch.float64)).tolist() for part in _chunks(values, knots)
         )
-        rows = []
+        rows, noise = [], []
         for i, (coef_x_t, *coefs) in enumerate(table.coefficients):
             row = [coef_x_t * (1 + factor_x_t[i]), *(coef * (1 + factor_x_0[i]) for coef in coefs)]
             if len(coefs) > 1:
                 row[1] += extra[i]
                 row[2] -= extra[i]
+            variance = 0.0 if i + 1 == num_steps else 1 - alpha_bar[i + 1]  # of the noise in the next state
+            deviation = max(0.0, before[i] ** 2 + fresh[i] * variance) ** 0.5
+            if deviation != before[i]:  # as much less of x_t is kept, with the image in it replaced
+                kept = max(0.0, row[0] ** 2 - (deviation**2 - before[i] ** 2) / (1 - alpha_bar[i])) ** 0.5
+                row[1] += (row[0] - kept) * math.sqrt(alpha_bar[i])
+                row[0] = kept
             rows.append(row)
-        return _moved(table, moved, rows, num_train_timesteps)
+            noise.append(deviation)
+        return _moved(table, moved, rows, scheduler.num_steps)._replace(noise=tuple(noise) if any(noise) else ())
 
     at_knots = [table.network_timesteps[round(k * (num_steps - 1) / max(1, knots - 1))] for k in range(knots)]
-    differences = _time_differences(at_knots, num_train_timesteps) + [0.02] * (2 * knots) + [0.05] * knots
+    differences = _time_differences(at_knots, scheduler.num_steps) + [0.02] * (2 * knots) + [0.05] * (2 * knots)
     return Parameters(build, differences)
 
 
@@ -392,7 +415,7 @@ class Trial(NamedTuple):
 def improve(
     trial: Trial,
     held_out: Trial,
-    make_parameters: Callable[[Table, int], Parameters],
+    make_parameters: Callable[[Table, DDPMScheduler], Parameters],
     max_iterations: int,
     least_damping: float = 0.0,
 ) -> tuple[Trial, Trial]:
@@ -405,10 +428,10 @@ def improve(
     Returns:
         Both trials, of the best table.
     """
-    damping, number = DAMPING, trial.sampler.scheduler.num_steps
+    damping = DAMPING
     value, held_out_value = trial.value(), held_out.value()
     for _ in range(max_iterations):
-        parameters = make_parameters(trial.run.table, number)
+        parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
         run, after = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
         judged = held_out.of(run.table)
         if not judged.value() < held_out_value:

@@ -204,7 +204,8 @@ class Calibrator:
             else:
                 table = self._fit_to_images(table, self.moments)
             rounded = [[round(value, 6) for value in row] for row in table.coefficients]
-            self.tables[number] = table._replace(coefficients=rounded)
+            noise = tuple(round(deviation, 6) for deviation in table.noise)
+            self.tables[number] = table._replace(coefficients=rounded, noise=noise)
             if self.runtime.is_main:
                 self._write_tables(file)
             self.runtime.print(f"{number} steps: calibrated in {(time.monotonic() - started) / 60:.1f} min")
@@ -225,12 +226,12 @@ class Calibrator:
         table: Table,
         trial: Trial,
         held_out: Trial,
-        make_parameters: Callable[[Table, int], Parameters],
+        make_parameters: Callable[[Table, DDPMScheduler], Parameters],
         max_iterations: int,
         least_damping: float = 0.0,
     ) -> Table:
         number = len(table.timesteps)
-        runs = len(make_parameters(table, self.pipe.scheduler.num_steps).differences) + 2
+        runs = len(make_parameters(table, self.pipe.scheduler).differences) + 2
         images = sum(len(each.run.states[0]) for each in (trial, held_out))
         total = max_iterations * runs * number * images  # at most
         with self._progress(f"{number} steps", total, trial.sampler, held_out.sampler):
@@ -261,8 +262,13 @@ class Calibrator:
         each = -(-number // world_size)  # the same number on all processes
         index = which * MAX_IMAGES + np.arange(self.runtime.rank, each * world_size, world_size)
         generators = make_generators([self.config.seed + int(i) for i in index])
-        noise = randn_tensor((each, *self._shape), generators, device=self.runtime.device)
-        return Sampler(BatchedDenoiser(self.denoiser(index), self.config.batch_size), self.pipe.scheduler), noise
+
+        def draw() -> Tensor:
+            return randn_tensor((each, *self._shape), generators, device=self.runtime.device)
+
+        noise = draw()
+        denoiser = BatchedDenoiser(self.denoiser(index), self.config.batch_size)
+        return Sampler(denoiser, self.pipe.scheduler, draw), noise
 
     def denoiser(self, index: np.ndarray) -> UNetDenoiser:
         """The network for these noises, with guidance; labels are spread evenly over the classes.
