@@ -4,6 +4,8 @@ A step of any linear multistep solver is a sum of x_t and the last predictions o
 
     x_prev = c_x x_t + c_0 x_0_pred(t) + c_1 x_0_pred(of the step before) + c_2 x_0_pred(of the one before that)
 
+and fresh noise, if it is not deterministic.
+
 DDIM and DPM-Solver++ compute the numbers from the noise schedule. A table has its own ones for each step, its own
 timesteps, and for each step the timestep that the network is conditioned on. Tables are saved in scheduler_config.json,
 in a field that the built-in classes keep and ignore, with the hash of the weights that they were fitted to.

@@ -84,6 +84,37 @@ def dpm_solver_coefficients(scheduler: DDPMScheduler, times: Sequence[int], end:
     return [coef_x_t, *row.tolist()]
 
 
+def solver_tables(scheduler: DDPMScheduler, num_steps: int) -> list[Table]:
+    """DPM-Solver++ of each order, each from the last timestep on and down to the first, without noise and with DDPM's.
+
+    Other names of the first order are DDIM and, with noise, DDPM.
+    """
+    stride = scheduler.num_steps // num_steps
+    leading = [i * stride for i in range(num_steps)][::-1]
+    spacings = teacher_times(scheduler, num_steps), leading
+    tables = [dpm_solver_table(scheduler, times, order) for times in spacings for order in (1, 2, 3)]
+    return [*tables, *(_ancestral(table, scheduler) for table in tables)]
+
+
+def _ancestral(table: Table, scheduler: DDPMScheduler) -> Table:
+    """A table with the noise of the posterior, Eq. (7), DDPM."""
+    alpha_bar = scheduler.alpha_bars(torch.tensor(table.timesteps))[0].double().tolist()
+    rows, noise = [], []
+    for row, here, end in zip(table.coefficients, alpha_bar, [*alpha_bar[1:], 1.0]):
+        variance = (1 - end) / (1 - here) * (1 - here / end)
+        rows.append(_refreshed(row, variance, here))
+        noise.append(math.sqrt(variance))
+    return table._replace(coefficients=rows, noise=tuple(noise))
+
+
+def _refreshed(row: list[float], variance: float, alpha_bar: float) -> list[float]:
+    """Coefficients of a step that adds fresh noise of this variance: so much less of x_t is kept, and the image in it
+    is replaced by its prediction."""
+    coef_x_t, coef_x_0, *others = row
+    kept = math.sqrt(max(0.0, coef_x_t**2 - variance / (1 - alpha_bar)))
+    return [kept, coef_x_0 + (coef_x_t - kept) * math.sqrt(alpha_bar), *others]
+
+
 # ---- Sampling runs ---------------------------------------------------------------------------------------------------
 
 
@@ -113,9 +144,7 @@ class Sampler:
         draw: draws the noise of a step, (B, C, H, W); each step has the same noise in all runs.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, scheduler: DDPMScheduler, draw: Callable[[], Tensor] | None = None
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, scheduler: DDPMScheduler, draw: Callable[[], Tensor] | None = None) -> None:
         self.denoiser, self.scheduler = denoiser, scheduler
         self._draw, self._noises = draw, list[Tensor]()
 
@@ -300,12 +329,20 @@ def all_numbers(table: Table, scheduler: DDPMScheduler) -> Parameters:
 
 
 def smooth_changes(table: Table, scheduler: DDPMScheduler) -> Parameters:
-    """Five changes that are piecewise linear over the steps, with KNOTS values each.
+    """Four changes that are piecewise linear over the steps, with KNOTS values each.
 
-    The network's timesteps, a factor for x_t, one for the predictions of x_0, how far these are extrapolated (what is
-    added to the coefficient of the newest one and taken from that of the one before), and fresh noise: the share of the
-    variance of the noise in the next state that is drawn anew, as eta does in DDIM.
+    The network's timesteps, a factor for x_t, one for the predictions of x_0, and how far these are extrapolated: what
+    is added to the coefficient of the newest one and taken from that of the one before.
     """
+    return _smooth(table, scheduler, 4)
+
+
+def smooth_changes_and_noise(table: Table, scheduler: DDPMScheduler) -> Parameters:
+    """A fifth one: the share of the variance of the noise in the next state that is drawn anew, as by eta in DDIM."""
+    return _smooth(table, scheduler, 5)
+
+
+def _smooth(table: Table, scheduler: DDPMScheduler, number: int) -> Parameters:
     num_steps = len(table.timesteps)
     knots = min(KNOTS, num_steps)
     position = torch.linspace(0, knots - 1, num_steps, dtype=torch.float64)
@@ -314,6 +351,7 @@ def smooth_changes(table: Table, scheduler: DDPMScheduler) -> Parameters:
     before = table.noise or (0.0,) * num_steps
 
     def build(values: Sequence[float]) -> Table:
+        values = [*values, *[0.0] * knots] if number == 4 else values
         moved, factor_x_t, factor_x_0, extra, fresh = (
             (hats @ torch.tensor(part, dtype=torch.float64)).tolist() for part in _chunks(values, knots)
         )
@@ -325,17 +363,13 @@ def smooth_changes(table: Table, scheduler: DDPMScheduler) -> Parameters:
                 row[2] -= extra[i]
             variance = 0.0 if i + 1 == num_steps else 1 - alpha_bar[i + 1]  # of the noise in the next state
             deviation = max(0.0, before[i] ** 2 + fresh[i] * variance) ** 0.5
-            if deviation != before[i]:  # as much less of x_t is kept, with the image in it replaced
-                kept = max(0.0, row[0] ** 2 - (deviation**2 - before[i] ** 2) / (1 - alpha_bar[i])) ** 0.5
-                row[1] += (row[0] - kept) * math.sqrt(alpha_bar[i])
-                row[0] = kept
-            rows.append(row)
+            rows.append(_refreshed(row, deviation**2 - before[i] ** 2, alpha_bar[i]))
             noise.append(deviation)
         return _moved(table, moved, rows, scheduler.num_steps)._replace(noise=tuple(noise) if any(noise) else ())
 
     at_knots = [table.network_timesteps[round(k * (num_steps - 1) / max(1, knots - 1))] for k in range(knots)]
-    differences = _time_differences(at_knots, scheduler.num_steps) + [0.02] * (2 * knots) + [0.05] * (2 * knots)
-    return Parameters(build, differences)
+    differences = [0.02] * (2 * knots) + [0.05] * ((number - 3) * knots)
+    return Parameters(build, _time_differences(at_knots, scheduler.num_steps) + differences)
 
 
 def _chunks(values: Sequence[float], size: int) -> list[Sequence[float]]:

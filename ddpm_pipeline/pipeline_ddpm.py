@@ -105,7 +105,7 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
             timesteps: the timesteps themselves instead, descending.
             eta: 1 is ancestral sampling (DDPM), 0 is deterministic (DDIM). By default 1 with our scheduler, and the
                 default of its own with another one.
-            calibrated: take the steps from a calibrated table of the model, without noise. By default where there is
+            calibrated: take the steps from a calibrated table of the model. By default where there is
                 one for this number of steps and this guidance, and neither eta nor timesteps is given; True: else it is
                 an error; False: never.
             class_labels: for a network with classes, one for all images or one for each: numbers or `class_names`.

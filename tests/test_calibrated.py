@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMSch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, calibrated
 from ddpm_pipeline.calibrated import CALIBRATION, CalibratedScheduler, Guidance, Table, load_tables, save_tables
-from ddpm_pipeline.calibration import dpm_solver_table
+from ddpm_pipeline.calibration import dpm_solver_table, solver_tables
 from ddpm_pipeline.schedulers import COMPATIBLE
 from tests.gaussian import gaussian_images, gaussian_pipe
 from tests.models import quiet, tiny_pipe, tiny_unet
@@ -93,7 +93,19 @@ def test_a_step_is_a_sum_of_x_t_and_the_last_predictions(dtype, atol):
     assert [step.t for step in trajectory] == FOUR.timesteps
     result = sample(pipe, latents=latents, seeds=None)
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, x_t, rtol=0, atol=atol)
+    torch.testing.assert_close(result, x_t.clamp(-1, 1), rtol=0, atol=atol)  # clipped, as its predictions are
+
+
+@pytest.mark.parametrize("seeds", [[3, 4], [4]])
+def test_a_table_with_the_noise_of_ddpm_gives_its_images(seeds):
+    """The same seeds draw the same noise in each step, and none after the last."""
+    pipe = gaussian_pipe("epsilon")
+    pipe.scheduler.register_to_config(timestep_spacing="trailing")
+    expected = sample(pipe, num_inference_steps=12, eta=1, seeds=seeds)
+    save_tables(pipe.scheduler, pipe.unet, [solver_tables(pipe.scheduler, 12)[6]])
+    torch.testing.assert_close(sample(pipe, num_inference_steps=12, seeds=seeds), expected, rtol=0, atol=1e-5)
+    save_tables(pipe.scheduler, pipe.unet, [solver_tables(pipe.scheduler, 12)[0]])
+    assert (sample(pipe, num_inference_steps=12, seeds=seeds) - expected).abs().max() > 0.1
 
 
 def test_a_learned_variance_is_not_used():
@@ -351,7 +363,7 @@ def test_weights_are_hashed_once(pipe, monkeypatch):
     pipe.unet.to(memory_format=torch.channels_last)  # the same weights, elsewhere
     sample(pipe, calibrated=True)
     compiled = torch.compile(pipe.unet)
-    assert calibrated.why_not(pipe.scheduler, compiled) is None
+    assert calibrated.why_not(pipe.scheduler, compiled, None, FOUR) is None
     assert len(hashed) == 3
 
 
@@ -419,7 +431,12 @@ def first(saved):
         (lambda saved: first(saved)["timesteps"].__setitem__(0, 19.5), "timesteps is 19.5"),
         (lambda saved: first(saved).__setitem__("timesteps", "1000"), "timesteps is '1000': give a list"),
         (lambda saved: first(saved).__setitem__("timesteps", list(range(999))), "timesteps has 999 entries"),
-        (lambda saved: first(saved).pop("guidance"), "a table has ['coefficients', 'network_timesteps', 'timesteps']"),
+        (lambda saved: first(saved).pop("guidance"), "a table has ['coefficients', 'network_timesteps', 'noise', 'times"),
+        (lambda saved: first(saved).update(noise=[0.1]), "noise has 1 entries: give 4"),
+        (lambda saved: first(saved).update(noise=[0.1, 0.1, -0.1, 0]), "noise is -0.1: give numbers from 0 to 10"),
+        (lambda saved: first(saved).update(noise=[0.1, 0.1, math.nan, 0]), "noise is nan"),
+        (lambda saved: first(saved).update(noise="0000"), "noise is '0000': give a list"),
+        (lambda saved: saved.update(guide="0" * 64), "guide has '000"),
         (lambda saved: first(saved)["guidance"].pop("guidance_scale"), "guidance has ['autoguidance_scale', 'gu"),
         (lambda saved: first(saved)["guidance"].update(guidance_scale="2"), "guidance_scale is '2'"),
         (lambda saved: first(saved)["guidance"].update(guidance_interval=[1]), "guidance_interval has 1 entries"),
@@ -429,7 +446,7 @@ def first(saved):
         (lambda saved: saved.update(weights="0" * 64), "weights has '000"),
         (lambda saved: saved["scheduler"].pop("alpha_bar"), "scheduler has ["),
         (lambda saved: saved["scheduler"].update(alpha_bar=[0.5]), "alpha_bar has 1 entries: give 9"),
-        (lambda saved: saved.clear(), "the field has []: give weights, scheduler, tables"),
+        (lambda saved: saved.clear(), "the field has []: give weights, guide, scheduler, tables"),
     ],
 )  # fmt: skip
 def test_damaged_tables_are_named(pipe, change, message, tmp_path):

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler as BuiltInDDPMScheduler
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, fidelity
@@ -161,16 +162,61 @@ def test_a_changed_table_is_run_from_its_first_change_on(scheduler: DDPMSchedule
 
 def test_parameters_of_zero_change_nothing_and_others_what_they_say(scheduler: DDPMScheduler) -> None:
     table = c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
-    for make_parameters in (c.all_numbers, c.smooth_changes):
-        parameters = make_parameters(table, 1000)
+    for make_parameters in (c.all_numbers, c.smooth_changes, c.smooth_changes_and_noise):
+        parameters = make_parameters(table, scheduler)
         assert parameters.build([0.0] * len(parameters.differences)) == table
         for k, difference in enumerate(parameters.differences):
             values = [0.0] * len(parameters.differences)
             values[k] = difference
-            assert parameters.build(values) != table
-    scaled = c.smooth_changes(table, 1000).build([0.0] * 4 + [0.1] * 4 + [-0.5] * 4 + [0.0] * 4)
+            changed = parameters.build(values)
+            assert changed != table and changed.timesteps == table.timesteps
+    scaled = c.smooth_changes(table, scheduler).build([0.0] * 4 + [0.1] * 4 + [-0.5] * 4 + [0.0] * 4)
     for row, before in zip(scaled.coefficients, table.coefficients):
         assert row == pytest.approx([1.1 * before[0], *(0.5 * number for number in before[1:])])
+
+
+def test_fresh_noise_replaces_as_much_of_the_old_one_and_keeps_the_image(scheduler: DDPMScheduler) -> None:
+    table = c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    noisy = c.smooth_changes_and_noise(table, scheduler).build([0.0] * 16 + [0.3] * 4)
+    again = c.smooth_changes_and_noise(noisy, scheduler).build([0.0] * 16 + [-0.3] * 4)
+    alpha_bar = scheduler.alphas_cumprod.double()[table.timesteps]
+    for i, (row, before) in enumerate(zip(noisy.coefficients[:-1], table.coefficients)):
+        fresh = 0.3 * (1 - alpha_bar[i + 1])
+        assert noisy.noise[i] ** 2 == pytest.approx(fresh.item())
+        assert (row[0] ** 2 * (1 - alpha_bar[i]) + fresh).item() == pytest.approx(
+            (before[0] ** 2 * (1 - alpha_bar[i])).item()
+        )
+        image = [each[0] * alpha_bar[i].sqrt().item() + sum(each[1:]) for each in (row, before)]
+        assert image[0] == pytest.approx(image[1])
+        assert again.coefficients[i] == pytest.approx(before)
+    assert noisy.noise[-1] == 0 and max(again.noise, default=0) < 1e-6
+
+
+def test_runs_with_noise_have_the_same_noise(scheduler: DDPMScheduler) -> None:
+    """So that a difference between two tables is not one of their noises."""
+    generator = torch.Generator().manual_seed(5)
+    sampler = c.Sampler(Gaussian(scheduler), scheduler, lambda: torch.randn(4, 1, 4, 4, generator=generator))
+    table = c.solver_tables(scheduler, 4)[6]
+    run = sampler.run(table, noise(4))
+    assert max(table.noise) > 0.1 and table.noise[-1] == 0
+    assert torch.equal(sampler.run(table, noise(4)).images, run.images)
+    quiet = table._replace(noise=(0.0, *table.noise[1:]))
+    assert torch.equal(sampler.rerun(run, quiet).images, sampler.run(quiet, noise(4)).images)
+    assert not torch.equal(sampler.rerun(run, quiet).images, run.images)
+
+
+def test_a_table_of_the_first_order_with_noise_is_ddpm(scheduler: DDPMScheduler) -> None:
+    trailing, leading = (c.solver_tables(scheduler, 5)[k] for k in (6, 9))
+    x_t, x_0 = noise(2), noise(2, seed=1)
+    for table, spacing in ((trailing, "trailing"), (leading, "leading")):
+        ddpm = BuiltInDDPMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
+        ddpm.set_timesteps(5)
+        assert ddpm.timesteps.tolist() == table.timesteps
+        for row, deviation, t in zip(table.coefficients, table.noise, table.timesteps):
+            expected = ddpm.step(x_0, t, x_t, generator=torch.Generator().manual_seed(3)).prev_sample
+            fresh = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3))
+            ours = c.next_state(row, x_t, [x_0]) + deviation * fresh
+            torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)  # its variance is at least 1e-20
 
 
 # ---- Moments ---------------------------------------------------------------------------------------------------------

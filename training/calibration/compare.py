@@ -410,7 +410,15 @@ def _plot_measure(axes: Axes, records: Sequence[Record], first: Result) -> None:
             main[name] = points
         elif points:
             numbers, estimates = zip(*points)
-            axes.plot(numbers, [each.value for each in estimates], color="lightgray", linewidth=0.8, label=label)
+            axes.plot(
+                numbers,
+                [each.value for each in estimates],
+                "o-",
+                color="lightgray",
+                markersize=2,
+                linewidth=0.8,
+                label=label,
+            )
             label = None  # of all gray lines
     for name, points in main.items():
         if points:
