@@ -431,7 +431,7 @@ def first(saved):
         (lambda saved: first(saved)["timesteps"].__setitem__(0, 19.5), "timesteps is 19.5"),
         (lambda saved: first(saved).__setitem__("timesteps", "1000"), "timesteps is '1000': give a list"),
         (lambda saved: first(saved).__setitem__("timesteps", list(range(999))), "timesteps has 999 entries"),
-        (lambda saved: first(saved).pop("guidance"), "a table has ['coefficients', 'network_timesteps', 'noise', 'times"),
+        (lambda saved: first(saved).pop("guidance"), "a table has ['coefficients', 'network_timesteps', 'noise'"),
         (lambda saved: first(saved).update(noise=[0.1]), "noise has 1 entries: give 4"),
         (lambda saved: first(saved).update(noise=[0.1, 0.1, -0.1, 0]), "noise is -0.1: give numbers from 0 to 10"),
         (lambda saved: first(saved).update(noise=[0.1, 0.1, math.nan, 0]), "noise is nan"),
