@@ -159,6 +159,21 @@ def test_an_output_folder_gets_a_complete_copy(work, model, tmp_path):
     assert names and all((tmp_path / "copy" / "pipeline" / name).is_file() for name in names)
 
 
+def test_an_output_folder_with_another_model_is_not_touched(work, model, tmp_path, capsys):
+    other = shutil.copytree(model, tmp_path / "other")
+    pipe = DDPMPipeline.from_pretrained(other / "pipeline")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight += 1
+    pipe.save_pretrained(other / "pipeline")
+    before = (other / "pipeline" / "scheduler" / "scheduler_config.json").read_bytes()
+    calibrate(work, model, expected=2, num_inference_steps="2", output_dir=other)
+    assert "has another model than" in capsys.readouterr().err
+    assert (other / "pipeline" / "scheduler" / "scheduler_config.json").read_bytes() == before
+    calibrate(work, model, num_inference_steps="2", output_dir=tmp_path / "copy")
+    calibrate(work, model, num_inference_steps="2,3", output_dir=tmp_path / "copy")
+    assert list(tables(tmp_path / "copy")) == [2, 3]
+
+
 @pytest.mark.parametrize("use_images", ["true", "false"])
 def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypatch, capsys, use_images):
     monkeypatch.setattr(calibrator, "SETTINGS", [DDIM, DDPM])

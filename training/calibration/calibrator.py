@@ -21,11 +21,12 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_pipeline import DDPMScheduler
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.arguments import guidance_of, make_generators
 from ddpm_pipeline.calibrated import (
     Guidance,
     Table,
+    hash_weights,
     load_tables,
     save_tables,
     table_from_json,
@@ -130,7 +131,10 @@ class Calibrator:
         """The folder of the pipeline that gets the tables."""
         name = Path(self.config.output_dir or self.config.model)
         if self.config.output_dir:
-            return name / "pipeline"
+            folder = name / "pipeline"
+            if folder.is_dir() and weights_of(DDPMPipeline.from_pretrained(folder)) != weights_of(self.pipe):
+                raise ValueError(f"{folder} has another model than {self.config.model}: give another --output_dir")
+            return folder
         if not name.is_dir():
             raise ValueError(
                 f"{self.config.model} is not a local folder: give --output_dir for the calibrated pipeline"
@@ -442,6 +446,12 @@ class BatchedDenoiser:
             outputs.append(self._denoiser(x_t[part], t))
             self.on_batch(len(outputs[-1]))
         return torch.cat(outputs)
+
+
+def weights_of(pipe: Any) -> list[str | None]:
+    """A hash of the weights of its network, and one of those of its guide."""
+    networks = pipe.unet, pipe.guide
+    return [None if network is None else hash_weights(network, torch.float32) for network in networks]
 
 
 def guidance_arguments(guidance: Guidance) -> dict[str, Any]:
