@@ -441,7 +441,8 @@ def test_calibrated_steps_are_published(tmp_path):
     run = make_run(tmp_path / "run", unet=unet)
     pipe = DDPMPipeline(unet, scheduler)
     pipe.save_pretrained(run / "pipeline")
-    staged(run, tmp_path / "out")
+    card, _ = card_of(run, tmp_path / "out")
+    assert "calibrated for `num_inference_steps=10`, `num_inference_steps=9`, `num_inference_steps=5`:" in card
     file = "scheduler/scheduler_config.json"
     assert (tmp_path / "out" / file).read_bytes() == (run / "pipeline" / file).read_bytes()
     published = DDPMPipeline.from_pretrained(tmp_path / "out")

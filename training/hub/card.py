@@ -79,6 +79,7 @@ def write_card(
         "class_labels": _class_labels(folder) + _guidance_arguments(report),
         "classes": _classes(folder, record, report),
         "guide": _guide(folder, record, report),
+        "few_steps": _few_steps(folder),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
         **_model_fields(folder),
@@ -261,6 +262,22 @@ def _guide(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) ->
             f"`pipe({label}autoguidance_scale=2.0)`. Each step then takes two calls of a network.",
             *_guidance(report, AUTOGUIDANCE),
         ]
+    )
+
+
+def _few_steps(folder: Path) -> str:
+    """The section on calibrated steps, or nothing."""
+    texts = []
+    for table in scheduler_config(folder).get("_calibration", {}).get("tables", []):
+        guidance = {name: value for name, value in table["guidance"].items() if value not in (1, None)}
+        arguments = {"num_inference_steps": len(table["timesteps"]), **guidance}
+        texts.append("`" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + "`")
+    if not texts:
+        return ""
+    return (
+        f"## Few steps\n\nIts sampler is calibrated for {', '.join(texts)}: a call with these arguments, with the package "
+        "or remote code, takes steps that were fitted to these weights, and with `calibrated=False` it does not. The "
+        "built-in classes do not know them."
     )
 
 
