@@ -275,8 +275,8 @@ def _few_steps(folder: Path) -> str:
     if not texts:
         return ""
     return (
-        f"## Few steps\n\nIts sampler is calibrated for {', '.join(texts)}: a call with these arguments, with the package "
-        "or remote code, takes steps that were fitted to these weights, and with `calibrated=False` it does not. The "
+        f"## Few steps\n\nIts sampler is calibrated for {', '.join(texts)}: a call with these arguments, with the "
+        "package or remote code, takes steps that were fitted to these weights, and with `calibrated=False` it does not. The "
         "built-in classes do not know them."
     )
 
