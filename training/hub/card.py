@@ -276,8 +276,8 @@ def _few_steps(folder: Path) -> str:
         return ""
     return (
         f"## Few steps\n\nIts sampler is calibrated for {', '.join(texts)}: a call with these arguments, with the "
-        "package or remote code, takes steps that were fitted to these weights, and with `calibrated=False` it does not. The "
-        "built-in classes do not know them."
+        "package or remote code, takes steps that were fitted to these weights; with `calibrated=False` it does not. "
+        "The built-in classes do not know them."
     )
 
 
