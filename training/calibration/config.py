@@ -58,7 +58,7 @@ class CalibrationConfig:
     cache_dir: str = "~/.cache/ddpm_pipeline"
 
     def __post_init__(self) -> None:
-        minimums = {"num_images": 64, "num_samples": 64, "seed": 0, "batch_size": 1, "cpu_threads": 1}
+        minimums = {"num_images": 16, "num_samples": 64, "seed": 0, "batch_size": 1, "cpu_threads": 1}
         for name, minimum in minimums.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
