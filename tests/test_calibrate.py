@@ -15,6 +15,7 @@ from PIL import Image
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.calibrated import load_tables
 from tests.evaluation.helpers import train
+from tests.models import tiny_unet
 from tests.short_run import flags, run_here, run_in_child
 from training.calibration import calibrator
 from training.calibration.config import CalibrationConfig
@@ -37,7 +38,16 @@ def trained(work):
     smooth = torch.nn.functional.interpolate(field, size=16, mode="bicubic")
     for i, image in enumerate(((smooth[:, 0] + 2) * 64).clamp(0, 255).byte().numpy()):
         Image.fromarray(image).save(folder / f"{i:02}.png")
-    return train(work, "run", train_data_dir=folder, resolution=16, guide_snapshot=0.5)
+    run = train(work, "run", train_data_dir=folder, resolution=16)
+    # untrained, but fast; with large predictions, so that solvers differ
+    networks = [tiny_unet(size=16, seed=seed) for seed in (0, 1)]
+    with torch.no_grad():
+        for network in networks:
+            network.conv_out.weight *= 3
+    pipe = DDPMPipeline(networks[0], DDPMPipeline.from_pretrained(run / "pipeline").scheduler)
+    pipe.guide = networks[1]
+    pipe.save_pretrained(run / "pipeline")
+    return run
 
 
 @pytest.fixture
@@ -117,10 +127,6 @@ def test_two_processes_find_the_table_of_one(work, model, tmp_path):
 
 def test_without_images_few_steps_lead_where_all_of_them_do(work, model):
     """The outside truth is DPM-Solver++ of diffusers with all 20 steps."""
-    pipe = DDPMPipeline.from_pretrained(model / "pipeline")
-    with torch.no_grad():  # after six steps of training it predicts nothing: any solver is right
-        pipe.unet.conv_out.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    pipe.save_pretrained(model / "pipeline")
     calibrate(work, model, num_inference_steps="3", use_images="false")
     pipe = BuiltInDDPMPipeline.from_pretrained(model / "pipeline")
     ours = DDPMPipeline(pipe.unet, pipe.scheduler)
@@ -147,6 +153,21 @@ def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model):
         pipe(**guided, calibrated=True)
     calibrate(work, model, num_inference_steps="2")  # a table without guidance stands beside it
     assert len(load_tables(DDPMPipeline.from_pretrained(model / "pipeline").scheduler)) == 2
+
+
+def test_tables_of_a_model_with_classes_are_for_their_guidance(work, tmp_path):
+    folder = tmp_path / "images"
+    for i in range(24):
+        path = folder / ("dark", "light")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(path)
+    run = train(tmp_path, "run", train_data_dir=folder, resolution=16, class_conditional=True)
+    calibrate(work, run, num_inference_steps="2", guidance_scale=2, extractor="pixels")
+    pipe = DDPMPipeline.from_pretrained(run / "pipeline")
+    options = {"seeds": [0, 1], "num_inference_steps": 2, "class_labels": ["dark", "light"]}
+    pipe(**options, guidance_scale=2, calibrated=True)
+    with pytest.raises(ValueError, match=r"this model has 2 steps with guidance_scale=2"):
+        pipe(**options, calibrated=True)
 
 
 def test_an_output_folder_gets_a_complete_copy(work, model, tmp_path):

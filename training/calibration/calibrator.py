@@ -101,6 +101,11 @@ class Calibrator:
 
     def __init__(self, config: CalibrationConfig) -> None:
         self.config = config
+        self.split: DataSplit | None = None
+        self.classes: Classes | None = None
+        self.extractor: Extractor | None = None  # of the comparison
+        self.moments: Moments | None = None
+        self.tables: dict[int, Table] = {}
         self.runtime = Runtime("no", config.cpu_threads)
         quiet_libraries()
         # rank 0 downloads for all
@@ -121,11 +126,6 @@ class Calibrator:
             if (effective := guidance_of(self.denoiser(np.arange(1)))) != self.guidance:
                 raise ValueError(f"{self.guidance} would be {effective} for {config.model}: it has no classes to guide")
         self.folder = self._output_folder()
-        self.split: DataSplit | None = None
-        self.classes: Classes | None = None
-        self.extractor: Extractor | None = None  # of the comparison
-        self.moments: Moments | None = None
-        self.tables: dict[int, Table] = {}
 
     def _output_folder(self) -> Path:
         """The folder of the pipeline that gets the tables."""
