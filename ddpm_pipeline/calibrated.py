@@ -170,7 +170,7 @@ def load_tables(scheduler: DDPMScheduler) -> list[Table]:
     try:
         return _check_saved(saved, scheduler.num_steps)
     except ValueError as error:
-        raise ValueError(f"{CALIBRATION}: {error}; calibrate again, or remove this field") from None
+        raise ValueError(f"{CALIBRATION}: {error}; remove this field, then calibrate again") from None
 
 
 def _check_saved(saved: Any, num_steps: int) -> list[Table]:

@@ -458,7 +458,7 @@ def test_damaged_tables_are_named(pipe, change, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"{file}: {CALIBRATION}: ")) as caught:
         DDPMPipeline.from_pretrained(tmp_path)
     assert message in str(caught.value) and len(str(caught.value)) < 500
-    assert "calibrate again, or remove this field" in str(caught.value)
+    assert "remove this field, then calibrate again" in str(caught.value)
 
 
 def test_a_bad_table_is_not_saved(pipe):
