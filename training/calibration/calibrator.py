@@ -48,8 +48,6 @@ from ddpm_pipeline.calibration import (
     fit_steps,
     improve,
     smooth_changes,
-    smooth_changes_and_noise,
-    solver_tables,
     teacher_times,
 )
 from ddpm_pipeline.classifier import train_classifier
@@ -221,21 +219,11 @@ class Calibrator:
         return self._improve(table, teacher, held_out, make_parameters, TEACHER_ITERATIONS)
 
     def _fit_to_images(self, table: Table, moments: Moments) -> Table:
-        """Start from this table, or from that of a solver if its samples are more like the training images."""
-        number = len(table.timesteps)
-        starts = [
-            table,
-            *(each._replace(guidance=self.guidance) for each in solver_tables(self.pipe.scheduler, number)),
-        ]
         trials = []
-        for which, num_images in ((2, self.config.num_images), (3, self.config.num_images // 2)):
-            sampler, noise = self._sampler(which, num_images)
+        for which, number in ((2, self.config.num_images), (3, self.config.num_images // 2)):
+            sampler, noise = self._sampler(which, number)
             trials.append(Trial(sampler, Run(table, [noise], []), moments))
-        sampler, noise = trials[1].sampler, trials[1].run.states[0]
-        with self._progress(f"{number} steps, start", len(starts) * number * len(noise), sampler):
-            values = [trials[1]._replace(run=sampler.run(start, noise)).value() for start in starts]
-        best = starts[values.index(min(values))]
-        return self._improve(best, trials[0], trials[1], smooth_changes_and_noise, MOMENT_ITERATIONS, DAMPING)
+        return self._improve(table, trials[0], trials[1], smooth_changes, MOMENT_ITERATIONS, DAMPING)
 
     def _improve(
         self,
