@@ -111,7 +111,9 @@ def _refreshed(row: list[float], variance: float, alpha_bar: float) -> list[floa
     """Coefficients of a step that adds fresh noise of this variance: so much less of x_t is kept, and the image in it
     is replaced by its prediction."""
     coef_x_t, coef_x_0, *others = row
-    kept = math.sqrt(max(0.0, coef_x_t**2 - variance / (1 - alpha_bar)))
+    if variance == 0:
+        return row
+    kept = math.copysign(math.sqrt(max(0.0, coef_x_t**2 - variance / (1 - alpha_bar))), coef_x_t)
     return [kept, coef_x_0 + (coef_x_t - kept) * math.sqrt(alpha_bar), *others]
 
 

@@ -165,6 +165,8 @@ def test_parameters_of_zero_change_nothing_and_others_what_they_say(scheduler: D
     for make_parameters in (c.all_numbers, c.smooth_changes, c.smooth_changes_and_noise):
         parameters = make_parameters(table, scheduler)
         assert parameters.build([0.0] * len(parameters.differences)) == table
+        negative = table._replace(coefficients=[[-row[0], *row[1:]] for row in table.coefficients])
+        assert make_parameters(negative, scheduler).build([0.0] * len(parameters.differences)) == negative
         for k, difference in enumerate(parameters.differences):
             values = [0.0] * len(parameters.differences)
             values[k] = difference
