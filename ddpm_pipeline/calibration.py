@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,10 +45,7 @@ Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 def dpm_solver_table(scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2) -> Table:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, with data prediction, of order 1 (DDIM), 2 or 3."""
     ends = [*timesteps[1:], END]
-    coefficients = [
-        dpm_solver_coefficients(scheduler, timesteps[max(0, i - order + 1) : i + 1][::-1], end)
-        for i, end in enumerate(ends)
-    ]
+    coefficients = [dpm_solver_coefficients(scheduler, history(timesteps, i, order), end) for i, end in enumerate(ends)]
     return Table(list(timesteps), list(timesteps), coefficients)
 
 
@@ -192,9 +189,9 @@ def _step(table: Table, i: int) -> tuple[int, list[float], float]:
     return table.network_timesteps[i], table.coefficients[i], table.noise[i] if table.noise else 0.0
 
 
-def history(predictions: list[Tensor], i: int) -> list[Tensor]:
-    """The predictions that step i may use, the newest first."""
-    return predictions[max(0, i - HISTORY + 1) : i + 1][::-1]
+def history(of_steps: Sequence[Any], i: int, length: int = HISTORY) -> list[Any]:
+    """What step i may use of its own step and those before, as predictions or timesteps, the newest first."""
+    return list(of_steps[max(0, i - length + 1) : i + 1][::-1])
 
 
 # ---- 1. Timesteps ----------------------------------------------------------------------------------------------------
@@ -254,7 +251,7 @@ def fit_steps(sampler: Sampler, teacher: Run, timesteps: list[int], total: Total
         predictions.append(sampler.predict(x_t, t))
         inputs = [x_t, *history(predictions, i)]
         target = teacher.images if end == END else teacher.states[teacher.table.timesteps.index(end)]
-        prior = dpm_solver_coefficients(sampler.scheduler, timesteps[max(0, i - HISTORY + 1) : i + 1][::-1], end)
+        prior = dpm_solver_coefficients(sampler.scheduler, history(timesteps, i), end)
         coefficients.append(least_squares(inputs, target, prior, RIDGE, total))
         x_t = next_state(coefficients[-1], x_t, inputs[1:])
     return Table(timesteps, list(timesteps), coefficients, teacher.table.guidance)
@@ -399,7 +396,7 @@ def gauss_newton(
     *,
     damping: float = DAMPING,
 ) -> tuple[Run, float]:
-    """One iteration: the changed run, and its sum of squares; `run` itself if no change makes that smaller.
+    """One iteration: the changed run, and the share by which its sum of squares is smaller; else `run` itself, and 0.
 
     Args:
         run: of the table that `parameters` change.
@@ -427,9 +424,9 @@ def gauss_newton(
         changed, left = residuals(move.clamp(-most, most).tolist())
         after = objective.total(left @ left).item()
         if after < before:
-            return changed, after
+            return changed, 1 - after / before
         damping *= 10
-    return run, before
+    return run, 0.0
 
 
 class Trial(NamedTuple):
@@ -464,16 +461,15 @@ def improve(
     Returns:
         Both trials, of the best table.
     """
-    damping = DAMPING
-    value, held_out_value = trial.value(), held_out.value()
+    damping, value = DAMPING, held_out.value()
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        run, after = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
+        run, gain = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
         judged = held_out.of(run.table)
-        if not judged.value() < held_out_value:
+        if not (judged_value := judged.value()) < value:
             break
-        gain, value, held_out_value = 1 - after / value, after, judged.value()
-        trial, held_out, damping = trial._replace(run=run), judged, max(damping / 10, least_damping)
+        trial, held_out, value = trial._replace(run=run), judged, judged_value
+        damping = max(damping / 10, least_damping)
         if gain < LEAST_GAIN:
             break
     return trial, held_out
