@@ -19,24 +19,12 @@ if not __package__:  # run as a script: imports start at the project, not at tra
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from training.calibration.config import CalibrationConfig, parse
+from training.command_line import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
-    try:
-        calibrate(config)
-    except OSError as error:
-        where = "" if error.filename else f"{config.output_dir or config.model} cannot be written: "  # a full disk
-        print(f"calibrate.py: {where}{error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"calibrate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ncalibrate.py: interrupted. Finished tables are kept: run the same command again to continue.",
-              file=sys.stderr)  # fmt: skip
-        return 130
-    return 0
+    return exit_code("calibrate.py", lambda: calibrate(config), config.output_dir or config.model, "Finished tables")
 
 
 def calibrate(config: CalibrationConfig) -> None:

@@ -192,3 +192,26 @@ def _describe(hint: Any) -> str:
         return f"{described}, or several of them separated by commas"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
     return names.get(hint, str(hint))
+
+
+def exit_code(script: str, work: Callable[[], None], writes_to: str, kept: str) -> int:
+    """The exit code of a command: 0; 2 for a mistake or a file that cannot be read or written; 130 for Ctrl-C.
+
+    Args:
+        script: its name, which begins every message.
+        writes_to: what could not be written if an error does not say which file, as on a full disk.
+        kept: what an interruption leaves for the next time.
+    """
+    try:
+        work()
+    except OSError as error:
+        where = "" if error.filename else f"{writes_to} cannot be written: "
+        print(f"{script}: {where}{error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted. {kept} are kept: run the same command again to continue.", file=sys.stderr)
+        return 130
+    return 0

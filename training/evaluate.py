@@ -19,25 +19,13 @@ from pathlib import Path
 if not __package__:  # run as a script: imports start at the project, not at training/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from training.command_line import exit_code
 from training.evaluation.config import EvalConfig, check_installed, parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
-    try:
-        evaluate(config)
-    except OSError as error:
-        where = "" if error.filename else f"{config.output_dir or config.model} cannot be written: "  # a full disk
-        print(f"evaluate.py: {where}{error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nevaluate.py: interrupted. Finished samples are kept: run the same command again to continue.",
-              file=sys.stderr)  # fmt: skip
-        return 130
-    return 0
+    return exit_code("evaluate.py", lambda: evaluate(config), config.output_dir or config.model, "Finished samples")
 
 
 def evaluate(config: EvalConfig) -> None:

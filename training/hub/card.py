@@ -19,6 +19,7 @@ from training.hub.files import (
     ROOT,
     WEIGHTS,
     built_in_limits,
+    calibrated_tables,
     class_names,
     count_parameters,
     has_class_labels,
@@ -268,7 +269,7 @@ def _guide(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) ->
 def _few_steps(folder: Path) -> str:
     """The section on calibrated steps, or nothing."""
     texts = []
-    for table in scheduler_config(folder).get("_calibration", {}).get("tables", []):
+    for table in calibrated_tables(folder):
         guidance = {name: value for name, value in table["guidance"].items() if value not in (1, None)}
         arguments = {"num_inference_steps": len(table["timesteps"]), **guidance}
         texts.append("`" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + "`")

@@ -15,7 +15,14 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from ddpm_pipeline import kernels
-from training.hub.files import built_in_limits, class_names, has_class_labels, scheduler_config, unet_config
+from training.hub.files import (
+    built_in_limits,
+    calibrated_tables,
+    class_names,
+    has_class_labels,
+    scheduler_config,
+    unet_config,
+)
 from training.hub.load_once import WAYS
 
 SCRIPT = Path(__file__).with_name("load_once.py")
@@ -64,7 +71,7 @@ def _sample(folder: Path) -> dict[str, dict[str, Any]]:
     """For each way to load, two images in a numpy array, and two others with the guide of the model, if it has one."""
     unet = unet_config(folder)
     scheduler = scheduler_config(folder)
-    calibrated = [len(table["timesteps"]) for table in scheduler.get("_calibration", {}).get("tables", [])]
+    calibrated = [len(table["timesteps"]) for table in calibrated_tables(folder)]
     steps = [n for n in range(1, min(10, scheduler["num_train_timesteps"]) + 1) if n not in calibrated]
     options = ["--steps", str(max(steps, default=1))]  # the built-in classes have no calibrated steps
     if unet.get("num_class_embeds") is not None:  # the first class by its name, if it has one, and the last

@@ -41,6 +41,12 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "scheduler" / "scheduler_config.json")
 
 
+def calibrated_tables(folder: Path) -> list[dict[str, Any]]:
+    """The tables of calibrated steps, see ddpm_pipeline/calibrated.py, as they are saved."""
+    tables: list[dict[str, Any]] = scheduler_config(folder).get("_calibration", {}).get("tables", [])
+    return tables
+
+
 def unet_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "unet" / "config.json")
 
