@@ -81,16 +81,15 @@ def dpm_solver_coefficients(scheduler: DDPMScheduler, times: Sequence[int], end:
     return [coef_x_t, *row.tolist()]
 
 
-def solver_tables(scheduler: DDPMScheduler, num_steps: int) -> list[Table]:
-    """DPM-Solver++ of each order, each from the last timestep on and down to the first, without noise and with DDPM's.
-
-    Other names of the first order are DDIM and, with noise, DDPM.
-    """
+def stochastic_tables(scheduler: DDPMScheduler, num_steps: int) -> list[Table]:
+    """DPM-Solver++ of each order with the noise of DDPM, which is the first order, from the last timestep on and down
+    to the first ("trailing" and "leading")."""
     stride = scheduler.num_steps // num_steps
     leading = [i * stride for i in range(num_steps)][::-1]
     spacings = teacher_times(scheduler, num_steps), leading
-    tables = [dpm_solver_table(scheduler, times, order) for times in spacings for order in (1, 2, 3)]
-    return [*tables, *(_ancestral(table, scheduler) for table in tables)]
+    return [
+        _ancestral(dpm_solver_table(scheduler, times, order), scheduler) for times in spacings for order in (1, 2, 3)
+    ]
 
 
 def _ancestral(table: Table, scheduler: DDPMScheduler) -> Table:
@@ -205,7 +204,10 @@ def teacher_times(scheduler: DDPMScheduler, num_steps: int = TEACHER_STEPS) -> l
 
 
 def best_times(teacher: Run, scheduler: DDPMScheduler, num_steps: int, total: Total) -> list[int]:
-    """The N timesteps, out of the teacher's M, with the least sum of errors of single DDIM steps between its states."""
+    """The N timesteps, out of the teacher's M, with the least sum of errors of single DDIM steps between its states.
+
+    The first one is free: the error of pure noise as the state of a later timestep counts as that of a step.
+    """
     times = [*teacher.table.timesteps, END]
     squares = torch.full((len(times) - 1, len(times)), math.inf, dtype=torch.float64)
     for i, prediction in enumerate(teacher.predictions):
@@ -213,19 +215,20 @@ def best_times(teacher: Run, scheduler: DDPMScheduler, num_steps: int, total: To
             row = dpm_solver_coefficients(scheduler, [times[i]], times[j])
             error = next_state(row, teacher.states[i], [prediction]) - teacher.states[j]
             squares[i, j] = error.square().mean().item()
-    path = shortest_path(total(squares).sqrt(), num_steps)
+    starts = torch.tensor([(x_t - teacher.states[0]).double().square().mean() for x_t in teacher.states[:-1]])
+    path = shortest_path(total(squares).sqrt(), total(starts).sqrt(), num_steps)
     return [times[i] for i in path]
 
 
-def shortest_path(cost: Tensor, num_steps: int) -> list[int]:
-    """The nodes that N steps from node 0 to node M start at, with the least sum of costs.
+def shortest_path(cost: Tensor, start: Tensor, num_steps: int) -> list[int]:
+    """The nodes that N steps to node M start at, with the least sum of costs.
 
     Args:
         cost: (M, M + 1), of a step from node i to node j; infinite unless j > i.
+        start: (M,), of beginning at each node.
     """
     last = cost.shape[1] - 1
-    best = torch.full((last + 1,), math.inf, dtype=cost.dtype)  # cost of the way to each node
-    best[0] = 0
+    best = torch.cat([start, start.new_tensor([math.inf])])  # cost of the way to each node
     came_from = []
     for _ in range(num_steps):
         best, before = (best[:last, None] + cost).min(dim=0)

@@ -28,6 +28,7 @@ from training.calibration.compare import (
     Samples,
     TeacherDistance,
     best_built_in,
+    best_settings,
     compare,
     draw,
     load_records,
@@ -79,7 +80,12 @@ def exact_distance(model):
 def compare_here(tmp_path, runtime, chosen, calls=(5,), model=None, measure=None, samples=SAMPLES):
     model = model or gaussian_model()
     measure = measure or exact_distance(model)
-    return compare(model, calls, chosen, measure, samples, path=tmp_path / "records.json", runtime=runtime)
+    path = tmp_path / "records.json"
+    return [
+        record
+        for number in calls
+        for record in compare(model, number, chosen, measure, samples, path=path, runtime=runtime)
+    ]
 
 
 def value(record):
@@ -293,7 +299,7 @@ def compare_of_processes(path, runtime):
     """A sampler with noise, and one that cannot sample from this model, so that the ranks must agree to skip it."""
     model = gaussian_model("sample")
     chosen = [DDPM, BY_NAME["SDE-DPM-Solver++ 2M"], BY_NAME["KDPM2"]]
-    return compare(model, [5], chosen, exact_distance(model), SAMPLES, path=path, runtime=runtime)
+    return compare(model, 5, chosen, exact_distance(model), SAMPLES, path=path, runtime=runtime)
 
 
 # ---- Measures --------------------------------------------------------------------------------------------------------
@@ -338,6 +344,19 @@ RECORDS = [
     record_of("DDIM", 10, 5.0), record_of("DDPM", 10, 6.0), record_of("Heun", 10, 4.5, num_calls=9),
     record_of("Euler", 10, 2.0), record_of("calibrated", 10, 1.5, is_calibrated=True),
 ]  # fmt: skip
+
+
+def test_the_best_settings_are_measured_further():
+    """With DDIM and DDPM, and of a setting and itself clipped the better one."""
+    values = {"UniPC 3, bh1": 2.0, "UniPC 3, bh1, clipped": 1.9, "UniPC 2, bh1": 3.0, "UniPC 2, bh1, clipped": 3.1}
+    values |= {"DDIM": 9.0, "DDPM": 8.0, "Euler": 4.0, "Heun": 5.0}
+    records = [record_of(name, 5, value) for name, value in values.items()]
+
+    def names(number):
+        return {setting.name for setting in best_settings(SETTINGS, records, number)}
+
+    assert names(3) == {"UniPC 3, bh1, clipped", "UniPC 2, bh1", "Euler", "DDIM", "DDPM"}
+    assert names(100) == {"UniPC 3, bh1, clipped", "UniPC 2, bh1", "Euler", "Heun", "DDIM", "DDPM"}
 
 
 def test_the_table_has_the_best_setting_and_its_ratio():

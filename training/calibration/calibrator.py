@@ -48,6 +48,8 @@ from ddpm_pipeline.calibration import (
     fit_steps,
     improve,
     smooth_changes,
+    smooth_changes_and_noise,
+    stochastic_tables,
     teacher_times,
 )
 from ddpm_pipeline.classifier import train_classifier
@@ -59,6 +61,7 @@ from ddpm_pipeline.saving import pipeline_source
 from training.calibration.compare import (
     FeatureDistances,
     Measure,
+    Record,
     Samples,
     TeacherDistance,
     best_settings,
@@ -79,14 +82,20 @@ from training.progress import progress, quiet_libraries
 from training.run.runtime import Runtime
 
 FOLDER = "calibration"
-VERSION = 1  # of what is fitted; another one does not continue
+COMPARISON = "comparison.json"
+VERSION = 2  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
+NOISE_ITERATIONS = 1
+MAX_KEPT_VALUES = 2**29  # numbers in a run, which is kept with all its steps: 2 GB
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
-SCREENED_IMAGES = 128  # samples of every setting of every scheduler; those at their best get as many as we
+SCREENED_IMAGES = 96  # samples of every setting of every scheduler
+COMPARED_SETTINGS = 5  # those at their best get as many samples as we
+KEPT_SETTINGS = 32  # the best with MANY_STEPS or more are screened with the next number
+MANY_STEPS = 10
 CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
 
 
@@ -216,32 +225,47 @@ class Calibrator:
 
     def _fit_to_teacher(self, table: Table, teacher: Trial, held_out: Trial) -> Table:
         make_parameters = all_numbers if len(table.timesteps) <= ALL_FREE else smooth_changes
-        return self._improve(table, teacher, held_out, make_parameters, TEACHER_ITERATIONS)
+        trials = teacher.of(table), held_out.of(table)
+        return self._improve("", trials, make_parameters, TEACHER_ITERATIONS)[0].run.table
 
     def _fit_to_images(self, table: Table, moments: Moments) -> Table:
-        trials = []
-        for which, number in ((2, self.config.num_images), (3, self.config.num_images // 2)):
-            sampler, noise = self._sampler(which, number)
-            trials.append(Trial(sampler, Run(table, [noise], []), moments))
-        return self._improve(table, trials[0], trials[1], smooth_changes, MOMENT_ITERATIONS, DAMPING)
+        """Without noise, then with noise; or from a stochastic solver, if it is better as it is than what was found."""
+        number, numel = len(table.timesteps), int(np.prod(self._shape))
+        # a run keeps the states and predictions of its steps
+        num_images = max(16, min(self.config.num_images, MAX_KEPT_VALUES // (2 * number * numel)))
+        if num_images < self.config.num_images:
+            self.runtime.print(f"{number} steps: fitted with {num_images} images, for which there is memory")
+        blank = []
+        for which, share in ((2, num_images), (3, num_images // 2)):
+            sampler, noise = self._sampler(which, share)
+            blank.append(Trial(sampler, Run(table, [noise], []), moments))
+
+        def at(start: Table) -> tuple[Trial, Trial]:
+            return blank[0].of(start), blank[1].of(start)
+
+        found = self._improve("", at(table), smooth_changes, MOMENT_ITERATIONS, DAMPING)
+        found = self._improve(", with noise", found, smooth_changes_and_noise, NOISE_ITERATIONS, DAMPING)
+        stochastic = stochastic_tables(self.pipe.scheduler, number)
+        values = [blank[1].of(each).value() for each in stochastic]
+        if (least := min(values)) < found[1].value():
+            start = at(stochastic[values.index(least)])
+            found = self._improve(", from a stochastic solver", start, smooth_changes, MOMENT_ITERATIONS, DAMPING)
+        return found[0].run.table
 
     def _improve(
         self,
-        table: Table,
-        trial: Trial,
-        held_out: Trial,
+        title: str,
+        trials: tuple[Trial, Trial],
         make_parameters: Callable[[Table, DDPMScheduler], Parameters],
         max_iterations: int,
         least_damping: float = 0.0,
-    ) -> Table:
-        number = len(table.timesteps)
-        runs = len(make_parameters(table, self.pipe.scheduler).differences) + 2
-        images = sum(len(each.run.states[0]) for each in (trial, held_out))
-        total = max_iterations * runs * number * images  # at most
-        with self._progress(f"{number} steps", total, trial.sampler, held_out.sampler):
-            starts = [each._replace(run=each.sampler.run(table, each.run.states[0])) for each in (trial, held_out)]
-            best, _ = improve(starts[0], starts[1], make_parameters, max_iterations, least_damping)
-        return best.run.table
+    ) -> tuple[Trial, Trial]:
+        """With a progress bar: at most this many iterations."""
+        table = trials[0].run.table
+        number, runs = len(table.timesteps), len(make_parameters(table, self.pipe.scheduler).differences) + 2
+        total = max_iterations * runs * number * sum(len(each.run.states[0]) for each in trials)
+        with self._progress(f"{number} steps{title}", total, *(each.sampler for each in trials)):
+            return improve(*trials, make_parameters, max_iterations, least_damping)
 
     def _teach(self, which: int, number: int) -> Trial:
         """The teacher's samples from this set of noises."""
@@ -355,16 +379,16 @@ class Calibrator:
         if self.guidance.guidance_scale != 1:  # which they can have as well
             built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
         own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
-        path, records = self.results / "comparison.json", []
-        few, all_samples = self._samples(SCREENED, SCREENED_IMAGES), self._samples(COMPARED, config.num_samples)
-        measures = [(samples, self._measure(samples)) for samples in (few, all_samples)]
-        for number in config.num_inference_steps:
-            calls = num_calls(self.tables[number].network_timesteps, guidance)
-            chosen = built_in
-            for samples, measure in measures:
-                found = compare(self.model, [calls], [*chosen, own], measure, samples, path=path, runtime=self.runtime)
-                chosen = best_settings(built_in, found)
-            records += found
+        sets = [self._samples(SCREENED, SCREENED_IMAGES), self._samples(COMPARED, config.num_samples)]
+        screening, final = ((samples, self._measure(samples)) for samples in sets)
+        records = []
+        for number in sorted(config.num_inference_steps):
+            screened = self._records(number, [*built_in, own], *screening)
+            best = best_settings(built_in, screened, COMPARED_SETTINGS)
+            records += self._records(number, [*best, own], *final)
+            if number >= MANY_STEPS:
+                built_in = best_settings(built_in, screened, KEPT_SETTINGS)
+        path = self.results / COMPARISON
         if self.runtime.is_main:
             lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
             _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
@@ -372,6 +396,12 @@ class Calibrator:
         for line in summary(records):
             self.runtime.print(line)
         self.runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
+
+    def _records(self, number: int, settings: list[Setting], samples: Samples, measure: Measure) -> list[Record]:
+        """Of settings with as many network calls as this number of calibrated steps needs."""
+        calls = num_calls(self.tables[number].network_timesteps, guidance_arguments(self.guidance))
+        path = self.results / COMPARISON
+        return compare(self.model, calls, settings, measure, samples, path=path, runtime=self.runtime)
 
     def _samples(self, first: int, number: int) -> Samples:
         index = first + np.arange(number)

@@ -150,7 +150,7 @@ class Samples:
 
 def compare(
     model: Model,
-    calls: Sequence[int],
+    calls: int,
     settings: Sequence[Setting],
     measure: Measure,
     samples: Samples,
@@ -158,7 +158,7 @@ def compare(
     path: Path,
     runtime: Runtime,
 ) -> list[Record]:
-    """Measure each setting with each number of network calls: the same records on all ranks.
+    """Measure each setting with this number of network calls: the same records on all ranks.
 
     Args:
         path: the file of all records, replaced after each. A setting that it has samples of is not drawn again.
@@ -167,12 +167,11 @@ def compare(
     """
     known = {record.key: record for record in runtime.in_turn(lambda: load_records(path))}
     records = []
-    pairs = [(number, setting) for number in calls for setting in settings]
     with warnings.catch_warnings():
         for known_problem in ("timestep_spacing=.leading", "some pixels are non-finite"):
             warnings.filterwarnings("ignore", known_problem)
-        for number, setting in progress(pairs, "comparing samplers", disable=not runtime.is_main):
-            record = _compare(model, number, setting, measure, samples, known, runtime)
+        for setting in progress(settings, f"{calls} calls, {samples.number} samples", disable=not runtime.is_main):
+            record = _compare(model, calls, setting, measure, samples, known, runtime)
             records.append(record)
             if known.get(record.key) != record:
                 known[record.key] = record
@@ -266,11 +265,12 @@ def _one_line(error: Exception) -> str:
 # ---- Table and plot --------------------------------------------------------------------------------------------------
 
 
-def best_settings(settings: Sequence[Setting], records: Iterable[Record], number: int = 8) -> list[Setting]:
-    """DDIM, DDPM and, of the others, those with the smallest values of the first measure."""
+def best_settings(settings: Sequence[Setting], records: Iterable[Record], number: int) -> list[Setting]:
+    """DDIM, DDPM and those with the smallest values of the first measure; of a setting and itself clipped, one."""
     values = {record.setting: record.results[0].estimate.value for record in records if record.results}
-    ranked = sorted((each for each in settings if each.name in values), key=lambda each: values[each.name])
-    chosen = {each.name for each in ranked[:number]} | {DDIM.name, DDPM.name}
+    ranked = sorted((each.name for each in settings if each.name in values), key=values.__getitem__)
+    best = {name.removesuffix(", clipped"): name for name in reversed(ranked)}  # the better of the two
+    chosen = {DDIM.name, DDPM.name, *sorted(best.values(), key=values.__getitem__)[:number]}
     return [each for each in settings if each.name in chosen]
 
 
