@@ -94,8 +94,8 @@ MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others 
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
 SCREENED_IMAGES = 96  # samples of every setting of every scheduler
 COMPARED_SETTINGS = 5  # those at their best get as many samples as we
-KEPT_SETTINGS = 32  # the best with MANY_STEPS or more are screened with the next number
-MANY_STEPS = 10
+KEPT_SETTINGS = 32  # the best with MANY_CALLS or more are screened with the next number
+MANY_CALLS = 10
 CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
 
 
@@ -383,10 +383,11 @@ class Calibrator:
         screening, final = ((samples, self._measure(samples)) for samples in sets)
         records = []
         for number in sorted(config.num_inference_steps):
-            screened = self._records(number, [*built_in, own], *screening)
+            calls = num_calls(self.tables[number].network_timesteps, guidance)
+            screened = self._records(calls, [*built_in, own], *screening)
             best = best_settings(built_in, screened, COMPARED_SETTINGS)
-            records += self._records(number, [*best, own], *final)
-            if number >= MANY_STEPS:
+            records += self._records(calls, [*best, own], *final)
+            if calls >= MANY_CALLS:
                 built_in = best_settings(built_in, screened, KEPT_SETTINGS)
         path = self.results / COMPARISON
         if self.runtime.is_main:
@@ -397,9 +398,7 @@ class Calibrator:
             self.runtime.print(line)
         self.runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
 
-    def _records(self, number: int, settings: list[Setting], samples: Samples, measure: Measure) -> list[Record]:
-        """Of settings with as many network calls as this number of calibrated steps needs."""
-        calls = num_calls(self.tables[number].network_timesteps, guidance_arguments(self.guidance))
+    def _records(self, calls: int, settings: list[Setting], samples: Samples, measure: Measure) -> list[Record]:
         path = self.results / COMPARISON
         return compare(self.model, calls, settings, measure, samples, path=path, runtime=self.runtime)
 
