@@ -1,4 +1,4 @@
-# make moons   train the built-in moons and say where its images are
+# make moons   train the built-in moons, calibrate 10 steps, and say where the images are
 # make test    run the tests
 # make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy
@@ -18,6 +18,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
+	$(BIN)/accelerate launch training/calibrate.py runs/moons --num_inference_steps 10 --num_images 64 --compare false
 	@echo "The images are in runs/moons/samples."
 
 test: .venv/test.stamp

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import few_steps
 from ddpm_pipeline.calibrated import save_tables
 from ddpm_pipeline.calibration import dpm_solver_table
 from ddpm_pipeline.features import extract_features, make_extractor
@@ -34,6 +35,7 @@ from training.calibration.compare import (
     load_records,
     plot,
     ratio,
+    save_records,
     table,
 )
 from training.calibration.settings import CALIBRATED, DDIM, DDPM, SETTINGS, make_plan, num_calls
@@ -380,6 +382,32 @@ def test_the_standard_error_of_a_ratio():
     estimate = ratio(Estimate(3.0, 0.05), Estimate(4.0, 0.08))
     assert estimate == pytest.approx(((a / b).mean().item(), (a / b).std().item()), rel=0.02)
     assert ratio(Estimate(3.0, 0.05), Estimate(-1.0, 0.08)) is None
+
+
+def test_the_benchmark_takes_the_records_with_the_most_samples(tmp_path, capsys, monkeypatch):
+    def saved(record, num_samples, **call):
+        inputs = {"num_samples": num_samples, "setting": {"call": call, "options": {}}}
+        return dataclasses.replace(record, inputs=inputs)
+
+    records = [saved(record, 64) for record in RECORDS]
+    records.append(saved(record_of("Euler", 5, 1.0), 32))  # of the screening
+    records.append(saved(record_of("calibrated", 10, 1.2, is_calibrated=True), 64, autoguidance_scale=2.0))
+    (tmp_path / "runs" / "calibration").mkdir(parents=True)
+    save_records(tmp_path / "runs" / "calibration" / "comparison.json", records)
+    monkeypatch.setattr(few_steps, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["few_steps.py", str(tmp_path / "runs"), "--name", "test"])
+    few_steps.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        "| 5 | 4 &plusmn; 0.1 | 8 &plusmn; 0.1 | 9 &plusmn; 0.1 | 3 &plusmn; 0.1 |  | Heun | 0.75 &plusmn; 0.03 |"
+        in lines
+    )
+    assert lines[5].startswith("| 10 | 2 &plusmn; 0.1 |") and lines[5].endswith(
+        "| 1.5 &plusmn; 0.1 | 1.2 &plusmn; 0.1 | Euler | 0.60 &plusmn; 0.06 |"
+    )
+    saved_row = json.loads((tmp_path / "few-steps-test.json").read_text())["models"]["runs"][1]
+    assert saved_row["calibrated, guided"]["call"] == {"autoguidance_scale": 2.0}
+    assert Image.open(tmp_path / "few-steps-test.png").size[0] > 400
 
 
 def test_the_plot_is_written(tmp_path):
