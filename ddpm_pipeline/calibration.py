@@ -391,47 +391,6 @@ def _moved(table: Table, moved: Sequence[float], rows: list[list[float]], num_tr
     return table._replace(network_timesteps=network_timesteps, coefficients=rows)
 
 
-def gauss_newton(
-    sampler: Sampler,
-    run: Run,
-    objective: Objective,
-    parameters: Parameters,
-    *,
-    damping: float = DAMPING,
-) -> tuple[Run, float]:
-    """One iteration: the changed run, and the share by which its sum of squares is smaller; else `run` itself, and 0.
-
-    Args:
-        run: of the table that `parameters` change.
-        damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
-    """
-
-    def residuals(values: Sequence[float]) -> tuple[Run, Tensor]:
-        changed = sampler.rerun(run, parameters.build(values))
-        return changed, objective.residuals(changed.images)
-
-    number = len(parameters.differences)
-    start = objective.residuals(run.images)
-    rows = []
-    for k, difference in enumerate(parameters.differences):
-        values = [0.0] * number
-        values[k] = difference
-        rows.append((residuals(values)[1] - start) / difference)
-    jacobian = torch.stack([*rows, start])
-    products = objective.total(jacobian @ jacobian.T)
-    gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
-    diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
-    for _ in range(MAX_TRIES):
-        move = -torch.linalg.solve(gram + damping * diagonal.diag(), gradient)
-        most = MAX_MOVE * torch.tensor(parameters.differences, dtype=torch.float64).abs()
-        changed, left = residuals(move.clamp(-most, most).tolist())
-        after = objective.total(left @ left).item()
-        if after < before:
-            return changed, 1 - after / before
-        damping *= 10
-    return run, 0.0
-
-
 class Trial(NamedTuple):
     """Noises that a table is judged on: a run from them, and what is to be small."""
 
@@ -442,10 +401,48 @@ class Trial(NamedTuple):
     def of(self, table: Table) -> Trial:
         return self._replace(run=self.sampler.rerun(self.run, table))
 
+    def residuals(self) -> Tensor:
+        return self.objective.residuals(self.run.images)
+
     def value(self) -> float:
         """The sum of squares."""
-        residuals = self.objective.residuals(self.run.images)
+        residuals = self.residuals()
         return self.objective.total(residuals @ residuals).item()
+
+
+def finite_differences(trial: Trial, parameters: Parameters) -> Tensor:
+    """The Jacobian of the residuals, (P, R)."""
+    number, start, rows = len(parameters.differences), trial.residuals(), []
+    for k, difference in enumerate(parameters.differences):
+        values = [0.0] * number
+        values[k] = difference
+        rows.append((trial.of(parameters.build(values)).residuals() - start) / difference)
+    return torch.stack(rows)
+
+
+def gauss_newton(
+    trial: Trial, parameters: Parameters, jacobian: Tensor, damping: float = DAMPING
+) -> tuple[Trial, float]:
+    """One iteration: the changed trial, and the share by which its sum of squares is smaller; else `trial`, and 0.
+
+    Args:
+        parameters: that change the table of the trial.
+        jacobian: (P, R); one of a table nearby will do.
+        damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
+    """
+    both = torch.cat([jacobian, trial.residuals()[None]])
+    products = trial.objective.total(both @ both.T)
+    gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
+    diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
+    most = MAX_MOVE * torch.tensor(parameters.differences, dtype=torch.float64).abs()
+    for _ in range(MAX_TRIES):
+        move = -torch.linalg.solve(gram + damping * diagonal.diag(), gradient)
+        changed = trial.of(parameters.build(move.clamp(-most, most).tolist()))
+        after = changed.value()
+        if after < before:
+            return changed, 1 - after / before
+        damping *= 10
+    return trial, 0.0
 
 
 def improve(
@@ -453,25 +450,30 @@ def improve(
     held_out: Trial,
     make_parameters: Callable[[Table, DDPMScheduler], Parameters],
     max_iterations: int,
+    *,
     least_damping: float = 0.0,
+    one_jacobian: bool = False,
 ) -> tuple[Trial, Trial]:
     """Gauss-Newton iterations, as long as they help on other noises, too.
 
     Args:
         trial, held_out: of the same table.
-        make_parameters: all_numbers or smooth_changes.
+        make_parameters: all_numbers, smooth_changes or smooth_changes_and_noise.
         least_damping: the first iteration has DAMPING, each later one a tenth of the one before, but not less.
+        one_jacobian: keep that of the first iteration, which is nearly all the work.
     Returns:
         Both trials, of the best table.
     """
-    damping, value = DAMPING, held_out.value()
+    damping, value, jacobian = DAMPING, held_out.value(), None
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        run, gain = gauss_newton(trial.sampler, trial.run, trial.objective, parameters, damping=damping)
-        judged = held_out.of(run.table)
+        if jacobian is None or not one_jacobian:
+            jacobian = finite_differences(trial, parameters)
+        changed, gain = gauss_newton(trial, parameters, jacobian, damping)
+        judged = held_out.of(changed.run.table)
         if not (judged_value := judged.value()) < value:
             break
-        trial, held_out, value = trial._replace(run=run), judged, judged_value
+        trial, held_out, value = changed, judged, judged_value
         damping = max(damping / 10, least_damping)
         if gain < LEAST_GAIN:
             break
