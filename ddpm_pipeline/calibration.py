@@ -427,7 +427,7 @@ def gauss_newton(
 
     Args:
         parameters: that change the table of the trial.
-        jacobian: (P, R); one of a table nearby will do.
+        jacobian: (P, R).
         damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
     """
     both = torch.cat([jacobian, trial.residuals()[None]])
@@ -450,9 +450,7 @@ def improve(
     held_out: Trial,
     make_parameters: Callable[[Table, DDPMScheduler], Parameters],
     max_iterations: int,
-    *,
     least_damping: float = 0.0,
-    one_jacobian: bool = False,
 ) -> tuple[Trial, Trial]:
     """Gauss-Newton iterations, as long as they help on other noises, too.
 
@@ -460,16 +458,13 @@ def improve(
         trial, held_out: of the same table.
         make_parameters: all_numbers, smooth_changes or smooth_changes_and_noise.
         least_damping: the first iteration has DAMPING, each later one a tenth of the one before, but not less.
-        one_jacobian: keep that of the first iteration, which is nearly all the work.
     Returns:
         Both trials, of the best table.
     """
-    damping, value, jacobian = DAMPING, held_out.value(), None
+    damping, value = DAMPING, held_out.value()
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        if jacobian is None or not one_jacobian:
-            jacobian = finite_differences(trial, parameters)
-        changed, gain = gauss_newton(trial, parameters, jacobian, damping)
+        changed, gain = gauss_newton(trial, parameters, finite_differences(trial, parameters), damping)
         judged = held_out.of(changed.run.table)
         if not (judged_value := judged.value()) < value:
             break

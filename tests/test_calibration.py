@@ -95,20 +95,6 @@ def test_each_part_of_the_fit_comes_nearer_to_the_exact_solution(scheduler: DDPM
     assert errors[0] > 3 * errors[1] > 6 * errors[2]
 
 
-def test_one_jacobian_does_for_several_iterations(scheduler: DDPMScheduler) -> None:
-    """It is nearly all the work."""
-    data, calls, values = Gaussian(scheduler), [], []
-    table = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 5), 3)
-    trials = trial(data, table, noise(64)), trial(data, table, noise(32, seed=1))
-    for one_jacobian in (True, False):
-        before = data.num_calls
-        better, _ = c.improve(*trials, c.smooth_changes, 3, least_damping=0.1, one_jacobian=one_jacobian)
-        calls.append(data.num_calls - before)
-        values.append(better.value() / trials[0].value())
-    assert values[1] < values[0] < 0.5, values
-    assert calls[0] < 0.5 * calls[1]
-
-
 def test_iterations_that_do_not_help_on_other_noises_are_not_kept(scheduler: DDPMScheduler) -> None:
     data = Gaussian(scheduler)
     table = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 4))

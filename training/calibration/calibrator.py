@@ -87,7 +87,8 @@ VERSION = 3  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
-MOMENT_ITERATIONS = 3  # more of them only fit the features
+MOMENT_ITERATIONS = 2  # more of them only fit the features
+NOISE_ITERATIONS = 1
 MAX_KEPT_VALUES = 2**29  # numbers in a run, which is kept with all its steps: 2 GB
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
@@ -225,7 +226,7 @@ class Calibrator:
     def _fit_to_teacher(self, table: Table, teacher: Trial, held_out: Trial) -> Table:
         make_parameters = all_numbers if len(table.timesteps) <= ALL_FREE else smooth_changes
         trials = teacher.of(table), held_out.of(table)
-        return self._improve("", trials, make_parameters, TEACHER_ITERATIONS).run.table
+        return self._improve("", trials, make_parameters, TEACHER_ITERATIONS)[0].run.table
 
     def _fit_to_images(self, table: Table, moments: Moments) -> Table:
         """From this table; then from a solver with the noise of DDPM, if it is better as it is than what was found."""
@@ -239,17 +240,16 @@ class Calibrator:
             sampler, noise = self._sampler(which, share)
             blank.append(Trial(sampler, Run(table, [noise], []), moments))
 
-        def fit(title: str, start: Table) -> Trial:
+        def fit(title: str, start: Table) -> tuple[Trial, Trial]:
             trials = blank[0].of(start), blank[1].of(start)
-            return self._improve(
-                title, trials, smooth_changes_and_noise, MOMENT_ITERATIONS, least_damping=DAMPING, one_jacobian=True
-            )
+            trials = self._improve(title, trials, smooth_changes, MOMENT_ITERATIONS, DAMPING)
+            return self._improve(f"{title}, noise", trials, smooth_changes_and_noise, NOISE_ITERATIONS, DAMPING)
 
-        found = fit("", table)
+        _, found = fit("", table)
         stochastic = stochastic_tables(self.pipe.scheduler, number)
         values = [blank[1].of(each).value() for each in stochastic]
         if (least := min(values)) < found.value():
-            found = fit(", from a stochastic solver", stochastic[values.index(least)])
+            _, found = fit(", from a stochastic solver", stochastic[values.index(least)])
         return found.run.table
 
     def _improve(
@@ -258,15 +258,14 @@ class Calibrator:
         trials: tuple[Trial, Trial],
         make_parameters: Callable[[Table, DDPMScheduler], Parameters],
         max_iterations: int,
-        **options: Any,
-    ) -> Trial:
-        """The held-out trial at the best table, with a progress bar."""
+        least_damping: float = 0.0,
+    ) -> tuple[Trial, Trial]:
+        """With a progress bar: at most this many iterations."""
         table = trials[0].run.table
         number, runs = len(table.timesteps), len(make_parameters(table, self.pipe.scheduler).differences) + 2
-        linearized = 1 if options.get("one_jacobian") else max_iterations
-        total = linearized * runs * number * sum(len(each.run.states[0]) for each in trials)  # at most
+        total = max_iterations * runs * number * sum(len(each.run.states[0]) for each in trials)
         with self._progress(f"{number} steps{title}", total, *(each.sampler for each in trials)):
-            return improve(*trials, make_parameters, max_iterations, **options)[1]
+            return improve(*trials, make_parameters, max_iterations, least_damping)
 
     def _teach(self, which: int, number: int) -> Trial:
         """The teacher's samples from this set of noises."""
