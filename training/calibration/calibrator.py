@@ -83,7 +83,7 @@ from training.run.runtime import Runtime
 
 FOLDER = "calibration"
 COMPARISON = "comparison.json"
-VERSION = 3  # of what is fitted; another one does not continue
+VERSION = 2  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
