@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 from benchmarks.common import RESULTS, machine, write_json
 from ddpm_pipeline.fidelity import Estimate
-from training.calibration.calibrator import COMPARISON, FOLDER
 from training.calibration.compare import Record, load_records, ratio
+from training.calibration.results import COMPARISON, FOLDER
 from training.calibration.settings import DDIM, DDPM
 from training.evaluation.report import make_figure, save_figure
 

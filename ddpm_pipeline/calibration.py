@@ -267,7 +267,7 @@ def least_squares(
     z = torch.stack([each.flatten() for each in inputs]).cpu().double()
     products = total(torch.cat([z @ z.T, (z @ target.flatten().cpu().double())[:, None]], dim=1))
     gram, right = products[:, :-1], products[:, -1]
-    penalty = ridge * gram.diagonal()
+    penalty = (ridge * gram.diagonal()).clamp(min=1e-12)  # also if an input is zero everywhere
     solution: Tensor = torch.linalg.solve(
         gram + penalty.diag(), right + penalty * torch.tensor(prior, dtype=torch.float64)
     )

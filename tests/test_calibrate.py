@@ -17,7 +17,7 @@ from ddpm_pipeline.calibrated import load_tables
 from tests.evaluation.helpers import train
 from tests.models import tiny_unet
 from tests.short_run import flags, run_here, run_in_child
-from training.calibration import calibrator
+from training.calibration import results
 from training.calibration.config import CalibrationConfig
 from training.calibration.settings import DDIM, DDPM
 
@@ -106,7 +106,8 @@ def test_a_damaged_file_of_tables_does_not_count(work, model, capsys):
     calibrate(work, model, num_inference_steps="2")
     file = model / "calibration" / "tables.json"
     content = json.loads(file.read_text())
-    content["tables"][0]["coefficients"][0][0] = "much"
+    (tables_of_key,) = content.values()
+    tables_of_key[0]["coefficients"][0][0] = "much"
     file.write_text(json.dumps(content))
     capsys.readouterr()
     calibrate(work, model, num_inference_steps="2")
@@ -140,8 +141,9 @@ def test_without_images_few_steps_lead_where_all_of_them_do(work, model):
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model):
-    calibrate(work, model, num_inference_steps="2", autoguidance_scale=1.5, guidance_interval="2,15")
+def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model, capsys):
+    settings = {"num_inference_steps": "2", "autoguidance_scale": 1.5, "guidance_interval": "2,15"}
+    calibrate(work, model, **settings)
     pipe = DDPMPipeline.from_pretrained(model / "pipeline")
     guided = {"seeds": [0], "num_inference_steps": 2, "autoguidance_scale": 1.5, "guidance_interval": (2, 15)}
     pipe(**guided, calibrated=True)
@@ -152,7 +154,15 @@ def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model):
     with pytest.raises(ValueError, match="fitted with another guide"):
         pipe(**guided, calibrated=True)
     calibrate(work, model, num_inference_steps="2")  # a table without guidance stands beside it
-    assert len(load_tables(DDPMPipeline.from_pretrained(model / "pipeline").scheduler)) == 2
+    both = load_tables(DDPMPipeline.from_pretrained(model / "pipeline").scheduler)
+    assert len(both) == 2
+    capsys.readouterr()
+    calibrate(work, model, **settings)  # what was fitted with other settings is kept, too
+    assert "calibrated in" not in capsys.readouterr().out
+    pipe.save_pretrained(model / "pipeline")  # with the other guide
+    calibrate(work, model, **settings)
+    assert "2 steps: calibrated" in capsys.readouterr().out
+    assert DDPMPipeline.from_pretrained(model / "pipeline")(**guided, calibrated=True)
 
 
 def test_tables_of_a_model_with_classes_are_for_their_guidance(work, tmp_path):
@@ -190,22 +200,24 @@ def test_an_output_folder_with_another_model_is_not_touched(work, model, tmp_pat
     assert "has another model than" in capsys.readouterr().err
     assert (other / "pipeline" / "scheduler" / "scheduler_config.json").read_bytes() == before
     calibrate(work, model, num_inference_steps="2", output_dir=tmp_path / "copy")
-    calibrate(work, model, num_inference_steps="2,3", output_dir=tmp_path / "copy")
+    calibrate(work, model, num_inference_steps="3", output_dir=tmp_path / "copy")
     assert list(tables(tmp_path / "copy")) == [2, 3]
 
 
 @pytest.mark.parametrize("use_images", ["true", "false"])
 def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypatch, capsys, use_images):
-    monkeypatch.setattr(calibrator, "SETTINGS", [DDIM, DDPM])
+    monkeypatch.setattr(results, "SETTINGS", [DDIM, DDPM])
     settings = {"num_samples": 64, "compare": "true", "extractor": "pixels", "use_images": use_images}
-    calibrate(work, model, num_inference_steps="2", **settings)
+    calibrate(work, model, num_inference_steps="2,3", **settings)
     assert "2 calls, " in capsys.readouterr().out
     folder = model / "calibration"
     text = (folder / "comparison.md").read_text()
     assert "calibrated" in text and DDIM.name in text and DDPM.name in text
     assert Image.open(folder / "comparison.png").width > 100
     records = json.loads((folder / "comparison.json").read_text())["records"]
-    assert len(records) == 6  # of few samples first, to find the best settings
+    assert len(records) == 12  # of few samples first, to find the best settings
+    own = [record["inputs"]["table"]["timesteps"] for record in records if record["is_calibrated"]]
+    assert [len(timesteps) for timesteps in own] == [2, 2, 3, 3]
     values = [record["results"][0]["estimate"][0] for record in records]
     assert all(math.isfinite(value) and value > 0 for value in values)
 
@@ -230,6 +242,31 @@ def test_bad_settings_end_with_code_2_before_anything_is_fitted(work, trained, c
     calibrate(work, trained, expected=2, **settings)
     assert re.search(message, capsys.readouterr().err)
     assert not (trained / "calibration" / "tables.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "message"),
+    [(3, None, "there are 3 training images: give at least 16"), (24, 77, "all training images are equal")],
+)
+def test_images_that_nothing_can_be_fitted_to(work, model, tmp_path, capsys, number, value, message):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(number):
+        Image.fromarray(np.full((16, 16), i if value is None else value, dtype=np.uint8)).save(folder / f"{i}.png")
+    calibrate(work, model, expected=2, train_data_dir=folder)
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_calibration_cannot_work_with_is_named_before_the_fit(work, model, capsys):
+    (model / "calibration").mkdir()
+    (model / "calibration" / "comparison.json").write_text("{")
+    calibrate(work, model, expected=2)
+    assert "comparison.json has no records" in capsys.readouterr().err
+    shutil.rmtree(model / "calibration")
+    file = model / "pipeline" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+    calibrate(work, model, expected=2, use_images="false")
+    assert "has no sample_size" in capsys.readouterr().err
 
 
 def test_a_model_on_the_hub_needs_an_output_folder():

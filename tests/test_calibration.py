@@ -142,6 +142,7 @@ def test_least_squares_finds_the_numbers_and_a_ridge_draws_them_to_the_prior() -
     inputs = [noise(8, seed) for seed in range(3)]
     target = 0.5 * inputs[0] - 2 * inputs[1] + 0.25 * inputs[2]
     assert c.least_squares(inputs, target, [0, 0, 0], 0, alone) == pytest.approx([0.5, -2, 0.25], abs=1e-6)
+    assert c.least_squares([0 * noise(8)], target, [1.5], c.RIDGE, alone) == [1.5]  # where nothing can be fitted
     assert c.least_squares(inputs, target, [1, 1, 1], 1e9, alone) == pytest.approx([1, 1, 1], abs=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 It fits the numbers of a sampler with few steps to the network, on all processes, and saves them in
 scheduler_config.json: from then on `pipe(num_inference_steps=10)` uses them. In the end it compares the sampler with
-every scheduler of diffusers: calibration/calibration.md with a plot beside it.
+every scheduler of diffusers: calibration/comparison.md with a plot beside it.
 
 What is fitted is kept in calibration/, so the same command continues where it was stopped.
 
@@ -38,15 +38,16 @@ def calibrate(config: CalibrationConfig) -> None:
     from ddpm_pipeline.cpu import importing
 
     with importing():
+        from training.calibration import results
         from training.calibration.calibrator import Calibrator
         from training.run import runtime
 
     calibrator = Calibrator(config)
     calibrator.load_images()
     calibrator.fit()
-    calibrator.save()
+    results.save(calibrator)
     if config.compare:
-        calibrator.compare()
+        results.compare_all(calibrator)
     calibrator.runtime.barrier()
     runtime.leave_process_group()
 

@@ -27,16 +27,10 @@ from ddpm_pipeline.calibrated import (
     Guidance,
     Table,
     hash_weights,
-    load_tables,
-    save_tables,
-    table_from_json,
-    table_to_json,
-    why_not,
 )
 from ddpm_pipeline.calibration import (
     ALL_FREE,
     DAMPING,
-    TEACHER_STEPS,
     Parameters,
     Run,
     Sampler,
@@ -55,48 +49,27 @@ from ddpm_pipeline.calibration import (
 from ddpm_pipeline.classifier import train_classifier
 from ddpm_pipeline.denoiser import UNetDenoiser, prepare_denoiser
 from ddpm_pipeline.features import Extractor, make_extractor
-from ddpm_pipeline.files import replacing
 from ddpm_pipeline.labels import null_class
-from ddpm_pipeline.saving import pipeline_source
-from training.calibration.compare import (
-    FeatureDistances,
-    Measure,
-    Record,
-    Samples,
-    TeacherDistance,
-    best_settings,
-    compare,
-    draw,
-    plot,
-    summary,
-    table,
-)
+from training.calibration.compare import load_records
 from training.calibration.config import MAX_IMAGES, CalibrationConfig
 from training.calibration.moments import Moments
-from training.calibration.settings import CALIBRATED, SETTINGS, Setting, make_plan, num_calls
+from training.calibration.results import COMPARISON, CONFIG_FILE, FITS, FOLDER, Fits
 from training.data.classes import Classes, find_classes
 from training.data.split import DataSplit, evenly_spaced
-from training.evaluation.reference import choose_real_images, load_split
+from training.evaluation.reference import load_split
 from training.evaluation.samples import load_models
 from training.progress import progress, quiet_libraries
 from training.run.runtime import Runtime
 
-FOLDER = "calibration"
-COMPARISON = "comparison.json"
 VERSION = 2  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
 NOISE_ITERATIONS = 1
-MAX_KEPT_VALUES = 2**29  # numbers in a run, which is kept with all its steps: 2 GB
+MAX_KEPT_VALUES = 2**31  # numbers in the states and predictions of all steps, which are kept of five runs: 8 GB
+LEAST_IMAGES = 16
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
-SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
-SCREENED_IMAGES = 96  # samples of every setting of every scheduler
-COMPARED_SETTINGS = 5  # those at their best get as many samples as we
-KEPT_SETTINGS = 32  # the best with MANY_CALLS or more are screened with the next number
-MANY_CALLS = 10
-CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
 
 
 class Calibrator:
@@ -121,6 +94,11 @@ class Calibrator:
         if not isinstance(self.pipe.scheduler, DDPMScheduler):
             kind = type(self.pipe.scheduler).__name__
             raise ValueError(f"the scheduler of {config.model} is a {kind}: only a DDPMScheduler can be calibrated")
+        network = self.pipe.unet.config
+        if network.sample_size is None:
+            raise ValueError(f"the network of {config.model} has no sample_size: put the size of its images there")
+        if network.class_embed_type == "timestep":
+            raise ValueError(f"the network of {config.model} has class_embed_type='timestep', not classes")
         longest = self.pipe.scheduler.num_steps
         if max(config.num_inference_steps) >= longest:
             raise ValueError(
@@ -133,10 +111,11 @@ class Calibrator:
             if (effective := guidance_of(self.denoiser(np.arange(1)))) != self.guidance:
                 raise ValueError(f"{self.guidance} would be {effective} for {config.model}: it has no classes to guide")
         self.folder = self._output_folder()
+        self.runtime.in_turn(lambda: load_records(self.results / COMPARISON))  # a damaged one: now, not after the fit
 
     def _output_folder(self) -> Path:
         """The folder of the pipeline that gets the tables."""
-        name = Path(self.config.output_dir or self.config.model)
+        name = Path(self.config.output_dir or self.config.model).resolve()
         if self.config.output_dir:
             folder = name / "pipeline"
             if folder.is_dir() and weights_of(DDPMPipeline.from_pretrained(folder)) != weights_of(self.pipe):
@@ -146,7 +125,10 @@ class Calibrator:
             raise ValueError(
                 f"{self.config.model} is not a local folder: give --output_dir for the calibrated pipeline"
             )
-        return name / "pipeline" if (name / "pipeline").is_dir() else name
+        folder = name / "pipeline" if (name / "pipeline").is_dir() else name
+        if not (folder / CONFIG_FILE).exists():
+            raise ValueError(f"{folder} has no {CONFIG_FILE}: give --output_dir for the calibrated pipeline")
+        return folder
 
     @property
     def results(self) -> Path:
@@ -171,10 +153,14 @@ class Calibrator:
         names = self.pipe.class_names
         self.classes = None if names is None else find_classes(self.split).numbered_as(names)
         images = self.split.train_images[::2]  # the others are compared with
+        if (number := len(self.split.train_images)) < LEAST_IMAGES:
+            raise ValueError(f"there are {number} training images: give at least {LEAST_IMAGES}, or --use_images false")
+        if all((images[i] == images[0]).all() for i in range(len(images))):
+            raise ValueError("all training images are equal: nothing can be fitted to them; give --use_images false")
         chosen = evenly_spaced(len(images), MAX_TRAINING_IMAGES)
-        options: dict[str, Any] = {"cache_dir": self._cache_dir, "device": self.runtime.device}
+        options: dict[str, Any] = {"cache_dir": self.cache_dir, "device": self.runtime.device}
 
-        others = self._others(self.split)
+        others = self.others(self.split)
 
         def train() -> tuple[Moments, Extractor | None]:
             # of rotations, also if there are labels: a classifier of those is what one compares with
@@ -187,12 +173,12 @@ class Calibrator:
         self.moments, self.extractor = self.runtime.in_turn(train)
 
     @staticmethod
-    def _others(split: DataSplit) -> DataSplit:
+    def others(split: DataSplit) -> DataSplit:
         """Those training images that tables are not fitted to."""
         return dataclasses.replace(split, train_indices=split.train_indices[1::2])
 
     @property
-    def _cache_dir(self) -> Path:
+    def cache_dir(self) -> Path:
         return Path(self.config.cache_dir).expanduser() / "features"
 
     # ---- Tables ------------------------------------------------------------------------------------------------------
@@ -200,8 +186,8 @@ class Calibrator:
     def fit(self) -> None:
         """Fit the tables that are not in the folder of results yet."""
         self.results.mkdir(parents=True, exist_ok=True)
-        file = self.results / "tables.json"
-        self.tables = self.runtime.broadcast(self._read(file))
+        fits = Fits(self.results / FITS, self._key())
+        self.tables = self.runtime.broadcast(fits.read(self.pipe.scheduler.num_steps))
         missing = [number for number in self.config.num_inference_steps if number not in self.tables]
         if not missing:
             return
@@ -220,7 +206,7 @@ class Calibrator:
             noise = tuple(round(deviation, 6) for deviation in table.noise)
             self.tables[number] = table._replace(coefficients=rounded, noise=noise)
             if self.runtime.is_main:
-                self._write_tables(file)
+                fits.write(self.tables)
             self.runtime.print(f"{number} steps: calibrated in {(time.monotonic() - started) / 60:.1f} min")
 
     def _fit_to_teacher(self, table: Table, teacher: Trial, held_out: Trial) -> Table:
@@ -231,8 +217,7 @@ class Calibrator:
     def _fit_to_images(self, table: Table, moments: Moments) -> Table:
         """From this table; then from a solver with the noise of DDPM, if it is better as it is than what was found."""
         number, numel = len(table.timesteps), int(np.prod(self._shape))
-        # a run keeps the states and predictions of its steps
-        num_images = max(16, min(self.config.num_images, MAX_KEPT_VALUES // (2 * number * numel)))
+        num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (5 * 2 * number * numel)))
         if num_images < self.config.num_images:
             self.runtime.print(f"{number} steps: fitted with {num_images} images, for which there is memory")
         blank = []
@@ -276,6 +261,23 @@ class Calibrator:
             run = sampler.run(table._replace(guidance=self.guidance), noise)
         return Trial(sampler, run, TeacherObjective(run.images, self._total))
 
+    def _key(self) -> str:
+        """A hash of all that the tables depend on."""
+        scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
+        images = None if self.moments is None or self.split is None else self.split.data.digest
+        labels = None if (found := self.labels(np.arange(1000))) is None else np.bincount(found).tolist()
+        parts = [
+            VERSION, self.model.sha256, self.guide_hash, scheduler, self.guidance, images, labels,
+            self.config.num_images, self.config.seed,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def guide_hash(self) -> str | None:
+        """Of the weights of the guide, if it has a part in this calibration."""
+        is_guided = self.guidance.autoguidance_scale != 1
+        return hash_weights(self.pipe.guide, torch.float32) if is_guided else None
+
     # ---- Noises ------------------------------------------------------------------------------------------------------
 
     @property
@@ -304,13 +306,13 @@ class Calibrator:
         Raises:
             ValueError: the network cannot be guided so.
         """
-        guidance, labels = self.guidance, self._labels(index)
+        guidance, labels = self.guidance, self.labels(index)
         return prepare_denoiser(
             self.pipe.unet, self.pipe.scheduler, self.runtime.device, len(index), labels, guidance.guidance_scale,
             guidance.guidance_interval, guidance.autoguidance_scale, self.pipe.guide,
         )  # fmt: skip
 
-    def _labels(self, index: np.ndarray) -> list[int] | None:
+    def labels(self, index: np.ndarray) -> list[int] | None:
         """Labels of these noises, each class as often as in the data; None for a network without classes."""
         if (number := self.pipe.unet.config.num_class_embeds) is None:
             return None
@@ -341,107 +343,6 @@ class Calibrator:
                 sampler.denoiser.on_batch = on_batch
             yield
 
-    # ---- Results -----------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Put the tables into the configuration of the scheduler, beside those for other numbers or guidance."""
-        pipe = self.pipe
-        chosen = [self.tables[number] for number in self.config.num_inference_steps]
-        replaced = {(len(table.timesteps), table.guidance) for table in chosen}
-        kept = [
-            table
-            for table in load_tables(pipe.scheduler)
-            if (len(table.timesteps), table.guidance) not in replaced
-            and why_not(pipe.scheduler, pipe.unet, pipe.guide, table) is None
-        ]
-        tables = sorted([*kept, *chosen], key=lambda table: len(table.timesteps))
-        save_tables(pipe.scheduler, pipe.unet, tables, pipe.guide)
-        if not self.runtime.is_main:
-            return
-        if not self.folder.is_dir():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder) as temporary:
-                pipe.save_pretrained(temporary)
-                if self.model.record is not None:
-                    self.model.record.save(temporary)
-        else:
-            config = json.loads(pipe.scheduler.to_json_string())
-            _write(self.folder / "pipeline.py", pipeline_source())  # first: an older one has no tables
-            file = self.folder / "scheduler" / "scheduler_config.json"
-            _write(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        numbers = ", ".join(map(str, self.config.num_inference_steps))
-        self.runtime.print(f"{self.folder} samples with calibrated steps for num_inference_steps={numbers}")
-
-    def compare(self) -> None:
-        """Compare the calibrated sampler with every scheduler of diffusers; see compare.py."""
-        config, guidance = self.config, guidance_arguments(self.guidance)
-        built_in = SETTINGS
-        if self.guidance.guidance_scale != 1:  # which they can have as well
-            built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
-        own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
-        sets = [self._samples(SCREENED, SCREENED_IMAGES), self._samples(COMPARED, config.num_samples)]
-        screening, final = ((samples, self._measure(samples)) for samples in sets)
-        records = []
-        for number in sorted(config.num_inference_steps):
-            calls = num_calls(self.tables[number].network_timesteps, guidance)
-            screened = self._records(calls, [*built_in, own], *screening)
-            best = best_settings(built_in, screened, COMPARED_SETTINGS)
-            records += self._records(calls, [*best, own], *final)
-            if calls >= MANY_CALLS:
-                built_in = best_settings(built_in, screened, KEPT_SETTINGS)
-        path = self.results / COMPARISON
-        if self.runtime.is_main:
-            lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
-            _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
-            plot(records, path.with_suffix(".png"))
-        for line in summary(records):
-            self.runtime.print(line)
-        self.runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
-
-    def _records(self, calls: int, settings: list[Setting], samples: Samples, measure: Measure) -> list[Record]:
-        path = self.results / COMPARISON
-        return compare(self.model, calls, settings, measure, samples, path=path, runtime=self.runtime)
-
-    def _samples(self, first: int, number: int) -> Samples:
-        index = first + np.arange(number)
-        return Samples(number, self.config.seed + first, self.config.batch_size, self._labels(index))
-
-    def _measure(self, samples: Samples) -> Measure:
-        """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
-        if self.split is None or self.extractor is None:
-            scheduler, steps = self.pipe.scheduler, min(TEACHER_STEPS, self.pipe.scheduler.num_steps)
-            options = {"timestep_spacing": "trailing", **(CLIPPED if scheduler.config.clip_sample else {})}
-            plan = make_plan(Setting("teacher", "DPMSolverMultistepScheduler", options), scheduler, steps)
-            call = {**plan.call, **guidance_arguments(self.guidance)}
-            images = draw(self.pipe, plan.scheduler, call, samples, self.runtime)
-            return TeacherDistance(images, f"DPM-Solver++ 2M with {steps} steps")
-        real = choose_real_images(self._others(self.split), MAX_TRAINING_IMAGES, samples.number)
-        return FeatureDistances(real, self.extractor, self._cache_dir)
-
-    def _key(self) -> str:
-        """A hash of all that the tables depend on."""
-        scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
-        images = None if self.moments is None or self.split is None else self.split.data.digest
-        parts = [
-            VERSION, self.model.sha256, scheduler, self.guidance, images, self.config.num_images, self.config.seed,
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    def _read(self, file: Path) -> dict[int, Table]:
-        """The tables of a calibration with the same settings; those that cannot be read do not count."""
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content["key"] != self._key():
-                return {}
-            tables = [table_from_json(table, self.pipe.scheduler.num_steps) for table in content["tables"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return {len(table.timesteps): table for table in tables}
-
-    def _write_tables(self, file: Path) -> None:
-        content = {"key": self._key(), "tables": [table_to_json(table) for table in self.tables.values()]}
-        _write(file, json.dumps(content) + "\n")
-
 
 class BatchedDenoiser:
     """A `Denoiser` for more images than one forward pass takes; each keeps its label.
@@ -469,14 +370,3 @@ def weights_of(pipe: Any) -> list[str | None]:
     """A hash of the weights of its network, and one of those of its guide."""
     networks = pipe.unet, pipe.guide
     return [None if network is None else hash_weights(network, torch.float32) for network in networks]
-
-
-def guidance_arguments(guidance: Guidance) -> dict[str, Any]:
-    """Arguments of a call; empty without guidance."""
-    default = Guidance()._asdict()
-    return {name: value for name, value in guidance._asdict().items() if value != default[name]}
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

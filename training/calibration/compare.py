@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ddpm_pipeline.calibrated import Table
 from ddpm_pipeline.features import Extractor
 from ddpm_pipeline.fidelity import Estimate
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.pixels import to_pixels
-from training.calibration.settings import DDIM, DDPM, Setting, make_plan
+from training.calibration.settings import DDIM, DDPM, Plan, Setting, make_plan
 from training.evaluation.measures import Result, compare_features
 from training.evaluation.reference import RealImages
 from training.evaluation.report import make_figure, save_figure
@@ -155,12 +156,16 @@ def compare(
     measure: Measure,
     samples: Samples,
     *,
+    fitted: Table | None = None,
     path: Path,
     runtime: Runtime,
+    guide_hash: str | None = None,
 ) -> list[Record]:
     """Measure each setting with this number of network calls: the same records on all ranks.
 
     Args:
+        fitted: the table for the settings that sample at one.
+        guide_hash: of the weights of the guide, if calls are guided by it.
         path: the file of all records, replaced after each. A setting that it has samples of is not drawn again.
     Raises:
         ValueError: this file is damaged.
@@ -171,7 +176,10 @@ def compare(
         for known_problem in ("timestep_spacing=.leading", "some pixels are non-finite"):
             warnings.filterwarnings("ignore", known_problem)
         for setting in progress(settings, f"{calls} calls, {samples.number} samples", disable=not runtime.is_main):
-            record = _compare(model, calls, setting, measure, samples, known, runtime)
+            plan, record = _prepare(model, calls, setting, fitted, measure, samples, runtime)
+            record.inputs["guide"] = guide_hash
+            if plan is not None:
+                record = _known(record, known) or _measured(model, plan, record, measure, samples, runtime)
             records.append(record)
             if known.get(record.key) != record:
                 known[record.key] = record
@@ -180,16 +188,16 @@ def compare(
     return records
 
 
-def _compare(
+def _prepare(
     model: Model,
     calls: int,
     setting: Setting,
+    fitted: Table | None,
     measure: Measure,
     samples: Samples,
-    known: Mapping[str, Record],
     runtime: Runtime,
-) -> Record:
-    """The known record of a setting, or a new one; what was skipped is tried again."""
+) -> tuple[Plan | None, Record]:
+    """How a setting samples, and a record without results; without a plan it says why it was skipped."""
     inputs = {
         "calls": calls, "setting": dataclasses.asdict(setting), "table": None, "measure": measure.name,
         "weights": model.sha256, "scheduler": model.scheduler_hash, "precision": runtime.mixed_precision,
@@ -197,16 +205,26 @@ def _compare(
     }  # fmt: skip
     record = Record(setting.name, setting.is_calibrated, calls, 0, inputs, [], None, 0.0)
     try:
-        plan = make_plan(setting, model.pipe.scheduler, calls)
-    except (ValueError, ImportError) as error:
-        return dataclasses.replace(record, problem=_one_line(error))
+        plan = make_plan(setting, model.pipe.scheduler, calls, fitted)
+    except Exception as error:  # some options of diffusers end in an IndexError with some noise schedules
+        return None, dataclasses.replace(record, problem=_one_line(error))
     inputs["table"] = plan.table and plan.table._asdict()
-    if record.key in known and known[record.key].num_calls:
-        return known[record.key]
+    return plan, record
+
+
+def _known(record: Record, known: Mapping[str, Record]) -> Record | None:
+    """The record of the same samples; what was skipped is tried again."""
+    found = known.get(record.key)
+    return found if found is not None and found.num_calls else None
+
+
+def _measured(model: Model, plan: Plan, record: Record, measure: Measure, samples: Samples, runtime: Runtime) -> Record:
     started = time.monotonic()
     try:
         images = draw(model.pipe, plan.scheduler, plan.call, samples, runtime)
-    except ValueError as error:  # this scheduler cannot sample from this model
+    except Exception as error:  # this scheduler cannot sample from this model
+        if record.is_calibrated:
+            raise
         return dataclasses.replace(record, problem=_one_line(error))
     results, problem = _measure(measure, images, runtime)
     seconds = runtime.broadcast(round(time.monotonic() - started, 1))
@@ -259,7 +277,8 @@ def _measure(measure: Measure, images: Tensor, runtime: Runtime) -> tuple[list[R
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ValueError, ImportError)) else f"{type(error).__name__} {text}".strip()
 
 
 # ---- Table and plot --------------------------------------------------------------------------------------------------

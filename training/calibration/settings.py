@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 
-from ddpm_pipeline.calibrated import Guidance, Table, load_tables
+from ddpm_pipeline.calibrated import Table
 from ddpm_pipeline.schedulers import match_betas
 
 GUIDANCE = ("guidance_scale", "autoguidance_scale", "guidance_interval")  # arguments of a call
@@ -59,13 +59,14 @@ class Plan(NamedTuple):
     table: Table | None
 
 
-def make_plan(setting: Setting, scheduler: Any, calls: int) -> Plan:
+def make_plan(setting: Setting, scheduler: Any, calls: int, fitted: Table | None = None) -> Plan:
     """With as many steps as need at most this many calls: Heun and KDPM2 need two for each step but the last.
 
     Args:
         scheduler: of the model.
+        fitted: the table for a setting that samples at one, with this number of calls.
     Raises:
-        ValueError: no number of steps, or no table of the model, has so many calls, or the options are not allowed.
+        ValueError: no number of steps has so few calls, there is no table, or the options are not allowed.
         ImportError: a library is missing: beta sigmas and LMS need scipy.
     """
     made = scheduler
@@ -74,25 +75,17 @@ def make_plan(setting: Setting, scheduler: Any, calls: int) -> Plan:
         made = kind.from_config(scheduler.config, **setting.options)
         match_betas(made, scheduler)
     if setting.at_table:
-        table = find_table(scheduler, setting.guidance, calls)
-        number = {"num_inference_steps": len(table.timesteps)}
-        call = number if setting.scheduler is None else {"timesteps": table.timesteps}
-        return Plan(made, {**call, **setting.call}, num_calls(table.network_timesteps, setting.guidance), table)
+        if fitted is None:
+            raise ValueError("there is no calibrated table")
+        number = {"num_inference_steps": len(fitted.timesteps)}
+        call = number if setting.scheduler is None else {"timesteps": fitted.timesteps}
+        return Plan(made, {**call, **setting.call}, num_calls(fitted.network_timesteps, setting.guidance), fitted)
     for steps in range(min(calls, scheduler.config.num_train_timesteps), 0, -1):
         made.set_timesteps(steps)
         needed = num_calls(made.timesteps.tolist(), setting.guidance)
         if needed <= calls:
             return Plan(made, {"num_inference_steps": steps, **setting.call}, needed, None)
     raise ValueError(f"a single step needs more than {calls} network calls")
-
-
-def find_table(scheduler: Any, guidance: Mapping[str, Any], calls: int) -> Table:
-    """The model's table with this guidance and so many calls, or one less, where guided steps do not give as many."""
-    for table in load_tables(scheduler):
-        needed = num_calls(table.network_timesteps, guidance)
-        if table.guidance == Guidance(**guidance) and needed in (calls, calls - 1):
-            return table
-    raise ValueError(f"the model has no calibrated table with {calls} network calls")
 
 
 def num_calls(timesteps: Iterable[float], guidance: Mapping[str, Any]) -> int:

@@ -1,0 +1,191 @@
+"""RESULTS: what a calibration leaves: the tables of finished fits, those of the pipeline, and the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddpm_pipeline import DDPMScheduler
+from ddpm_pipeline.calibrated import (
+    Guidance,
+    Table,
+    load_tables,
+    save_tables,
+    table_from_json,
+    table_to_json,
+    why_not,
+)
+from ddpm_pipeline.calibration import TEACHER_STEPS
+from ddpm_pipeline.files import replacing
+from ddpm_pipeline.saving import pipeline_source
+from training.calibration.compare import (
+    FeatureDistances,
+    Measure,
+    Samples,
+    TeacherDistance,
+    best_settings,
+    compare,
+    draw,
+    plot,
+    summary,
+    table,
+)
+from training.calibration.settings import CALIBRATED, SETTINGS, Setting, make_plan, num_calls
+from training.evaluation.reference import choose_real_images
+
+if TYPE_CHECKING:
+    from training.calibration.calibrator import Calibrator
+
+FOLDER, FITS, COMPARISON = "calibration", "tables.json", "comparison.json"
+CONFIG_FILE = Path("scheduler", "scheduler_config.json")  # of a pipeline: has the tables
+MAX_REFERENCE_IMAGES = 10_000  # that samples are compared with
+SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
+SCREENED_IMAGES = 96  # samples of every setting of every scheduler
+COMPARED_SETTINGS = 5  # those at their best get as many samples as we
+KEPT_SETTINGS = 32  # the best with MANY_CALLS or more are screened with the next number
+MANY_CALLS = 10
+CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The file of the tables of finished fits, by what they depend on, so that no fit is done twice.
+
+    Args:
+        key: of the fits of this calibration.
+    """
+
+    path: Path
+    key: str
+
+    def read(self, num_train_timesteps: int) -> dict[int, Table]:
+        """The tables of this key by their number of steps; those that cannot be read do not count."""
+        try:
+            tables = [table_from_json(each, num_train_timesteps) for each in self._content()[self.key]]
+        except (ValueError, KeyError, TypeError):
+            return {}
+        return {len(each.timesteps): each for each in tables}
+
+    def write(self, tables: Mapping[int, Table]) -> None:
+        content = self._content() | {self.key: [table_to_json(each) for each in tables.values()]}
+        _write(self.path, json.dumps(content) + "\n")
+
+    def _content(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def save(calibrator: Calibrator) -> None:
+    """Put the tables into the configuration of the scheduler, beside those for other numbers of steps or guidance."""
+    pipe, folder, runtime = calibrator.pipe, calibrator.folder, calibrator.runtime
+    chosen = [calibrator.tables[number] for number in calibrator.config.num_inference_steps]
+    replaced = {(len(each.timesteps), each.guidance) for each in chosen}
+    # those of the folder as it is now: another calibration may have ended during this one
+    is_there = (folder / CONFIG_FILE).exists()
+    scheduler: Any = DDPMScheduler.from_pretrained(folder / CONFIG_FILE.parent) if is_there else pipe.scheduler
+    kept = [
+        each
+        for each in load_tables(scheduler)
+        if (len(each.timesteps), each.guidance) not in replaced
+        and why_not(scheduler, pipe.unet, pipe.guide, each) is None
+    ]
+    save_tables(pipe.scheduler, pipe.unet, sorted([*kept, *chosen], key=lambda each: len(each.timesteps)), pipe.guide)
+    runtime.barrier()  # no rank reads what rank 0 writes
+    if not runtime.is_main:
+        return
+    if is_there:
+        _write(folder / "pipeline.py", pipeline_source())  # first: an older one has no tables
+        config = json.loads(pipe.scheduler.to_json_string())
+        _write(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as temporary:
+            pipe.save_pretrained(temporary)
+            if calibrator.model.record is not None:
+                calibrator.model.record.save(temporary)
+    numbers = ", ".join(map(str, calibrator.config.num_inference_steps))
+    runtime.print(f"{folder} samples with calibrated steps for num_inference_steps={numbers}")
+
+
+# ---- Comparison ------------------------------------------------------------------------------------------------------
+
+
+def compare_all(calibrator: Calibrator) -> None:
+    """Compare the calibrated sampler with every scheduler of diffusers; see compare.py."""
+    config, runtime = calibrator.config, calibrator.runtime
+    guidance = guidance_arguments(calibrator.guidance)
+    built_in = SETTINGS
+    if calibrator.guidance.guidance_scale != 1:  # which they can have as well
+        built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
+    own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
+    path = calibrator.results / COMPARISON
+    sets = [_samples(calibrator, SCREENED, SCREENED_IMAGES), _samples(calibrator, COMPARED, config.num_samples)]
+    screening, final = ((_measure(calibrator, samples), samples) for samples in sets)
+
+    records = []
+    for number in sorted(config.num_inference_steps):
+        fitted = calibrator.tables[number]
+        calls = num_calls(fitted.network_timesteps, guidance)
+        compared = partial(
+            compare,
+            calibrator.model,
+            calls,
+            fitted=fitted,
+            path=path,
+            runtime=runtime,
+            guide_hash=calibrator.guide_hash,
+        )
+        screened = compared([*built_in, own], *screening)
+        records += compared([*best_settings(built_in, screened, COMPARED_SETTINGS), own], *final)
+        if calls >= MANY_CALLS:
+            built_in = best_settings(built_in, screened, KEPT_SETTINGS)
+    if runtime.is_main:
+        lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
+        _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
+        if any(record.results for record in records):
+            plot(records, path.with_suffix(".png"))
+    for line in summary(records) or ["no setting could be measured"]:
+        runtime.print(line)
+    runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
+
+
+def _samples(calibrator: Calibrator, first: int, number: int) -> Samples:
+    labels = calibrator.labels(first + np.arange(number))
+    return Samples(number, calibrator.config.seed + first, calibrator.config.batch_size, labels)
+
+
+def _measure(calibrator: Calibrator, samples: Samples) -> Measure:
+    """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
+    if calibrator.split is None or calibrator.extractor is None:
+        scheduler = calibrator.pipe.scheduler
+        steps = min(TEACHER_STEPS, scheduler.num_steps)
+        options = {"timestep_spacing": "trailing", **(CLIPPED if scheduler.config.clip_sample else {})}
+        plan = make_plan(Setting("teacher", "DPMSolverMultistepScheduler", options), scheduler, steps)
+        call = {**plan.call, **guidance_arguments(calibrator.guidance)}
+        images = draw(calibrator.pipe, plan.scheduler, call, samples, calibrator.runtime)
+        return TeacherDistance(images, f"DPM-Solver++ 2M with {steps} steps")
+    real = choose_real_images(calibrator.others(calibrator.split), MAX_REFERENCE_IMAGES, samples.number)
+    return FeatureDistances(real, calibrator.extractor, calibrator.cache_dir)
+
+
+def guidance_arguments(guidance: Guidance) -> dict[str, Any]:
+    """Arguments of a call; empty without guidance."""
+    default = Guidance()._asdict()
+    return {name: value for name, value in guidance._asdict().items() if value != default[name]}
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
