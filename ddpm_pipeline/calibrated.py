@@ -25,6 +25,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .betas import MAX_TRAIN_TIMESTEPS
 from .schedulers import check_number, count_steps
 from .scheduling_ddpm import DDPMScheduler, check_choice, check_int, check_timesteps
 
@@ -153,7 +154,7 @@ def save_tables(
         "scheduler": _options_of_predictions(scheduler),
         "tables": [table_to_json(table) for table in tables],
     }
-    checked = _check_saved(saved, scheduler.num_steps)  # with plain numbers
+    checked = _check_saved(saved)  # with plain numbers
     scheduler.register_to_config(**{CALIBRATION: {**saved, "tables": [table_to_json(table) for table in checked]}})
 
 
@@ -168,12 +169,12 @@ def load_tables(scheduler: DDPMScheduler) -> list[Table]:
     if saved is None:
         return []
     try:
-        return _check_saved(saved, scheduler.num_steps)
+        return _check_saved(saved)
     except ValueError as error:
         raise ValueError(f"{CALIBRATION}: {error}; remove this field, then calibrate again") from None
 
 
-def _check_saved(saved: Any, num_steps: int) -> list[Table]:
+def _check_saved(saved: Any) -> list[Table]:
     _check_fields_of("the field", saved, ("weights", "guide", "scheduler", "tables"))
     _check_fields_of("weights", saved["weights"], [*LOADED_DTYPES])
     if saved["guide"] is not None:
@@ -181,6 +182,8 @@ def _check_saved(saved: Any, num_steps: int) -> list[Table]:
     _check_fields_of("scheduler", saved["scheduler"], [*OF_PREDICTIONS, "num_train_timesteps", "alpha_bar"])
     for alpha_bar in _check_list("alpha_bar", saved["scheduler"]["alpha_bar"], NUM_ALPHA_BARS, NUM_ALPHA_BARS):
         check_number("alpha_bar", alpha_bar, 0, 1, "numbers from 0 to 1")
+    # of the process that they were fitted with: the scheduler may have another one now, see `why_not`
+    num_steps = check_int("num_train_timesteps", saved["scheduler"]["num_train_timesteps"], 1, MAX_TRAIN_TIMESTEPS)
     tables = [table_from_json(table, num_steps) for table in _check_list("tables", saved["tables"], MAX_TABLES)]
     for i, table in enumerate(tables):
         if any(_is_for(other, len(table.timesteps), table.guidance) for other in tables[:i]):
@@ -301,7 +304,8 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | No
     for name in (*OF_PREDICTIONS, "num_train_timesteps"):
         if now[name] != then[name]:
             return f"they were fitted with {name}={then[name]!r}, and it has {now[name]!r}"
-    if not torch.allclose(torch.tensor(now["alpha_bar"]), torch.tensor(then["alpha_bar"]), rtol=1e-4, atol=0):
+    alpha_bar, fitted = (torch.tensor(each["alpha_bar"], dtype=torch.float32) for each in (now, then))
+    if not torch.allclose(alpha_bar, fitted, rtol=1e-4, atol=0):
         return "they were fitted with another noise schedule"
     networks = [("weights", unet)]
     if table.guidance.autoguidance_scale != 1:
@@ -315,6 +319,19 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | No
         if not any(saved[name][of_dtype] == _cached_hash(network, dtype) for of_dtype, dtype in own_first):
             return "they were fitted to other weights" if network is unet else "they were fitted with another guide"
     return None
+
+
+def fitted_tables(
+    scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | None
+) -> tuple[list[Table], str | None]:
+    """The tables of a scheduler that are for these networks, and why others are not; None: there are no others.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    reasons = [(table, why_not(scheduler, unet, guide, table)) for table in load_tables(scheduler)]
+    fitted = [table for table, reason in reasons if reason is None]
+    return fitted, next((reason for _, reason in reasons if reason is not None), None)
 
 
 def _options_of_predictions(scheduler: DDPMScheduler) -> dict[str, Any]:

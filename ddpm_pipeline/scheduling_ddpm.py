@@ -769,7 +769,11 @@ def _short(numbers: Sequence[int]) -> str:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
+    try:
+        is_allowed = value in allowed
+    except (ValueError, RuntimeError):  # an array or a tensor of several
+        is_allowed = False
+    if not is_allowed:
         raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, allowed))}")
 
 

@@ -230,6 +230,8 @@ def test_calls_with_and_without_a_table(pipe, options, expected):
         ({"num_inference_steps": 5}, "no table for 5 steps: this model has 4 steps, 3 steps"),
         ({"num_inference_steps": None}, "no table for 20 steps: this model has 4 steps, 3 steps"),
         ({"calibrated": "yes"}, "calibrated is 'yes': give one of None, True, False"),
+        ({"calibrated": np.array([1, 2])}, "calibrated is array([1, 2]): give one of None, True, False"),
+        ({"calibrated": torch.tensor([1, 2])}, "calibrated is tensor([1, 2]): give one of None, True, False"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
@@ -316,6 +318,7 @@ def load_others(pipe):
         (lambda pipe: other_scheduler(pipe, clip_sample=False), "fitted with clip_sample=True, and it has False"),
         (lambda pipe: other_scheduler(pipe, beta_end=0.021), "they were fitted with another noise schedule"),
         (lambda pipe: other_scheduler(pipe, num_train_timesteps=21), "num_train_timesteps=20, and it has 21"),
+        (lambda pipe: other_scheduler(pipe, num_train_timesteps=10), "num_train_timesteps=20, and it has 10"),
         (lambda pipe: pipe.unet.to("meta"), "on the meta device"),
     ],
 )  # fmt: skip
@@ -446,6 +449,9 @@ def first(saved):
         (lambda saved: saved.update(weights="0" * 64), "weights has '000"),
         (lambda saved: saved["scheduler"].pop("alpha_bar"), "scheduler has ["),
         (lambda saved: saved["scheduler"].update(alpha_bar=[0.5]), "alpha_bar has 1 entries: give 9"),
+        (lambda saved: saved["scheduler"].update(num_train_timesteps="20"), "num_train_timesteps is '20': give an int"),
+        (lambda saved: saved["scheduler"].update(num_train_timesteps=0), "num_train_timesteps is 0: give an integer"),
+        (lambda saved: saved["scheduler"].update(num_train_timesteps=19), "timesteps is 19: give an integer from 0 to"),
         (lambda saved: saved.clear(), "the field has []: give weights, guide, scheduler, tables"),
     ],
 )  # fmt: skip
@@ -459,6 +465,22 @@ def test_damaged_tables_are_named(pipe, change, message, tmp_path):
         DDPMPipeline.from_pretrained(tmp_path)
     assert message in str(caught.value) and len(str(caught.value)) < 500
     assert "remove this field, then calibrate again" in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha_bar", [[1] * 9, [0] * 9])
+def test_integers_are_an_alpha_bar(pipe, alpha_bar):
+    """As json.dumps writes what was edited by hand."""
+    pipe.scheduler.config[CALIBRATION]["scheduler"]["alpha_bar"] = alpha_bar
+    with pytest.warns(UserWarning, match="they were fitted with another noise schedule"):
+        assert network_timesteps(pipe) == [19, 14, 9, 4]
+
+
+def test_tables_of_a_process_of_another_length_stay(pipe):
+    """They are this model's again with its own scheduler."""
+    shorter = DDPMScheduler.from_config(pipe.scheduler.config, num_train_timesteps=10)
+    assert load_tables(shorter) == [FOUR, THREE]
+    pipe.scheduler = DDPMScheduler.from_config(shorter.config, num_train_timesteps=T)
+    assert network_timesteps(pipe, calibrated=True) == FOUR.network_timesteps
 
 
 def test_a_bad_table_is_not_saved(pipe):

@@ -1,5 +1,6 @@
 """The staged folder and its card. Publishing itself: tests/hub/test_round_trip.py."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
-from ddpm_pipeline.calibrated import save_tables
+from ddpm_pipeline.calibrated import Guidance, save_tables
 from ddpm_pipeline.calibration import dpm_solver_table
 from ddpm_pipeline.labels import record_class_names
 from tests.models import tiny_unet
@@ -381,7 +383,7 @@ def test_the_card_links_to_the_project_page_if_there_is_one(run, tmp_path, monke
         ("url = https://x.org", "with [`ddpm_pipeline`](https://x.org)"),
     ):
         (tmp_path / "setup.cfg").write_text(f"[metadata]\nname = ddpm-pipeline\n{url}\n")
-        assert text in write_card(tmp_path / "out", report=None, **options)
+        assert text in write_card(tmp_path / "out", report=None, tables=[], **options)
 
 
 def built_in_sample(folder, steps):
@@ -453,6 +455,46 @@ def test_calibrated_steps_are_published(tmp_path):
         ]
         torch.testing.assert_close(*images, rtol=0, atol=1e-5)
     assert max(check.check_loading(tmp_path / "out").values()) < 1e-5
+
+
+def change(network):
+    torch.nn.init.constant_(network.conv_out.bias, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change_model", "on_the_card", "reason"),
+    [
+        (lambda pipe: None, ["num_inference_steps=5`, `num_inference_steps=4, autoguidance_scale=2.0"], None),
+        (lambda pipe: change(pipe.unet), [], "they were fitted to other weights"),
+        (lambda pipe: change(pipe.guide), ["num_inference_steps=5"], "they were fitted with another guide"),
+        (lambda pipe: setattr(pipe, "guide", None), ["num_inference_steps=5"], "they were fitted with a guide"),
+        (lambda pipe: pipe.register_modules(scheduler=DDIMScheduler.from_config(pipe.scheduler.config)), [],
+         "they are for a DDPMScheduler, and it has a DDIMScheduler"),
+    ],
+    ids=["the same", "network", "guide", "no guide", "scheduler"],
+)  # fmt: skip
+def test_the_card_has_the_calibrated_steps_that_are_for_these_weights(tmp_path, change_model, on_the_card, reason):
+    run = make_run(tmp_path / "run", unet=tiny_unet(3))
+    pipe = DDPMPipeline.from_pretrained(run / "pipeline")
+    pipe.guide = copy.deepcopy(pipe.unet)
+    plain, guided = (dpm_solver_table(pipe.scheduler, range(19, -1, -3)[:steps]) for steps in (5, 4))
+    tables = [plain, guided._replace(guidance=Guidance(autoguidance_scale=2.0))]
+    save_tables(pipe.scheduler, pipe.unet, tables, pipe.guide)
+    change_model(pipe)
+    pipe.save_pretrained(run / "pipeline")
+    _, _, lines = staged(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.findall("sampler is calibrated for `(.*)`: a call", card) == on_the_card
+    about = [line for line in lines if "calibrated" in line]
+    assert len(about) == (reason is not None)
+    assert all(reason in line and "the card leaves them out" in line for line in about)
+
+
+def test_null_is_no_tables(run, tmp_path):
+    file = run / "pipeline" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_calibration": None}))
+    card, _ = card_of(run, tmp_path / "out")
+    assert "Few steps" not in card and files.calibrated_tables(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(("null", "balance"), [(True, "sqrt"), (False, "equal")])

@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ddpm_pipeline import DDPMPipeline
+from ddpm_pipeline.calibrated import Guidance, load_tables, save_tables
+from ddpm_pipeline.calibration import dpm_solver_table
 from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.budget import Budget
@@ -214,6 +216,62 @@ def test_a_finished_run_says_that_nothing_is_left(work, capsys):
     assert "Nothing is left to train: this run is to have 2 steps, and has had 2 steps in" in printed
     assert "trained 0 steps" not in printed
     assert (work / "run" / "pipeline" / "training.json").exists()  # written again, in case it was not complete
+
+
+def calibrate(run):
+    """Put a table into pipeline/, as calibrate.py does. Returns the file that it is in."""
+    pipe = DDPMPipeline.from_pretrained(run / "pipeline")
+    tables = [dpm_solver_table(pipe.scheduler, [19, 10, 3])]
+    save_tables(pipe.scheduler, pipe.unet, tables, pipe.guide)
+    pipe.save_pretrained(run / "pipeline")
+    return run / "pipeline" / "scheduler" / "scheduler_config.json"
+
+
+def test_a_finished_run_keeps_its_calibrated_steps(work, capsys):
+    file = calibrate(work / "run")
+    before = file.read_bytes()
+    assert train(work, resume_from_checkpoint="latest") == 0
+    assert file.read_bytes() == before
+    assert "calibrat" not in "".join(capsys.readouterr())
+    DDPMPipeline.from_pretrained(work / "run" / "pipeline")(num_inference_steps=3, calibrated=True)
+
+
+def test_other_weights_have_to_be_calibrated_again(work, capsys):
+    """Its samples during training are not by a table either, of which it would warn."""
+    file = calibrate(work / "run")
+    assert train(work, resume_from_checkpoint="latest", max_train_steps=3, ddpm_num_inference_steps=3) == 0
+    assert "_calibration" not in json.loads(file.read_text())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "calibrat" in line]
+    assert "they were fitted to other weights" in line and "run calibrate.py again" in line
+
+
+def test_tables_with_another_guide_are_left_out(work, capsys):
+    """Those without guidance stay."""
+    pipe = DDPMPipeline.from_pretrained(work / "run" / "pipeline")
+    pipe.guide = DDPMPipeline.from_pretrained(work / "run" / "pipeline").unet
+    plain, guided = dpm_solver_table(pipe.scheduler, [19, 3]), dpm_solver_table(pipe.scheduler, [19, 10, 3])
+    tables = [plain, guided._replace(guidance=Guidance(autoguidance_scale=2.0))]
+    save_tables(pipe.scheduler, pipe.unet, tables, pipe.guide)
+    pipe.save_pretrained(work / "run" / "pipeline")
+    assert train(work, resume_from_checkpoint="latest") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "calibrat" in line]
+    assert "they were fitted with a guide" in line
+    assert load_tables(DDPMPipeline.from_pretrained(work / "run" / "pipeline").scheduler) == [plain]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"_calibration": 1}', '{"_calibration": null}', None])
+def test_a_damaged_earlier_scheduler_does_not_stop_training(work, damage, capsys):
+    file = work / "run" / "pipeline" / "scheduler" / "scheduler_config.json"
+    file.unlink()
+    if damage is None:
+        file.mkdir()  # where a file should be
+    else:
+        file.write_text(damage)
+    assert train(work, resume_from_checkpoint="latest") == 0
+    assert "_calibration" not in json.loads(file.read_text())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "calibrat" in line]
+    assert len(lines) == (damage is not None and "null" not in damage)
+    assert all(line.startswith(f"WARNING: {file}") for line in lines)
 
 
 def test_a_home_folder_is_expanded(work, monkeypatch, capsys):

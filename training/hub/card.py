@@ -4,13 +4,15 @@ No number is typed by hand: the run record holds how the model was trained, repo
 what was not measured is not on the card.
 """
 
+from __future__ import annotations
+
 import configparser
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE, best_scale_text, guidance_table
 from training.hub.files import (
@@ -19,7 +21,6 @@ from training.hub.files import (
     ROOT,
     WEIGHTS,
     built_in_limits,
-    calibrated_tables,
     class_names,
     count_parameters,
     has_class_labels,
@@ -29,6 +30,9 @@ from training.hub.files import (
     unet_config,
 )
 from training.run.record import RunRecord, bits_caveat, describe_best, precision_name
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.calibrated import Table
 
 TASK = "unconditional-image-generation"
 WARNING = "> **The built-in classes do not fully support this model.** "
@@ -54,6 +58,7 @@ def write_card(
     license: str,
     record: RunRecord,
     report: Mapping[str, Any] | None,
+    tables: Sequence[Table],
 ) -> str:
     """The text of README.md.
 
@@ -61,6 +66,7 @@ def write_card(
         folder: a staged folder, complete but for the card.
         record: with a config from which the fields of this machine are removed.
         report: the content of report.json; None: the card has no measurements.
+        tables: of calibrated steps, those that are for the weights in the folder.
     """
     scheduler = scheduler_config(folder)
     measured = primary_measurements(report)
@@ -80,7 +86,7 @@ def write_card(
         "class_labels": _class_labels(folder) + _guidance_arguments(report),
         "classes": _classes(folder, record, report),
         "guide": _guide(folder, record, report),
-        "few_steps": _few_steps(folder),
+        "few_steps": _few_steps(tables),
         "measurements": _measurements(measured, report),
         "limits": "\n".join(f"- {limit}" for limit in _limits(folder, measured, license)),
         **_model_fields(folder),
@@ -266,12 +272,12 @@ def _guide(folder: Path, record: RunRecord, report: Mapping[str, Any] | None) ->
     )
 
 
-def _few_steps(folder: Path) -> str:
+def _few_steps(tables: Sequence[Table]) -> str:
     """The section on calibrated steps, or nothing."""
     texts = []
-    for table in calibrated_tables(folder):
-        guidance = {name: value for name, value in table["guidance"].items() if value not in (1, None)}
-        arguments = {"num_inference_steps": len(table["timesteps"]), **guidance}
+    for table in tables:
+        guidance = {name: value for name, value in table.guidance._asdict().items() if value not in (1, None)}
+        arguments = {"num_inference_steps": len(table.timesteps), **guidance}
         texts.append("`" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + "`")
     if not texts:
         return ""

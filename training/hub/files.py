@@ -1,13 +1,19 @@
 """THE PUBLISHED FOLDER: the names of its files, and what they say about the model without loading it."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from training.progress import quiet_libraries
 from training.run.record import read_json
+
+if TYPE_CHECKING:
+    from ddpm_pipeline.calibrated import Table
 
 ROOT = Path(__file__).resolve().parents[2]  # the checkout, with the card's template and the licence
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -16,7 +22,8 @@ GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
 GUIDE_FILES = ("guide/config.json", GUIDE_WEIGHTS)  # if the model has a guide
 HALF_GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.fp16.safetensors"
 REMOTE_CODE = "pipeline.py"
-MODEL_FILES = ("model_index.json", REMOTE_CODE, "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS)
+SCHEDULER = "scheduler/scheduler_config.json"
+MODEL_FILES = ("model_index.json", REMOTE_CODE, SCHEDULER, "unet/config.json", WEIGHTS)
 IMAGES = ("samples.png", "trajectory.png")
 CARD = "README.md"
 OTHERS = (CARD, "config.yaml", "report.json", "LICENSE")
@@ -38,13 +45,27 @@ def digest(folder: Path) -> str:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "scheduler" / "scheduler_config.json")
+    return read_json(folder / SCHEDULER)
 
 
 def calibrated_tables(folder: Path) -> list[dict[str, Any]]:
     """The tables of calibrated steps, see ddpm_pipeline/calibrated.py, as they are saved."""
-    tables: list[dict[str, Any]] = scheduler_config(folder).get("_calibration", {}).get("tables", [])
+    tables: list[dict[str, Any]] = (scheduler_config(folder).get("_calibration") or {}).get("tables", [])
     return tables
+
+
+def tables_for_the_weights(folder: Path) -> tuple[list[Table], str | None]:
+    """Those of `calibrated_tables` that are for the model in this folder, and why others are not; None: all are."""
+    if not calibrated_tables(folder):
+        return [], None
+    from ddpm_pipeline import DDPMPipeline, DDPMScheduler  # import torch: not before it is needed
+    from ddpm_pipeline.calibrated import fitted_tables
+
+    quiet_libraries()
+    pipe: Any = DDPMPipeline.from_pretrained(folder)
+    if not isinstance(pipe.scheduler, DDPMScheduler):
+        return [], f"they are for a DDPMScheduler, and it has a {type(pipe.scheduler).__name__}"
+    return fitted_tables(pipe.scheduler, pipe.unet, pipe.guide)
 
 
 def unet_config(folder: Path) -> dict[str, Any]:

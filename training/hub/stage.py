@@ -27,11 +27,13 @@ from training.hub.files import (
     MODEL_FILES,
     REMOTE_CODE,
     ROOT,
+    SCHEDULER,
     WEIGHTS,
     digest,
     has_current_code,
     is_hub_id,
     list_files,
+    tables_for_the_weights,
 )
 from training.run.record import RunRecord, read_json
 
@@ -91,9 +93,21 @@ def stage(
             f"{run / 'pipeline' / REMOTE_CODE} is of another version of ddpm_pipeline, or edited: it is published as "
             "it is, and the card says so"
         )
+    tables, reason = tables_for_the_weights(folder)
+    if reason is not None:
+        log(
+            f"{run / 'pipeline' / SCHEDULER} has calibrated steps that are not for this model ({reason}): the card "
+            "leaves them out. Run calibrate.py again to include them"
+        )
     tag = revision_tag or f"sha256-{digest(folder)[:12]}"
     card = write_card(
-        folder, repo_id=repo_id, revision=tag, license=license, record=replace(record, config=config), report=report
+        folder,
+        repo_id=repo_id,
+        revision=tag,
+        license=license,
+        record=replace(record, config=config),
+        report=report,
+        tables=tables,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
     _check_private_text(folder, run)

@@ -175,6 +175,7 @@ class EMASampler:
             pipe.guide = self._guide.network(self.unet, record.weights_step)
             if pipe.guide is not None:
                 record = replace(record, guide_step=self._guide.step)
+            keep_tables(pipe, folder)
             try:
                 save_pipeline(pipe, folder, record, images)
             except (OSError, SafetensorError) as error:
@@ -198,6 +199,36 @@ class EMASampler:
 def images_at_once(height: int, width: int) -> int:
     """Images per forward pass: 64, or fewer large ones, whose activations would take gigabytes."""
     return min(64, max(1, 64 * 64**2 // (height * width)))
+
+
+def keep_tables(pipe: DDPMPipeline, folder: Path) -> None:
+    """Give a pipeline the calibrated steps of the one in a folder, which it will replace, if they are for its weights.
+
+    They go into a copy of its scheduler, since training samples without them. If some are lost, a line says so.
+    """
+    from ddpm_pipeline.calibrated import CALIBRATION, fitted_tables, table_to_json
+    from ddpm_pipeline.loading import read_json
+    from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
+
+    file = folder / "scheduler" / "scheduler_config.json"
+    again = "to have calibrated steps, run calibrate.py again"
+    try:
+        saved = read_json(file).get(CALIBRATION)
+        if saved is None:
+            return
+        scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)  # Any: diffusers may return a tuple
+        scheduler.register_to_config(**{CALIBRATION: saved})
+        tables, reason = fitted_tables(scheduler, pipe.unet, pipe.guide)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        print(f"WARNING: {file} is replaced, and was damaged ({error}): {again}", file=sys.stderr)
+        return
+    if reason is not None:
+        print(f"WARNING: {file} has tables for another model, which are removed ({reason}): {again}", file=sys.stderr)
+    if tables:
+        scheduler.register_to_config(**{CALIBRATION: {**saved, "tables": [table_to_json(table) for table in tables]}})
+        pipe.scheduler = scheduler
 
 
 def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: dict[str, Image.Image]) -> None:
