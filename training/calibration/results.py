@@ -16,11 +16,10 @@ from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.calibrated import (
     Guidance,
     Table,
-    load_tables,
+    fitted_tables,
     save_tables,
     table_from_json,
     table_to_json,
-    why_not,
 )
 from ddpm_pipeline.calibration import TEACHER_STEPS
 from ddpm_pipeline.files import replacing
@@ -95,12 +94,8 @@ def save(calibrator: Calibrator) -> None:
     # those of the folder as it is now: another calibration may have ended during this one
     is_there = (folder / CONFIG_FILE).exists()
     scheduler: Any = DDPMScheduler.from_pretrained(folder / CONFIG_FILE.parent) if is_there else pipe.scheduler
-    kept = [
-        each
-        for each in load_tables(scheduler)
-        if (len(each.timesteps), each.guidance) not in replaced
-        and why_not(scheduler, pipe.unet, pipe.guide, each) is None
-    ]
+    fitted, _ = fitted_tables(scheduler, pipe.unet, pipe.guide)
+    kept = [each for each in fitted if (len(each.timesteps), each.guidance) not in replaced]
     save_tables(pipe.scheduler, pipe.unet, sorted([*kept, *chosen], key=lambda each: len(each.timesteps)), pipe.guide)
     runtime.barrier()  # no rank reads what rank 0 writes
     if not runtime.is_main:
