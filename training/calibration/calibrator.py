@@ -218,7 +218,7 @@ class Calibrator:
         return self._improve("", trials, make_parameters, TEACHER_ITERATIONS)[0].run.table
 
     def _fit_to_images(self, table: Table, moments: Moments) -> Table:
-        """From this table; then from a solver with the noise of DDPM, if it is clearly better as it is than what was found."""
+        """From this table; then from a solver with the noise of DDPM, if that is clearly better than what was found."""
         number, numel = len(table.timesteps), int(np.prod(self._shape))
         num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (5 * 2 * number * numel)))
         if num_images < self.config.num_images:
