@@ -21,7 +21,7 @@ from ddpm_pipeline.fidelity import Estimate
 from training.calibration.compare import Record, load_records, ratio
 from training.calibration.results import COMPARISON, FOLDER
 from training.calibration.settings import DDIM, DDPM
-from training.evaluation.report import make_figure, save_figure
+from training.evaluation.report import make_figure
 
 BEST, CALIBRATED, GUIDED = "best built-in", "calibrated", "calibrated, guided"
 COLUMNS = (BEST, DDIM.name, DDPM.name, CALIBRATED, GUIDED)
@@ -111,8 +111,10 @@ def plot(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.set(title=model, xscale="log", yscale="log", xlabel="network calls for each image")
         axes.set_xticks([row["calls"] for row in rows], [str(row["calls"]) for row in rows])
         axes.minorticks_off()
+        axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Frechet distance")
-    save_figure(figure, figure.axes, path)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLUMNS) + 1)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
