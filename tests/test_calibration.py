@@ -87,12 +87,16 @@ def test_each_part_of_the_fit_comes_nearer_to_the_exact_solution(scheduler: DDPM
     first, held_out = trial(data, table, x_t), trial(data, table, noise(32, seed=1))
     errors = [trial(data, even, x_t).value(), trial(data, c.dpm_solver_table(scheduler, chosen, 3), x_t).value()]
     errors.append(first.value())
+    late = [999, 429, 249, 109]  # where least squares has more to gain than from a free first timestep on
+    of_least_squares = trial(data, c.fit_steps(c.Sampler(data, scheduler), teacher, late, alone), x_t).value()
+    of_solver = trial(data, c.dpm_solver_table(scheduler, late, 3), x_t).value()
     for make_parameters in (c.smooth_changes, c.all_numbers):
         better, better_held_out = c.improve(first, held_out, make_parameters, 8)
         assert better.value() < 0.3 * first.value()
         assert better_held_out.value() == pytest.approx(better.value(), rel=0.5)
         assert better.run.table == better_held_out.run.table
     assert errors[0] > 3 * errors[1] > 6 * errors[2]
+    assert of_solver > 3 * of_least_squares
 
 
 def test_iterations_that_do_not_help_on_other_noises_are_not_kept(scheduler: DDPMScheduler) -> None:
