@@ -18,14 +18,15 @@ if __name__ == "__main__":
 
 from benchmarks.common import RESULTS, machine, write_json
 from ddpm_pipeline.fidelity import Estimate
-from training.calibration.compare import Record, load_records, ratio
+from training.calibration.compare import Record, best_built_in, cell, load_records, ratio
 from training.calibration.results import COMPARISON, FOLDER
 from training.calibration.settings import DDIM, DDPM
 from training.evaluation.report import make_figure
 
 BEST, CALIBRATED, GUIDED = "best built-in", "calibrated", "calibrated, guided"
 COLUMNS = (BEST, DDIM.name, DDPM.name, CALIBRATED, GUIDED)
-MEASURES = {"frechet_distance": "Frechet distance", "kernel_distance": "kernel distance"}
+FRECHET = "frechet_distance"
+MEASURES = (FRECHET, "kernel_distance")
 
 
 def main() -> None:
@@ -54,9 +55,10 @@ def collect(records: Sequence[Record]) -> list[dict[str, Any]]:
     rows = []
     for calls in sorted({record.calls for record in chosen}):
         of_calls = [record for record in chosen if record.calls == calls]
-        built_in = [record for record in of_calls if not record.is_calibrated]
-        named = {record.setting: record for record in built_in if record.setting in (DDIM.name, DDPM.name)}
-        named[BEST] = min(built_in, key=lambda record: record.results[0].estimate.value)
+        if (best := best_built_in(of_calls, FRECHET, calls)) is None:
+            continue
+        named = {record.setting: record for record in of_calls if record.setting in (DDIM.name, DDPM.name)}
+        named[BEST] = best
         for record in of_calls:
             if record.is_calibrated:
                 guidance = record.inputs["setting"]["call"].get("autoguidance_scale", 1.0)
@@ -81,18 +83,16 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A table in Markdown: Frechet distances, and the ratio of the best calibrated one to the best built-in one."""
     lines = ["| calls | " + " | ".join(COLUMNS) + " | its setting | ratio |", "|---" * (len(COLUMNS) + 3) + "|"]
     for row in rows:
-        cells = [
-            "{:.3g} &plusmn; {:.2g}".format(*row[name]["frechet_distance"]) if name in row else "" for name in COLUMNS
-        ]
+        cells = [cell(Estimate(*row[name][FRECHET]) if name in row else None) for name in COLUMNS]
         lines.append(f"| {row['calls']} | " + " | ".join(cells) + f" | {row[BEST]['setting']} | {best_ratio(row)} |")
     return lines
 
 
 def best_ratio(row: dict[str, Any]) -> str:
-    own = [Estimate(*row[name]["frechet_distance"]) for name in (CALIBRATED, GUIDED) if name in row]
+    own = [Estimate(*row[name][FRECHET]) for name in (CALIBRATED, GUIDED) if name in row]
     if not own:
         return ""
-    found = ratio(min(own), Estimate(*row[BEST]["frechet_distance"]))
+    found = ratio(min(own), Estimate(*row[BEST][FRECHET]))
     return "" if found is None else f"{found.value:.2f} &plusmn; {found.standard_error:.2f}"
 
 
@@ -101,13 +101,11 @@ def plot(models: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, _ = make_figure(len(models))
     for axes, (model, rows) in zip(figure.axes, models.items()):
         for name in COLUMNS:
-            points = [(row[name]["calls"], *row[name]["frechet_distance"]) for row in rows if name in row]
+            points = [(row[name]["calls"], *row[name][FRECHET]) for row in rows if name in row]
             if points:
                 calls, values, errors = zip(*points)
                 axes.errorbar(calls, values, errors, marker="o", capsize=3, label=name)
-        axes.axhline(
-            rows[-1][BEST]["real_data_baseline"]["frechet_distance"], color="gray", linestyle="--", label="real images"
-        )
+        axes.axhline(rows[-1][BEST]["real_data_baseline"][FRECHET], color="gray", linestyle="--", label="real images")
         axes.set(title=model, xscale="log", yscale="log", xlabel="network calls for each image")
         axes.set_xticks([row["calls"] for row in rows], [str(row["calls"]) for row in rows])
         axes.minorticks_off()

@@ -321,6 +321,12 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | No
     return None
 
 
+def with_tables(scheduler: DDPMScheduler, saved: Any) -> DDPMScheduler:
+    """A copy of a scheduler with the tables of another one, whose field CALIBRATION is `saved`; None: with none."""
+    copy: Any = DDPMScheduler.from_config({**scheduler.config, CALIBRATION: saved})
+    return copy
+
+
 def fitted_tables(
     scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | None
 ) -> tuple[list[Table], str | None]:

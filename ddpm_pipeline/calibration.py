@@ -410,28 +410,20 @@ class Trial(NamedTuple):
         return self.objective.total(residuals @ residuals).item()
 
 
-def finite_differences(trial: Trial, parameters: Parameters) -> Tensor:
-    """The Jacobian of the residuals, (P, R)."""
+def gauss_newton(trial: Trial, parameters: Parameters, damping: float = DAMPING) -> tuple[Trial, float]:
+    """One iteration: the changed trial, and the share by which its sum of squares is smaller; else `trial`, and 0.
+
+    Args:
+        parameters: that change the table of the trial.
+        damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
+    """
     number, start, rows = len(parameters.differences), trial.residuals(), []
     for k, difference in enumerate(parameters.differences):
         values = [0.0] * number
         values[k] = difference
         rows.append((trial.of(parameters.build(values)).residuals() - start) / difference)
-    return torch.stack(rows)
-
-
-def gauss_newton(
-    trial: Trial, parameters: Parameters, jacobian: Tensor, damping: float = DAMPING
-) -> tuple[Trial, float]:
-    """One iteration: the changed trial, and the share by which its sum of squares is smaller; else `trial`, and 0.
-
-    Args:
-        parameters: that change the table of the trial.
-        jacobian: (P, R).
-        damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
-    """
-    both = torch.cat([jacobian, trial.residuals()[None]])
-    products = trial.objective.total(both @ both.T)
+    jacobian = torch.stack([*rows, start])
+    products = trial.objective.total(jacobian @ jacobian.T)
     gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
     diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
     most = MAX_MOVE * torch.tensor(parameters.differences, dtype=torch.float64).abs()
@@ -464,7 +456,7 @@ def improve(
     damping, value = DAMPING, held_out.value()
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        changed, gain = gauss_newton(trial, parameters, finite_differences(trial, parameters), damping)
+        changed, gain = gauss_newton(trial, parameters, damping)
         judged = held_out.of(changed.run.table)
         if not (judged_value := judged.value()) < value:
             break

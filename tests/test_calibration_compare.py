@@ -1,5 +1,6 @@
 """Comparing samplers by their network calls, on Gaussian images, for which a perfect network is known."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -280,10 +281,16 @@ def test_settings_at_the_timesteps_of_a_table(tmp_path, runtime):
 
 
 def test_another_guide_is_measured_anew(tmp_path, runtime):
+    """Where it has a part; other settings are not drawn again."""
     model = gaussian_model()
-    first, second = (compare_here(tmp_path, runtime, [DDIM], model=model, guide_hash=each) for each in ("1", "2"))
-    assert first[0].key != second[0].key
-    assert model.pipe.unet.calls == 20
+    guided = dataclasses.replace(DDIM, name="guided", call={"autoguidance_scale": 2.0})
+    model.pipe.guide = copy.deepcopy(model.pipe.unet)
+    first = compare_here(tmp_path, runtime, [guided, DDIM], model=model)
+    with torch.no_grad():
+        model.pipe.guide.conv_in.weight += 1
+    second = compare_here(tmp_path, runtime, [guided, DDIM], model=model)
+    assert first[0].key != second[0].key and first[1] == second[1]
+    assert model.pipe.unet.calls == 2 * 4 + 10  # two batches: two guided steps each time, and five others once
 
 
 def test_faults_of_a_scheduler_of_diffusers_leave_it_out(tmp_path, runtime):

@@ -53,12 +53,13 @@ from ddpm_pipeline.labels import null_class
 from training.calibration.compare import load_records
 from training.calibration.config import MAX_IMAGES, CalibrationConfig
 from training.calibration.moments import Moments
-from training.calibration.results import COMPARISON, CONFIG_FILE, FITS, FOLDER, Fits
+from training.calibration.results import COMPARISON, FITS, FOLDER, Fits
 from training.data.classes import Classes, find_classes
 from training.data.split import DataSplit, evenly_spaced
 from training.evaluation.reference import load_split
 from training.evaluation.samples import load_models
 from training.progress import progress, quiet_libraries
+from training.run.record import SCHEDULER_CONFIG
 from training.run.runtime import Runtime
 
 VERSION = 3  # of what is fitted; another one does not continue
@@ -67,12 +68,10 @@ MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of
 TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
 NOISE_ITERATIONS = 1
-CLEARLY_LESS = (
-    0.9  # on MNIST a solver whose sum of squares was 4% smaller led to a Frechet distance of 2.8 instead of 2.3
-)
+CLEARLY_LESS = 0.9  # with one 4% smaller, the Frechet distance on MNIST became 2.8 instead of 2.3
 MAX_KEPT_VALUES = 2**31  # numbers in the states and predictions of all steps, which are kept of five runs: 8 GB
 LEAST_IMAGES = 16
-MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to, and as many others that samples are compared with
+MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to
 
 
 class Calibrator:
@@ -129,8 +128,8 @@ class Calibrator:
                 f"{self.config.model} is not a local folder: give --output_dir for the calibrated pipeline"
             )
         folder = name / "pipeline" if (name / "pipeline").is_dir() else name
-        if not (folder / CONFIG_FILE).exists():
-            raise ValueError(f"{folder} has no {CONFIG_FILE}: give --output_dir for the calibrated pipeline")
+        if not (folder / SCHEDULER_CONFIG).exists():
+            raise ValueError(f"{folder} has no {SCHEDULER_CONFIG}: give --output_dir for the calibrated pipeline")
         return folder
 
     @property
@@ -268,18 +267,14 @@ class Calibrator:
         """A hash of all that the tables depend on."""
         scheduler = {name: value for name, value in self.pipe.scheduler.config.items() if not name.startswith("_")}
         images = None if self.moments is None or self.split is None else self.split.data.digest
+        is_guided = self.guidance.autoguidance_scale != 1
+        guide = hash_weights(self.pipe.guide, torch.float32) if is_guided else None
         labels = None if (found := self.labels(np.arange(1000))) is None else np.bincount(found).tolist()
         parts = [
-            VERSION, self.model.sha256, self.guide_hash, scheduler, self.guidance, images, labels,
+            VERSION, self.model.sha256, guide, scheduler, self.guidance, images, labels,
             self.config.num_images, self.config.seed,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    @property
-    def guide_hash(self) -> str | None:
-        """Of the weights of the guide, if it has a part in this calibration."""
-        is_guided = self.guidance.autoguidance_scale != 1
-        return hash_weights(self.pipe.guide, torch.float32) if is_guided else None
 
     # ---- Noises ------------------------------------------------------------------------------------------------------
 

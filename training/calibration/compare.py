@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ddpm_pipeline.calibrated import Table
+from ddpm_pipeline.calibrated import Table, hash_weights
 from ddpm_pipeline.features import Extractor
 from ddpm_pipeline.fidelity import Estimate
 from ddpm_pipeline.files import replacing
@@ -159,13 +159,11 @@ def compare(
     fitted: Table | None = None,
     path: Path,
     runtime: Runtime,
-    guide_hash: str | None = None,
 ) -> list[Record]:
     """Measure each setting with this number of network calls: the same records on all ranks.
 
     Args:
         fitted: the table for the settings that sample at one.
-        guide_hash: of the weights of the guide, if calls are guided by it.
         path: the file of all records, replaced after each. A setting that it has samples of is not drawn again.
     Raises:
         ValueError: this file is damaged.
@@ -177,9 +175,10 @@ def compare(
             warnings.filterwarnings("ignore", known_problem)
         for setting in progress(settings, f"{calls} calls, {samples.number} samples", disable=not runtime.is_main):
             plan, record = _prepare(model, calls, setting, fitted, measure, samples, runtime)
-            record.inputs["guide"] = guide_hash
             if plan is not None:
-                record = _known(record, known) or _measured(model, plan, record, measure, samples, runtime)
+                found = known.get(record.key, record)
+                is_known = found.num_calls > 0  # what was skipped is tried again
+                record = found if is_known else _measured(model, plan, record, measure, samples, runtime)
             records.append(record)
             if known.get(record.key) != record:
                 known[record.key] = record
@@ -198,7 +197,9 @@ def _prepare(
     runtime: Runtime,
 ) -> tuple[Plan | None, Record]:
     """How a setting samples, and a record without results; without a plan it says why it was skipped."""
+    is_guided = setting.guidance.get("autoguidance_scale", 1) != 1
     inputs = {
+        "guide": hash_weights(model.pipe.guide, torch.float32) if is_guided else None,
         "calls": calls, "setting": dataclasses.asdict(setting), "table": None, "measure": measure.name,
         "weights": model.sha256, "scheduler": model.scheduler_hash, "precision": runtime.mixed_precision,
         "num_samples": samples.number, "seed": samples.seed, "labels": samples.labels and list(samples.labels),
@@ -210,12 +211,6 @@ def _prepare(
         return None, dataclasses.replace(record, problem=_one_line(error))
     inputs["table"] = plan.table and plan.table._asdict()
     return plan, record
-
-
-def _known(record: Record, known: Mapping[str, Record]) -> Record | None:
-    """The record of the same samples; what was skipped is tried again."""
-    found = known.get(record.key)
-    return found if found is not None and found.num_calls else None
 
 
 def _measured(model: Model, plan: Plan, record: Record, measure: Measure, samples: Samples, runtime: Runtime) -> Record:
@@ -352,11 +347,11 @@ def _best_settings(records: Sequence[Record], measure: str) -> list[str]:
         estimates = _estimates(records, measure, calls)
         best = best_built_in(records, measure, calls)
         name = "" if best is None else best.setting
-        cells = [str(calls), _cell(estimates.get(name)), name]
-        cells += [_cell(estimates.get(other.name)) for other in (DDIM, DDPM)]
+        cells = [str(calls), cell(estimates.get(name)), name]
+        cells += [cell(estimates.get(other.name)) for other in (DDIM, DDPM)]
         for own in calibrated:
             both = own in estimates and name in estimates
-            cells += [_cell(estimates.get(own)), _cell(ratio(estimates[own], estimates[name]) if both else None)]
+            cells += [cell(estimates.get(own)), cell(ratio(estimates[own], estimates[name]) if both else None)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -370,7 +365,7 @@ def _all_settings(records: Sequence[Record], measure: str) -> list[str]:
     for record in records:
         if (result := record.result(measure)) is not None:
             fewer = f" ({record.num_calls} calls)" if record.num_calls < record.calls else ""
-            cells.setdefault(record.setting, {})[record.calls] = _cell(result.estimate) + fewer
+            cells.setdefault(record.setting, {})[record.calls] = cell(result.estimate) + fewer
     for setting, row in cells.items():
         lines.append(f"| {setting} | " + " | ".join(row.get(calls, "") for calls in numbers) + " |")
     return lines
@@ -399,7 +394,8 @@ def _title(result: Result) -> str:
     return f"{result.name[0].upper()}{result.name[1:]}{features}, {result.n} samples"
 
 
-def _cell(estimate: Estimate | None) -> str:
+def cell(estimate: Estimate | None) -> str:
+    """Value and standard error for a table in Markdown."""
     return "" if estimate is None else _plain(estimate).replace("+-", "&plusmn;")
 
 

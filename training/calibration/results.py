@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.calibrated import (
+    CALIBRATION,
     Guidance,
     Table,
     fitted_tables,
     save_tables,
     table_from_json,
     table_to_json,
+    with_tables,
 )
 from ddpm_pipeline.calibration import TEACHER_STEPS
 from ddpm_pipeline.files import replacing
@@ -38,12 +39,12 @@ from training.calibration.compare import (
 )
 from training.calibration.settings import CALIBRATED, SETTINGS, Setting, make_plan, num_calls
 from training.evaluation.reference import choose_real_images
+from training.run.record import SCHEDULER_CONFIG, read_json
 
 if TYPE_CHECKING:
     from training.calibration.calibrator import Calibrator
 
 FOLDER, FITS, COMPARISON = "calibration", "tables.json", "comparison.json"
-CONFIG_FILE = Path("scheduler", "scheduler_config.json")  # of a pipeline: has the tables
 MAX_REFERENCE_IMAGES = 10_000  # that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
 SCREENED_IMAGES = 96  # samples of every setting of every scheduler
@@ -92,9 +93,9 @@ def save(calibrator: Calibrator) -> None:
     chosen = [calibrator.tables[number] for number in calibrator.config.num_inference_steps]
     replaced = {(len(each.timesteps), each.guidance) for each in chosen}
     # those of the folder as it is now: another calibration may have ended during this one
-    is_there = (folder / CONFIG_FILE).exists()
-    scheduler: Any = DDPMScheduler.from_pretrained(folder / CONFIG_FILE.parent) if is_there else pipe.scheduler
-    fitted, _ = fitted_tables(scheduler, pipe.unet, pipe.guide)
+    is_there = (folder / SCHEDULER_CONFIG).exists()
+    config = read_json(folder / SCHEDULER_CONFIG) if is_there else pipe.scheduler.config
+    fitted, _ = fitted_tables(with_tables(pipe.scheduler, config.get(CALIBRATION)), pipe.unet, pipe.guide)
     kept = [each for each in fitted if (len(each.timesteps), each.guidance) not in replaced]
     save_tables(pipe.scheduler, pipe.unet, sorted([*kept, *chosen], key=lambda each: len(each.timesteps)), pipe.guide)
     runtime.barrier()  # no rank reads what rank 0 writes
@@ -103,7 +104,7 @@ def save(calibrator: Calibrator) -> None:
     if is_there:
         _write(folder / "pipeline.py", pipeline_source())  # first: an older one has no tables
         config = json.loads(pipe.scheduler.to_json_string())
-        _write(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _write(folder / SCHEDULER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as temporary:
@@ -140,7 +141,6 @@ def compare_all(calibrator: Calibrator) -> None:
             fitted=fitted,
             path=path,
             runtime=runtime,
-            guide_hash=calibrator.guide_hash,
         )
         screened = compared([*built_in, own], *screening)
         records += compared([*best_settings(built_in, screened, COMPARED_SETTINGS), own], *final)
@@ -151,9 +151,10 @@ def compare_all(calibrator: Calibrator) -> None:
         _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
         if any(record.results for record in records):
             plot(records, path.with_suffix(".png"))
-    for line in summary(records) or ["no setting could be measured"]:
+    for line in summary(records):
         runtime.print(line)
-    runtime.print(f"the comparison: {path.with_suffix('.md')}, and its plot beside it")
+    measured = "and its plot beside it" if summary(records) else "but no setting could be measured"
+    runtime.print(f"the comparison: {path.with_suffix('.md')}, {measured}")
 
 
 def _samples(calibrator: Calibrator, first: int, number: int) -> Samples:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.progress import quiet_libraries
-from training.run.record import read_json
+from training.run.record import SCHEDULER_CONFIG, read_json
 
 if TYPE_CHECKING:
     from ddpm_pipeline.calibrated import Table
@@ -22,8 +22,7 @@ GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.safetensors"
 GUIDE_FILES = ("guide/config.json", GUIDE_WEIGHTS)  # if the model has a guide
 HALF_GUIDE_WEIGHTS = "guide/diffusion_pytorch_model.fp16.safetensors"
 REMOTE_CODE = "pipeline.py"
-SCHEDULER = "scheduler/scheduler_config.json"
-MODEL_FILES = ("model_index.json", REMOTE_CODE, SCHEDULER, "unet/config.json", WEIGHTS)
+MODEL_FILES = ("model_index.json", REMOTE_CODE, SCHEDULER_CONFIG, "unet/config.json", WEIGHTS)
 IMAGES = ("samples.png", "trajectory.png")
 CARD = "README.md"
 OTHERS = (CARD, "config.yaml", "report.json", "LICENSE")
@@ -45,7 +44,7 @@ def digest(folder: Path) -> str:
 
 
 def scheduler_config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / SCHEDULER)
+    return read_json(folder / SCHEDULER_CONFIG)
 
 
 def calibrated_tables(folder: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ from training.hub.files import (
     MODEL_FILES,
     REMOTE_CODE,
     ROOT,
-    SCHEDULER,
     WEIGHTS,
     digest,
     has_current_code,
@@ -35,7 +34,7 @@ from training.hub.files import (
     list_files,
     tables_for_the_weights,
 )
-from training.run.record import RunRecord, read_json
+from training.run.record import SCHEDULER_CONFIG, RunRecord, read_json
 
 LOCAL_FIELDS = ("output_dir", "cache_dir", "cpu_threads", "dataloader_num_workers", "resume_from_checkpoint",
                 "push_to_hub", "push_to_hub_steps", "hub_model_id", "hub_private_repo", "license",
@@ -96,8 +95,8 @@ def stage(
     tables, reason = tables_for_the_weights(folder)
     if reason is not None:
         log(
-            f"{run / 'pipeline' / SCHEDULER} has calibrated steps that are not for this model ({reason}): the card "
-            "leaves them out. Run calibrate.py again to include them"
+            f"{run / 'pipeline' / SCHEDULER_CONFIG} has calibrated steps that are not for this model ({reason}): the "
+            "card leaves them out. Run calibrate.py again to include them"
         )
     tag = revision_tag or f"sha256-{digest(folder)[:12]}"
     card = write_card(

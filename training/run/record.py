@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "training.json"  # in the folder of a saved pipeline
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"  # there, too; it has the calibrated tables
 BY = {"validation_loss": "held-out loss", "kernel_distance": "kernel distance"}  # measures of RunRecord.best
 SAMPLE_SEED = 1_000_000  # sample image i has seed SAMPLE_SEED + i at every step, so that its progress can be followed
 

@@ -18,7 +18,7 @@ from ddpm_pipeline.files import remove, replacing
 from training.progress import is_terminal
 from training.run import checkpoint
 from training.run.failures import is_out_of_memory
-from training.run.record import SAMPLE_SEED, RunRecord
+from training.run.record import SAMPLE_SEED, SCHEDULER_CONFIG, RunRecord
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -206,18 +206,16 @@ def keep_tables(pipe: DDPMPipeline, folder: Path) -> None:
 
     They go into a copy of its scheduler, since training samples without them. If some are lost, a line says so.
     """
-    from ddpm_pipeline.calibrated import CALIBRATION, fitted_tables, table_to_json
+    from ddpm_pipeline.calibrated import CALIBRATION, fitted_tables, table_to_json, with_tables
     from ddpm_pipeline.loading import read_json
-    from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
 
-    file = folder / "scheduler" / "scheduler_config.json"
+    file = folder / SCHEDULER_CONFIG
     again = "to have calibrated steps, run calibrate.py again"
     try:
         saved = read_json(file).get(CALIBRATION)
         if saved is None:
             return
-        scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config)  # Any: diffusers may return a tuple
-        scheduler.register_to_config(**{CALIBRATION: saved})
+        scheduler = with_tables(pipe.scheduler, saved)
         tables, reason = fitted_tables(scheduler, pipe.unet, pipe.guide)
     except FileNotFoundError:
         return
@@ -227,8 +225,7 @@ def keep_tables(pipe: DDPMPipeline, folder: Path) -> None:
     if reason is not None:
         print(f"WARNING: {file} has tables for another model, which are removed ({reason}): {again}", file=sys.stderr)
     if tables:
-        scheduler.register_to_config(**{CALIBRATION: {**saved, "tables": [table_to_json(table) for table in tables]}})
-        pipe.scheduler = scheduler
+        pipe.scheduler = with_tables(scheduler, {**saved, "tables": [table_to_json(table) for table in tables]})
 
 
 def save_pipeline(pipe: DDPMPipeline, folder: Path, record: RunRecord, images: dict[str, Image.Image]) -> None:
