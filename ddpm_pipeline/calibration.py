@@ -17,17 +17,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .calibrated import HISTORY, Table, next_state
+from .calibrated import Table, next_state
 from .denoiser import Denoiser
 from .scheduling_ddpm import DDPMScheduler
+from .solver_tables import (
+    END,
+    dpm_solver_coefficients,
+    history,
+    refreshed,
+    solver_tables,
+    with_epsilon_scales,
+    with_optimal_variance,
+)
 
-TEACHER_STEPS = 100
-END = -1  # the timestep of the images
 RIDGE = 1e-3  # of a step's least squares, towards DPM-Solver++
 DAMPING = 0.1  # of the first iteration, relative to the diagonal
 MAX_TRIES = 4  # dampings tried in an iteration, each ten times the one before
@@ -37,80 +44,6 @@ ALL_FREE = 10  # up to so many steps every number of a table is free; else it ch
 KNOTS = 4  # of the smooth changes
 
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
-
-
-# ---- DPM-Solver++ as a table -----------------------------------------------------------------------------------------
-
-
-def dpm_solver_table(scheduler: DDPMScheduler, timesteps: Sequence[int], order: int = 2) -> Table:
-    """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, with data prediction, of order 1 (DDIM), 2 or 3."""
-    ends = [*timesteps[1:], END]
-    coefficients = [dpm_solver_coefficients(scheduler, history(timesteps, i, order), end) for i, end in enumerate(ends)]
-    return Table(list(timesteps), list(timesteps), coefficients)
-
-
-def dpm_solver_coefficients(scheduler: DDPMScheduler, times: Sequence[int], end: int) -> list[float]:
-    """Coefficients of x_t and of the predictions at `times` in the step from times[0] to `end`, of order len(times).
-
-    Args:
-        times: the newest first, at most three.
-        end: END for the step to the image, which is the newest prediction.
-    """
-    if end == END:
-        return [0.0, 1.0] + [0.0] * (len(times) - 1)
-    alpha_bar = scheduler.alpha_bars(torch.tensor([*times, end]))[0].double()
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    lam = (signal / noise).log().tolist()  # half the log SNR
-    h = lam[-1] - lam[0]
-    coef_x_t, signal_end = (noise[-1] / noise[0]).item(), signal[-1].item()
-    phi_1 = signal_end * -math.expm1(-h)
-    if len(times) == 1:
-        return [coef_x_t, phi_1]
-    r_0 = (lam[0] - lam[1]) / h
-    if len(times) == 2:
-        return [coef_x_t, phi_1 + phi_1 / (2 * r_0), -phi_1 / (2 * r_0)]
-    r_1 = (lam[1] - lam[2]) / h
-    phi_2 = signal_end * (math.expm1(-h) / h + 1)
-    phi_3 = signal_end * (0.5 - (math.expm1(-h) + h) / h**2)
-    # first and second differences of the predictions, as rows of their coefficients
-    newer = torch.tensor([1, -1, 0], dtype=torch.float64) / r_0
-    older = torch.tensor([0, 1, -1], dtype=torch.float64) / r_1
-    second = (newer - older) / (r_0 + r_1)
-    row = phi_2 * (newer + r_0 * second) + phi_3 * second
-    row[0] += phi_1
-    return [coef_x_t, *row.tolist()]
-
-
-def stochastic_tables(scheduler: DDPMScheduler, num_steps: int) -> list[Table]:
-    """DPM-Solver++ of each order with the noise of DDPM, which is the first order, from the last timestep on and down
-    to the first ("trailing" and "leading")."""
-    stride = scheduler.num_steps // num_steps
-    leading = [i * stride for i in range(num_steps)][::-1]
-    spacings = teacher_times(scheduler, num_steps), leading
-    return [
-        _ancestral(dpm_solver_table(scheduler, times, order), scheduler) for times in spacings for order in (1, 2, 3)
-    ]
-
-
-def _ancestral(table: Table, scheduler: DDPMScheduler) -> Table:
-    """A table with the noise of the posterior, Eq. (7), DDPM."""
-    alpha_bar = scheduler.alpha_bars(torch.tensor(table.timesteps))[0].double().tolist()
-    rows, noise = [], []
-    for row, here, end in zip(table.coefficients, alpha_bar, [*alpha_bar[1:], 1.0]):
-        variance = (1 - end) / (1 - here) * (1 - here / end)
-        rows.append(_refreshed(row, variance, here))
-        noise.append(math.sqrt(variance))
-    return table._replace(coefficients=rows, noise=tuple(noise))
-
-
-def _refreshed(row: list[float], variance: float, alpha_bar: float) -> list[float]:
-    """Coefficients of a step that adds fresh noise of this variance: so much less of x_t is kept, and the image in it
-    is replaced by its prediction."""
-    coef_x_t, coef_x_0, *others = row
-    if variance == 0:
-        return row
-    kept = math.copysign(math.sqrt(max(0.0, coef_x_t**2 - variance / (1 - alpha_bar))), coef_x_t)
-    return [kept, coef_x_0 + (coef_x_t - kept) * math.sqrt(alpha_bar), *others]
 
 
 # ---- Sampling runs ---------------------------------------------------------------------------------------------------
@@ -188,19 +121,7 @@ def _step(table: Table, i: int) -> tuple[int, list[float], float]:
     return table.network_timesteps[i], table.coefficients[i], table.noise[i] if table.noise else 0.0
 
 
-def history(of_steps: Sequence[Any], i: int, length: int = HISTORY) -> list[Any]:
-    """What step i may use of its own step and those before, as predictions or timesteps, the newest first."""
-    return list(of_steps[max(0, i - length + 1) : i + 1][::-1])
-
-
 # ---- 1. Timesteps ----------------------------------------------------------------------------------------------------
-
-
-def teacher_times(scheduler: DDPMScheduler, num_steps: int = TEACHER_STEPS) -> list[int]:
-    """Evenly spaced timesteps, descending, the last of the process first; all of them if there are fewer."""
-    longest = scheduler.num_steps
-    number = min(num_steps, longest)
-    return [round(longest * (number - i) / number) - 1 for i in range(number)]
 
 
 def best_times(teacher: Run, scheduler: DDPMScheduler, num_steps: int, total: Total) -> list[int]:
@@ -365,7 +286,7 @@ def _smooth(table: Table, scheduler: DDPMScheduler, number: int) -> Parameters:
                 row[2] -= extra[i]
             variance = 0.0 if i + 1 == num_steps else 1 - alpha_bar[i + 1]  # of the noise in the next state
             deviation = max(0.0, before[i] ** 2 + fresh[i] * variance) ** 0.5
-            rows.append(_refreshed(row, deviation**2 - before[i] ** 2, alpha_bar[i]))
+            rows.append(refreshed(row, deviation**2 - before[i] ** 2, alpha_bar[i]))
             noise.append(deviation)
         return _moved(table, moved, rows, scheduler.num_steps)._replace(noise=tuple(noise) if any(noise) else ())
 
@@ -465,3 +386,57 @@ def improve(
         if gain < LEAST_GAIN:
             break
     return trial, held_out
+
+
+# ---- Solvers as they are, with the errors of the network in mind -----------------------------------------------------
+
+
+class NetworkErrors(NamedTuple):
+    """What a network gets wrong at each step of a run.
+
+    x_0_variances: V_t = E |x_0 - x_0_pred|^2 / d, on images that noise was added to.
+    epsilon_scales: how many times as large its prediction of the noise is on its own samples, root mean square.
+    """
+
+    x_0_variances: list[float]
+    epsilon_scales: list[float]
+
+
+def network_errors(run: Run, sampler: Sampler, images: Tensor, total: Total) -> NetworkErrors:
+    """Errors at the steps of a run, on images that the network was not trained on.
+
+    Args:
+        sampler: for the images, (B, C, H, W); it draws the noise that is added to them.
+    """
+    table, scheduler = run.table, sampler.scheduler
+    variances, scales = [], []
+    for i, (t, of_network) in enumerate(zip(table.timesteps, table.network_timesteps)):
+        alpha_bar = scheduler.alpha_bars(torch.tensor([t]))[0].item()
+        x_t = math.sqrt(alpha_bar) * images + math.sqrt(1 - alpha_bar) * sampler.noise(i)
+        x_0_pred = sampler.predict(x_t, of_network)
+        pairs = (x_t, x_0_pred), (run.states[i], run.predictions[i])
+        noises = [x - math.sqrt(alpha_bar) * x_0 for x, x_0 in pairs]  # predicted, but for the same factor
+        sums = [[each.double().square().sum().item(), each.numel()] for each in (images - x_0_pred, *noises)]
+        squares, numbers = total(torch.tensor(sums, dtype=torch.float64)).unbind(dim=1)
+        error, of_images, of_samples = (squares / numbers).tolist()
+        variances.append(error)
+        scales.append(math.sqrt(of_samples / of_images) if of_images and of_samples else 1.0)
+    return NetworkErrors(variances, scales)
+
+
+def best_solver(trial: Trial, spacings: Sequence[Sequence[int]], errors: Callable[[Run], NetworkErrors]) -> Trial:
+    """The best of `solver_tables`, changed by what `errors` finds of it where that helps.
+
+    Args:
+        trial: of any table with this number of steps and the guidance of the sampler.
+    """
+    scheduler, guidance = trial.sampler.scheduler, trial.run.table.guidance
+    tables = [table._replace(guidance=guidance) for table in solver_tables(scheduler, spacings)]
+    best = min(map(trial.of, tables), key=Trial.value)
+    found = errors(best.run)
+    for change in (
+        lambda table: with_optimal_variance(table, found.x_0_variances),
+        lambda table: with_epsilon_scales(table, scheduler, found.epsilon_scales),
+    ):
+        best = min(best, trial.of(change(best.run.table)), key=Trial.value)
+    return best

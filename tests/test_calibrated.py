@@ -16,8 +16,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as BuiltInDDPMSch
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, calibrated
 from ddpm_pipeline.calibrated import CALIBRATION, CalibratedScheduler, Guidance, Table, load_tables, save_tables
-from ddpm_pipeline.calibration import dpm_solver_table, stochastic_tables, teacher_times
 from ddpm_pipeline.schedulers import COMPATIBLE
+from ddpm_pipeline.solver_tables import dpm_solver_table, trailing_times, with_noise
 from tests.gaussian import gaussian_images, gaussian_pipe
 from tests.models import quiet, tiny_pipe, tiny_unet
 
@@ -102,9 +102,10 @@ def test_a_table_with_the_noise_of_ddpm_gives_its_images(seeds):
     pipe = gaussian_pipe("epsilon")
     pipe.scheduler.register_to_config(timestep_spacing="trailing")
     expected = sample(pipe, num_inference_steps=12, eta=1, seeds=seeds)
-    save_tables(pipe.scheduler, pipe.unet, [stochastic_tables(pipe.scheduler, 12)[0]])
+    table = dpm_solver_table(pipe.scheduler, trailing_times(pipe.scheduler, 12), order=1)
+    save_tables(pipe.scheduler, pipe.unet, [with_noise(table, pipe.scheduler, [1.0] * 12)])
     torch.testing.assert_close(sample(pipe, num_inference_steps=12, seeds=seeds), expected, rtol=0, atol=1e-5)
-    save_tables(pipe.scheduler, pipe.unet, [dpm_solver_table(pipe.scheduler, teacher_times(pipe.scheduler, 12))])
+    save_tables(pipe.scheduler, pipe.unet, [table])
     assert (sample(pipe, num_inference_steps=12, seeds=seeds) - expected).abs().max() > 0.1
 
 

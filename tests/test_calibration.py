@@ -5,14 +5,26 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers import DDPMScheduler as BuiltInDDPMScheduler
 from torch import Tensor
 
 from ddpm_pipeline import DDPMScheduler, fidelity
 from ddpm_pipeline import calibration as c
-from ddpm_pipeline.calibrated import Table
+from ddpm_pipeline.calibrated import Guidance, Table
 from ddpm_pipeline.classifier import Classifier, ClassifierNetwork
 from ddpm_pipeline.pixels import to_pixels
+from ddpm_pipeline.solver_tables import (
+    END,
+    dpm_solver_table,
+    leading_times,
+    plateau,
+    solver_tables,
+    trailing_times,
+    with_epsilon_scales,
+    with_noise,
+    with_optimal_variance,
+)
 from training.calibration.moments import Moments, octaves
 
 VARIANCES = (0.05, 0.3, 0.8, 1.6)  # of the pixels, one for each column of the images
@@ -35,10 +47,14 @@ class Gaussian:
         return alpha_bar.sqrt() * self.variances / self.variance_of(t) * x_t
 
     def alpha_bar(self, t: int) -> Tensor:
-        return torch.tensor(1.0) if t == c.END else self.scheduler.alphas_cumprod[t]
+        return torch.tensor(1.0) if t == END else self.scheduler.alphas_cumprod[t]
 
     def variance_of(self, t: int) -> Tensor:
         return self.alpha_bar(t) * self.variances + 1 - self.alpha_bar(t)
+
+    def posterior_variance(self, t: int) -> Tensor:
+        """Of x_0 around its prediction."""
+        return self.variances * (1 - self.alpha_bar(t)) / self.variance_of(t)
 
     def solution(self, x_t: Tensor, t: int, end: int) -> Tensor:
         """The probability-flow ODE from t to `end`: the standard deviation changes, and nothing else."""
@@ -56,13 +72,13 @@ def noise(number: int, seed: int = 0) -> Tensor:
 
 def exact_run(data: Gaussian, times: list[int], x_t: Tensor) -> c.Run:
     """A teacher without an error."""
-    states = [data.solution(x_t, times[0], t) for t in [*times, c.END]]
-    return c.Run(c.dpm_solver_table(data.scheduler, times), states, [data(x, t) for x, t in zip(states, times)])
+    states = [data.solution(x_t, times[0], t) for t in [*times, END]]
+    return c.Run(dpm_solver_table(data.scheduler, times), states, [data(x, t) for x, t in zip(states, times)])
 
 
 def trial(data: Gaussian, table: Table, x_t: Tensor) -> c.Trial:
     sampler = c.Sampler(data, data.scheduler)
-    target = data.solution(x_t, table.timesteps[0], c.END)
+    target = data.solution(x_t, table.timesteps[0], END)
     return c.Trial(sampler, sampler.run(table, x_t), c.TeacherObjective(target, alone))
 
 
@@ -79,17 +95,17 @@ def test_two_unknowns_for_two_variances_are_those_of_the_closed_form(scheduler: 
 
 def test_each_part_of_the_fit_comes_nearer_to_the_exact_solution(scheduler: DDPMScheduler) -> None:
     data = Gaussian(scheduler)
-    x_t, times = noise(64), c.teacher_times(scheduler)
+    x_t, times = noise(64), trailing_times(scheduler)
     teacher = exact_run(data, times, x_t)
-    even = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 4), 3)
+    even = dpm_solver_table(scheduler, trailing_times(scheduler, 4), 3)
     chosen = c.best_times(teacher, scheduler, 4, alone)
     table = c.fit_steps(c.Sampler(data, scheduler), teacher, chosen, alone)
     first, held_out = trial(data, table, x_t), trial(data, table, noise(32, seed=1))
-    errors = [trial(data, even, x_t).value(), trial(data, c.dpm_solver_table(scheduler, chosen, 3), x_t).value()]
+    errors = [trial(data, even, x_t).value(), trial(data, dpm_solver_table(scheduler, chosen, 3), x_t).value()]
     errors.append(first.value())
     late = [999, 429, 249, 109]  # where least squares has more to gain than from a free first timestep on
     of_least_squares = trial(data, c.fit_steps(c.Sampler(data, scheduler), teacher, late, alone), x_t).value()
-    of_solver = trial(data, c.dpm_solver_table(scheduler, late, 3), x_t).value()
+    of_solver = trial(data, dpm_solver_table(scheduler, late, 3), x_t).value()
     for make_parameters in (c.smooth_changes, c.all_numbers):
         better, better_held_out = c.improve(first, held_out, make_parameters, 8)
         assert better.value() < 0.3 * first.value()
@@ -101,7 +117,7 @@ def test_each_part_of_the_fit_comes_nearer_to_the_exact_solution(scheduler: DDPM
 
 def test_iterations_that_do_not_help_on_other_noises_are_not_kept(scheduler: DDPMScheduler) -> None:
     data = Gaussian(scheduler)
-    table = c.dpm_solver_table(scheduler, c.teacher_times(scheduler, 4))
+    table = dpm_solver_table(scheduler, trailing_times(scheduler, 4))
     first, held_out = trial(data, table, noise(8)), trial(data, table, noise(8, seed=1))
     perfect = held_out._replace(objective=c.TeacherObjective(held_out.run.images, alone))
     assert c.improve(first, perfect, c.all_numbers, 3) == (first, perfect)
@@ -151,7 +167,7 @@ def test_least_squares_finds_the_numbers_and_a_ridge_draws_them_to_the_prior() -
 
 
 def test_a_changed_table_is_run_from_its_first_change_on(scheduler: DDPMScheduler) -> None:
-    data, table = Gaussian(scheduler), c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    data, table = Gaussian(scheduler), dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
     sampler = c.Sampler(data, scheduler)
     run = sampler.run(table, noise(4))
     for step in range(5):
@@ -171,7 +187,7 @@ def test_a_changed_table_is_run_from_its_first_change_on(scheduler: DDPMSchedule
 
 
 def test_parameters_of_zero_change_nothing_and_others_what_they_say(scheduler: DDPMScheduler) -> None:
-    table = c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    table = dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
     for make_parameters in (c.all_numbers, c.smooth_changes, c.smooth_changes_and_noise):
         parameters = make_parameters(table, scheduler)
         assert parameters.build([0.0] * len(parameters.differences)) == table
@@ -188,7 +204,7 @@ def test_parameters_of_zero_change_nothing_and_others_what_they_say(scheduler: D
 
 
 def test_fresh_noise_replaces_as_much_of_the_old_one_and_keeps_the_image(scheduler: DDPMScheduler) -> None:
-    table = c.dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
+    table = dpm_solver_table(scheduler, [999, 700, 500, 300, 100], 3)
     noisy = c.smooth_changes_and_noise(table, scheduler).build([0.0] * 16 + [0.3] * 4)
     again = c.smooth_changes_and_noise(noisy, scheduler).build([0.0] * 16 + [-0.3] * 4)
     alpha_bar = scheduler.alphas_cumprod.double()[table.timesteps]
@@ -208,7 +224,7 @@ def test_runs_with_noise_have_the_same_noise(scheduler: DDPMScheduler) -> None:
     """So that a difference between two tables is not one of their noises."""
     generator = torch.Generator().manual_seed(5)
     sampler = c.Sampler(Gaussian(scheduler), scheduler, lambda: torch.randn(4, 1, 4, 4, generator=generator))
-    table = c.stochastic_tables(scheduler, 4)[0]
+    table = with_noise(dpm_solver_table(scheduler, trailing_times(scheduler, 4), 1), scheduler, [1.0] * 4)
     run = sampler.run(table, noise(4))
     assert max(table.noise) > 0.1 and table.noise[-1] == 0
     assert torch.equal(sampler.run(table, noise(4)).images, run.images)
@@ -218,9 +234,9 @@ def test_runs_with_noise_have_the_same_noise(scheduler: DDPMScheduler) -> None:
 
 
 def test_a_table_of_the_first_order_with_noise_is_ddpm(scheduler: DDPMScheduler) -> None:
-    trailing, leading = (c.stochastic_tables(scheduler, 5)[k] for k in (0, 3))
     x_t, x_0 = noise(2), noise(2, seed=1)
-    for table, spacing in ((trailing, "trailing"), (leading, "leading")):
+    for spaced, spacing in ((trailing_times, "trailing"), (leading_times, "leading")):
+        table = with_noise(dpm_solver_table(scheduler, spaced(scheduler, 5), 1), scheduler, [1.0] * 5)
         ddpm = BuiltInDDPMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
         ddpm.set_timesteps(5)
         assert ddpm.timesteps.tolist() == table.timesteps
@@ -229,6 +245,110 @@ def test_a_table_of_the_first_order_with_noise_is_ddpm(scheduler: DDPMScheduler)
             fresh = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3))
             ours = c.next_state(row, x_t, [x_0]) + deviation * fresh
             torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)  # its variance is at least 1e-20
+
+
+# ---- Solvers as tables, and the errors of the network ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_table_of_the_first_order_with_some_noise_is_ddim(scheduler: DDPMScheduler, eta: float) -> None:
+    table = with_noise(dpm_solver_table(scheduler, trailing_times(scheduler, 5), 1), scheduler, [eta] * 5)
+    ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    ddim.set_timesteps(5)
+    x_t, x_0, fresh = noise(2), noise(2, seed=1), noise(2, seed=2)
+    for row, deviation, t in zip(table.coefficients, table.noise or [0.0] * 5, table.timesteps):
+        expected = ddim.step(x_0, t, x_t, eta=eta, variance_noise=fresh if eta else None).prev_sample
+        torch.testing.assert_close(c.next_state(row, x_t, [x_0]) + deviation * fresh, expected, rtol=0, atol=1e-5)
+
+
+def test_the_plateau_is_noise_in_the_middle_of_the_process_alone(scheduler: DDPMScheduler) -> None:
+    table = dpm_solver_table(scheduler, [999, 801, 800, 500, 200, 199], 1)
+    noisy = with_noise(table, scheduler, plateau(table, scheduler))
+    everywhere = with_noise(table, scheduler, [1.0] * 6)
+    assert [deviation > 0 for deviation in noisy.noise] == [False, False, True, True, True, False]
+    for deviation, row, quiet, other in zip(
+        noisy.noise, noisy.coefficients, table.coefficients, everywhere.coefficients
+    ):
+        assert row == (other if deviation else quiet)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_with_optimal_variance_few_steps_keep_the_variance_of_the_data(scheduler: DDPMScheduler, eta: float) -> None:
+    """Pixels of one variance are Gaussian around x_0_pred, with the variance V_t: so each step is exact."""
+    data, x_t = Gaussian(scheduler, (0.3,)), noise(4096)[..., :1]
+    generator = torch.Generator().manual_seed(7)
+    sampler = c.Sampler(data, scheduler, lambda: torch.randn(x_t.shape, generator=generator))
+    times = [999, 600, 250]
+    table = with_noise(dpm_solver_table(scheduler, times, 1), scheduler, [eta] * 3)
+    better = with_optimal_variance(table, [data.posterior_variance(t).item() for t in times])
+    for t, state in zip(times, sampler.run(better, x_t).states):
+        assert state.var().item() == pytest.approx(data.variance_of(t).item(), rel=0.03)
+    assert sampler.run(table, x_t).states[-2].var().item() < 0.9 * data.variance_of(times[-1]).item()
+
+
+def test_epsilon_scaling_divides_the_predicted_noise(scheduler: DDPMScheduler) -> None:
+    times, scales = trailing_times(scheduler, 4), [1.0, 1.02, 1.05, 0.98]
+    table = with_epsilon_scales(dpm_solver_table(scheduler, times, 1), scheduler, scales)
+    options = {"timestep_spacing": "trailing", "prediction_type": "epsilon", "set_alpha_to_one": True}
+    ddim = DDIMScheduler.from_config(scheduler.config, **options)
+    ddim.set_timesteps(4)
+    x_t, epsilon = noise(2), noise(2, seed=1)
+    for row, t, scale in zip(table.coefficients, times, scales):
+        alpha_bar = scheduler.alphas_cumprod[t]
+        x_0 = (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        expected = ddim.step(epsilon / scale, t, x_t).prev_sample
+        torch.testing.assert_close(c.next_state(row, x_t, [x_0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_errors_of_an_exact_network_are_those_of_the_closed_form(scheduler: DDPMScheduler) -> None:
+    data, times = Gaussian(scheduler), [999, 600, 250, 50]
+    images, x_t = noise(2048) * data.variances.sqrt(), noise(2048, seed=1) * data.variance_of(999).sqrt()
+    generator = torch.Generator().manual_seed(3)
+    sampler = c.Sampler(data, scheduler, lambda: torch.randn(images.shape, generator=generator))
+    run = exact_run(data, times, x_t)
+    found = c.network_errors(run, sampler, images, alone)
+    expected = [data.posterior_variance(t).mean().item() for t in times]
+    assert found.x_0_variances == pytest.approx(expected, rel=0.03)
+    assert found.epsilon_scales == pytest.approx([1.0] * 4, rel=0.02)
+    louder = [[1.1 * each for each in tensors] for tensors in (run.states, run.predictions)]
+    of_louder = c.network_errors(c.Run(run.table, *louder), sampler, images, alone)
+    assert of_louder.epsilon_scales == pytest.approx([1.1 * scale for scale in found.epsilon_scales])
+    assert of_louder.x_0_variances == found.x_0_variances
+    twice = c.network_errors(run, sampler, images, lambda tensor: 2 * tensor)  # two processes with the same images
+    assert twice == found
+
+
+class Variances:
+    """The sum of squared errors of the variances of the pixels."""
+
+    def __init__(self, data: Gaussian) -> None:
+        self.data = data
+
+    def residuals(self, images: Tensor) -> Tensor:
+        return (images.var(dim=(0, 1, 2)) - self.data.variances).double()
+
+    def total(self, products: Tensor) -> Tensor:
+        return products
+
+
+def test_the_best_solver_is_corrected_where_that_helps(scheduler: DDPMScheduler) -> None:
+    data, x_t = Gaussian(scheduler), noise(1024)
+    generator = torch.Generator().manual_seed(3)
+    sampler = c.Sampler(data, scheduler, lambda: torch.randn(x_t.shape, generator=generator))
+    spacings = [trailing_times(scheduler, 4), leading_times(scheduler, 4)]
+    tables = [each._replace(guidance=Guidance(autoguidance_scale=2)) for each in solver_tables(scheduler, spacings)]
+    assert len(tables) == len({str(table) for table in tables}) == 15  # the plateau has all steps that start at 750
+    start = c.Trial(sampler, sampler.run(tables[0], x_t), Variances(data))
+    least = min(start.of(table).value() for table in tables)
+
+    def found(x_0_variance: float, scale: float) -> c.Trial:
+        return c.best_solver(start, spacings, lambda run: c.NetworkErrors([x_0_variance] * 4, [scale] * 4))
+
+    best = found(0.0, 1.0)
+    assert best.run.table in tables and best.value() == least
+    assert found(0.0, 0.99).value() < least or found(0.0, 1.01).value() < least
+    assert found(0.02, 1.0).value() < least
+    assert found(9.0, 0.1).run.table == best.run.table
 
 
 # ---- Moments ---------------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from PIL import Image
 from benchmarks import few_steps
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.calibrated import save_tables
-from ddpm_pipeline.calibration import dpm_solver_table
 from ddpm_pipeline.features import extract_features, make_extractor
 from ddpm_pipeline.fidelity import Estimate, frechet_distance, jackknife, kernel_distance
 from ddpm_pipeline.pixels import to_pixels
+from ddpm_pipeline.solver_tables import dpm_solver_table
 from tests.arrays import normal
 from tests.evaluation.helpers import data_split
 from tests.gaussian import MEAN, STD, gaussian_pipe

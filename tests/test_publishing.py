@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.calibrated import Guidance, save_tables
-from ddpm_pipeline.calibration import dpm_solver_table
 from ddpm_pipeline.labels import record_class_names
+from ddpm_pipeline.solver_tables import dpm_solver_table
 from tests.models import tiny_unet
 from training.config import Config
 from training.hub import check, files, stage

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.calibrated import Guidance, load_tables, save_tables
-from ddpm_pipeline.calibration import dpm_solver_table
+from ddpm_pipeline.solver_tables import dpm_solver_table
 from tests.arrays import random_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.budget import Budget

@@ -31,25 +31,27 @@ from ddpm_pipeline.calibrated import (
 from ddpm_pipeline.calibration import (
     ALL_FREE,
     DAMPING,
+    NetworkErrors,
     Parameters,
     Run,
     Sampler,
     TeacherObjective,
     Trial,
     all_numbers,
+    best_solver,
     best_times,
-    dpm_solver_table,
     fit_steps,
     improve,
+    network_errors,
     smooth_changes,
     smooth_changes_and_noise,
-    stochastic_tables,
-    teacher_times,
 )
 from ddpm_pipeline.classifier import train_classifier
 from ddpm_pipeline.denoiser import UNetDenoiser, prepare_denoiser
 from ddpm_pipeline.features import Extractor, make_extractor
 from ddpm_pipeline.labels import null_class
+from ddpm_pipeline.pixels import from_pixels
+from ddpm_pipeline.solver_tables import dpm_solver_table, leading_times, solver_tables, trailing_times
 from training.calibration.compare import load_records
 from training.calibration.config import MAX_IMAGES, CalibrationConfig
 from training.calibration.moments import Moments
@@ -62,7 +64,7 @@ from training.progress import progress, quiet_libraries
 from training.run.record import SCHEDULER_CONFIG
 from training.run.runtime import Runtime
 
-VERSION = 3  # of what is fitted; another one does not continue
+VERSION = 4  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
@@ -71,6 +73,7 @@ NOISE_ITERATIONS = 1
 CLEARLY_LESS = 0.9  # with one 4% smaller, the Frechet distance on MNIST became 2.8 instead of 2.3
 MAX_KEPT_VALUES = 2**31  # numbers in the states and predictions of all steps, which are kept of five runs: 8 GB
 LEAST_IMAGES = 16
+ERROR_IMAGES = 256  # that the errors of the network are measured on
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to
 
 
@@ -203,7 +206,7 @@ class Calibrator:
             if self.moments is None:
                 table = self._fit_to_teacher(table, teacher, held_out)
             else:
-                table = self._fit_to_images(table, self.moments)
+                table = self._fit_to_images(table)
             rounded = [[round(value, 6) for value in row] for row in table.coefficients]
             noise = tuple(round(deviation, 6) for deviation in table.noise)
             self.tables[number] = table._replace(coefficients=rounded, noise=noise)
@@ -216,28 +219,52 @@ class Calibrator:
         trials = teacher.of(table), held_out.of(table)
         return self._improve("", trials, make_parameters, TEACHER_ITERATIONS)[0].run.table
 
-    def _fit_to_images(self, table: Table, moments: Moments) -> Table:
-        """From this table; then from a solver with the noise of DDPM, if that is clearly better than what was found."""
+    def _fit_to_images(self, table: Table) -> Table:
+        """From this table; then from the best solver as it is, if that is clearly better than what was found."""
         number, numel = len(table.timesteps), int(np.prod(self._shape))
         num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (5 * 2 * number * numel)))
         if num_images < self.config.num_images:
             self.runtime.print(f"{number} steps: fitted with {num_images} images, for which there is memory")
-        blank = []
-        for which, share in ((2, num_images), (3, num_images // 2)):
-            sampler, noise = self._sampler(which, share)
-            blank.append(Trial(sampler, Run(table, [noise], []), moments))
+        blank, blank_held_out = self.trial(2, num_images, table), self.trial(3, num_images // 2, table)
 
         def fit(title: str, start: Table) -> tuple[Trial, Trial]:
-            trials = blank[0].of(start), blank[1].of(start)
+            trials = blank.of(start), blank_held_out.of(start)
             trials = self._improve(title, trials, smooth_changes, MOMENT_ITERATIONS, DAMPING)
             return self._improve(f"{title}, noise", trials, smooth_changes_and_noise, NOISE_ITERATIONS, DAMPING)
 
         _, found = fit("", table)
-        stochastic = stochastic_tables(self.pipe.scheduler, number)
-        values = [blank[1].of(each).value() for each in stochastic]
-        if (least := min(values)) < CLEARLY_LESS * found.value():
-            _, found = fit(", from a stochastic solver", stochastic[values.index(least)])
+        solver = self._best_solver(blank_held_out)
+        if solver.value() < CLEARLY_LESS * found.value():
+            _, found = fit(", from a solver", solver.run.table)
         return found.run.table
+
+    def trial(self, which: int, number: int, table: Table) -> Trial:
+        """What samples from this set of noises have in common with the training images; nothing is sampled yet."""
+        assert self.moments is not None
+        sampler, noise = self._sampler(which, number)
+        return Trial(sampler, Run(table, [noise], []), self.moments)
+
+    def _best_solver(self, trial: Trial) -> Trial:
+        """With the number of steps of this trial, at its timesteps or at evenly spaced ones."""
+        scheduler, timesteps = self.pipe.scheduler, trial.run.table.timesteps
+        number, images = len(timesteps), trial.run.states[0]
+        spacings = [timesteps, trailing_times(scheduler, number), leading_times(scheduler, number)]
+        runs = len(solver_tables(scheduler, spacings)) + len(NetworkErrors._fields)
+        with self._progress(f"{number} steps, solvers", runs * number * len(images), trial.sampler):
+            return best_solver(trial, spacings, self.errors)
+
+    def errors(self, run: Run) -> NetworkErrors:
+        """On held-out images, or on training images if none are held out."""
+        assert self.split is not None
+        images, classes = self.split.held_out, self.classes
+        labels = None if classes is None else classes.held_out
+        if not len(images):
+            others = self.others(self.split)
+            images, labels = others.train_images, None if classes is None else classes.data[others.train_indices]
+        chosen = evenly_spaced(len(images), ERROR_IMAGES)
+        own = chosen[self._share(len(chosen)) % len(chosen)]
+        sampler, _ = self._sampler(4, len(chosen), None if labels is None else labels[own].tolist())
+        return network_errors(run, sampler, from_pixels(images[own], self.runtime.device), self._total)
 
     def _improve(
         self,
@@ -256,7 +283,7 @@ class Calibrator:
 
     def _teach(self, which: int, number: int) -> Trial:
         """The teacher's samples from this set of noises."""
-        table = dpm_solver_table(self.pipe.scheduler, teacher_times(self.pipe.scheduler))
+        table = dpm_solver_table(self.pipe.scheduler, trailing_times(self.pipe.scheduler))
         sampler, noise = self._sampler(which, max(4, min(number, MAX_VALUES // int(np.prod(self._shape)))))
         steps = len(table.timesteps)
         with self._progress(f"teacher, {steps} steps", len(noise) * steps, sampler):
@@ -284,27 +311,34 @@ class Calibrator:
         size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
         return config.in_channels, *size
 
-    def _sampler(self, which: int, number: int) -> tuple[Sampler, Tensor]:
-        """This process's share of a set of noises: a sampler for them, and x_T, (B, C, H, W)."""
+    def _share(self, number: int) -> np.ndarray:
+        """Which ones of about so many are those of this process: as many on each."""
         world_size = self.runtime.world_size
-        each = -(-number // world_size)  # the same number on all processes
-        index = which * MAX_IMAGES + np.arange(self.runtime.rank, each * world_size, world_size)
+        return np.arange(self.runtime.rank, -(-number // world_size) * world_size, world_size)
+
+    def _sampler(self, which: int, number: int, labels: list[int] | None = None) -> tuple[Sampler, Tensor]:
+        """This process's share of a set of noises: a sampler for them, and x_T, (B, C, H, W).
+
+        Args:
+            labels: of the images; default: spread evenly over the classes.
+        """
+        index = which * MAX_IMAGES + self._share(number)
         generators = make_generators([self.config.seed + int(i) for i in index])
 
         def draw() -> Tensor:
-            return randn_tensor((each, *self._shape), generators, device=self.runtime.device)
+            return randn_tensor((len(index), *self._shape), generators, device=self.runtime.device)
 
         noise = draw()
-        denoiser = BatchedDenoiser(self.denoiser(index), self.config.batch_size)
+        denoiser = BatchedDenoiser(self.denoiser(index, labels), self.config.batch_size)
         return Sampler(denoiser, self.pipe.scheduler, draw), noise
 
-    def denoiser(self, index: np.ndarray) -> UNetDenoiser:
-        """The network for these noises, with guidance; labels are spread evenly over the classes.
+    def denoiser(self, index: np.ndarray, labels: list[int] | None = None) -> UNetDenoiser:
+        """The network for these noises, with guidance; by default labels are spread evenly over the classes.
 
         Raises:
             ValueError: the network cannot be guided so.
         """
-        guidance, labels = self.guidance, self.labels(index)
+        guidance, labels = self.guidance, self.labels(index) if labels is None else labels
         return prepare_denoiser(
             self.pipe.unet, self.pipe.scheduler, self.runtime.device, len(index), labels, guidance.guidance_scale,
             guidance.guidance_interval, guidance.autoguidance_scale, self.pipe.guide,

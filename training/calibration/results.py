@@ -22,9 +22,9 @@ from ddpm_pipeline.calibrated import (
     table_to_json,
     with_tables,
 )
-from ddpm_pipeline.calibration import TEACHER_STEPS
 from ddpm_pipeline.files import replacing
 from ddpm_pipeline.saving import pipeline_source
+from ddpm_pipeline.solver_tables import TEACHER_STEPS
 from training.calibration.compare import (
     FeatureDistances,
     Measure,
@@ -127,8 +127,8 @@ def compare_all(calibrator: Calibrator) -> None:
         built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
     own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
     path = calibrator.results / COMPARISON
-    sets = [_samples(calibrator, SCREENED, SCREENED_IMAGES), _samples(calibrator, COMPARED, config.num_samples)]
-    screening, final = ((_measure(calibrator, samples), samples) for samples in sets)
+    sets = [samples_of(calibrator, SCREENED, SCREENED_IMAGES), samples_of(calibrator, COMPARED, config.num_samples)]
+    screening, final = ((measure_of(calibrator, samples), samples) for samples in sets)
 
     records = []
     for number in sorted(config.num_inference_steps):
@@ -157,12 +157,12 @@ def compare_all(calibrator: Calibrator) -> None:
     runtime.print(f"the comparison: {path.with_suffix('.md')}, {measured}")
 
 
-def _samples(calibrator: Calibrator, first: int, number: int) -> Samples:
+def samples_of(calibrator: Calibrator, first: int, number: int) -> Samples:
     labels = calibrator.labels(first + np.arange(number))
     return Samples(number, calibrator.config.seed + first, calibrator.config.batch_size, labels)
 
 
-def _measure(calibrator: Calibrator, samples: Samples) -> Measure:
+def measure_of(calibrator: Calibrator, samples: Samples) -> Measure:
     """Distances to those training images that were not fitted to; without images, to the teacher's samples."""
     if calibrator.split is None or calibrator.extractor is None:
         scheduler = calibrator.pipe.scheduler
