@@ -25,6 +25,7 @@ The chapters, one file each:
     inpainting.py        RePaint
     schedulers.py        diffusers' schedulers: which are compatible, one copy for each call
     calibrated.py        sampling in a few steps by a table of numbers that were fitted to the network
+    solver_tables.py     DPM-Solver++, with noise and with corrections of a network's errors, as such tables
     calibration.py       fits such tables to a network
     arguments.py         checks of the pipeline's arguments
     images.py            images in and out, of any kind

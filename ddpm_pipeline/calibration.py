@@ -10,7 +10,8 @@ The teacher is DPM-Solver++ 2M with many steps. A sampler of N steps should draw
    (Levenberg-Marquardt). A table has so few numbers that finite differences do: the network needs no gradients.
 
 The third part minimizes any sum of squares of what is drawn (`Objective`), for instance the difference between
-moments of samples and of training images, which corrects errors of the network that the teacher has as well.
+moments of samples and of training images, which corrects errors of the network that the teacher has as well. Then
+there is another beginning, too: the best of many solvers as they are (solver_tables.py), by the same sum of squares.
 """
 
 from __future__ import annotations
