@@ -1,8 +1,8 @@
 """Solvers and corrections of the network's errors, one by one: `python benchmarks/solvers.py RUN --name NAME`.
 
 DPM-Solver++ of orders 1 (DDIM) and 2 without noise, with the noise of DDPM and with that noise in the middle of the
-process only; each as it is, with optimal variance, and with epsilon scaling (ddpm_pipeline/solver_tables.py), with as
-many steps as asked for. Beside it DDPM with twice as many, and the table of the model for this number, if it has one.
+process only; each as it is and with optimal variance, and those of order 1 with epsilon scaling, with as many steps as
+asked for (ddpm_pipeline/solver_tables.py). Beside it DDPM with twice as many, and the table of the model for this number, if it has one.
 
 Frechet distances with the samples, features and images of the comparison of training/calibrate.py, and the sum of
 squares that a calibration would choose by, from other noises and training images. The result is
@@ -38,7 +38,6 @@ from training.progress import progress
 
 NAMES = {1: "DDIM", 2: "DPM-Solver++ 2M"}
 NOISES = ("", ", noise of DDPM", ", noise in the middle")
-CORRECTIONS = ("", ", optimal variance", ", epsilon scaling")
 
 
 def main() -> None:
@@ -48,6 +47,7 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=1024)
     parser.add_argument("--extractor", default="classifier", help="as for training/calibrate.py")
     parser.add_argument("--autoguidance_scale", type=float, default=1.0)
+    parser.add_argument("--num_images", type=int, default=256, help="of the sum of squares and of epsilon scaling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", required=True, help="of the result")
     args = parser.parse_args()
@@ -57,15 +57,17 @@ def main() -> None:
             num_inference_steps=(args.num_inference_steps,),
             num_samples=args.num_samples,
             extractor=args.extractor,
+            num_images=2 * args.num_images,  # those that a table is judged on are half as many
             autoguidance_scale=args.autoguidance_scale,
             seed=args.seed,
         )
     )
     calibrator.load_images()
-    result = {"machine": machine(), **vars(args), "rows": rows(calibrator, args.num_inference_steps)}
+    found = rows(calibrator, args.num_inference_steps)
+    result = {"machine": machine(), **vars(args), "rows": found}
     path = RESULTS / f"solvers-{args.name}.json"
     write_json(path, result)
-    print(*lines_of(result["rows"]), f"result: {path}", sep="\n")
+    print(*lines_of(found), f"result: {path}", sep="\n")
 
 
 def rows(calibrator: Calibrator, num_steps: int) -> list[dict[str, Any]]:
@@ -99,12 +101,10 @@ def named_tables(calibrator: Calibrator, trial: Trial, num_steps: int) -> dict[s
         for noise, of_steps in zip(NOISES, etas):
             table = with_noise(plain, scheduler, of_steps)
             errors = calibrator.errors(trial.of(table).run)
-            corrected = (
-                table,
-                with_optimal_variance(table, errors.x_0_variances),
-                with_epsilon_scales(table, scheduler, errors.epsilon_scales),
-            )
-            tables |= {name + noise + correction: each for correction, each in zip(CORRECTIONS, corrected)}
+            tables[name + noise] = table
+            tables[f"{name}{noise}, optimal variance"] = with_optimal_variance(table, errors.x_0_variances)
+            if order == 1:  # of which it is exact
+                tables[f"{name}{noise}, epsilon scaling"] = with_epsilon_scales(table, scheduler, errors.epsilon_scales)
     twice = dpm_solver_table(scheduler, trailing_times(scheduler, 2 * num_steps), 1)
     tables["DDPM, twice the steps"] = with_noise(twice, scheduler, [1.0] * 2 * num_steps)
     if (fitted := find_table(scheduler, num_steps, calibrator.guidance)) is not None:
