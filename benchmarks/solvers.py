@@ -2,7 +2,8 @@
 
 DPM-Solver++ of orders 1 (DDIM) and 2 without noise, with the noise of DDPM and with that noise in the middle of the
 process only; each as it is and with optimal variance, and those of order 1 with epsilon scaling, with as many steps as
-asked for (ddpm_pipeline/solver_tables.py). Beside it DDPM with twice as many, and the table of the model for this number, if it has one.
+asked for (ddpm_pipeline/solver_tables.py). Beside it DDPM with twice as many, and the table of the model for this
+number, if it has one.
 
 Frechet distances with the samples, features and images of the comparison of training/calibrate.py, and the sum of
 squares that a calibration would choose by, from other noises and training images. The result is
