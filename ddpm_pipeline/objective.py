@@ -7,7 +7,8 @@ t and eps are functions of (seed, step, index in the global batch): see rng.py. 
 network computes in.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from . import rng
 from .scheduling_ddpm import DDPMScheduler
 from .transfer import to_device
+
+TimestepSampling = Literal["uniform", "stratified"]
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 class NoisedBatch(NamedTuple):
@@ -25,7 +29,15 @@ class NoisedBatch(NamedTuple):
     target: Tensor
 
 
-def draw_noised_batch(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step: int, index: Tensor) -> NoisedBatch:
+def draw_noised_batch(
+    scheduler: DDPMScheduler,
+    x_0: Tensor,
+    *,
+    seed: int,
+    step: int,
+    index: Tensor,
+    timestep_sampling: TimestepSampling = "uniform",
+) -> NoisedBatch:
     """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, compute x_t.
 
     Args:
@@ -33,11 +45,28 @@ def draw_noised_batch(scheduler: DDPMScheduler, x_0: Tensor, *, seed: int, step:
         seed: the run's seed.
         step: the optimizer step.
         index: indices of these images in the global batch, (B,) int64, on the CPU.
+        timestep_sampling: see `draw_timesteps`.
     """
-    t = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, scheduler.num_steps)
+    t = draw_timesteps(scheduler.num_steps, timestep_sampling, seed=seed, step=step, index=index)
     key = rng.key(seed, rng.Stream.NOISE, step)
     eps = rng.normal(key, to_device(index, x_0.device), tuple(x_0.shape[1:]))
     return noised_batch(scheduler, x_0, to_device(t, x_0.device), eps)
+
+
+def draw_timesteps(
+    num_steps: int, timestep_sampling: TimestepSampling, *, seed: int, step: int, index: Tensor
+) -> Tensor:
+    """Timesteps in [0, num_steps), each equally likely: (B,) int64, on the CPU.
+
+    uniform: each on its own.
+    stratified: those of a step are spread evenly, with one random shift for all, so that the mean over a batch has less
+        variance (Kingma et al. 2021, arXiv 2107.00630, Appendix I.1). Any part of the batch is spread evenly, too:
+        number i is at frac(u + i / golden ratio).
+    """
+    if timestep_sampling == "uniform":
+        return rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
+    shift = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_SHIFT, step), torch.zeros(1, dtype=torch.int64))
+    return ((shift + index / GOLDEN_RATIO) % 1 * num_steps).long()
 
 
 def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> NoisedBatch:
@@ -58,6 +87,12 @@ def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) 
 def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """L_simple, Eq. (14), DDPM: the squared error, averaged over batch and pixels; a float32 scalar."""
     return torch.nn.functional.mse_loss(prediction.float(), target.float())
+
+
+def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The squared error of each image times its weight, (B,), averaged over batch and pixels; a float32 scalar."""
+    squares = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
+    return (squares.flatten(1).mean(1) * weight).mean()
 
 
 def bound_weight(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
