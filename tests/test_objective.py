@@ -39,13 +39,6 @@ def test_x_t_and_target_match_the_formulas(prediction_type):
     )
 
 
-@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_a_learned_variance_is_rejected(variance_type):
-    scheduler = DDPMScheduler(variance_type=variance_type)
-    with pytest.raises(ValueError, match=variance_type):
-        objective.noised_batch(scheduler, normal(1, 1, 2, 2), torch.tensor([3]), normal(1, 1, 2, 2))
-
-
 def test_a_noised_batch_is_float32_within_autocast_too():
     scheduler, index = DDPMScheduler(prediction_type="v_prediction"), torch.arange(8)
     x_0 = normal(8, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)

@@ -32,6 +32,7 @@ from training.step import Outcome, PendingStep, Updater
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
+    from ddpm_pipeline.objective import Loss
     from training.data.batches import Batches
     from training.data.cache import ImageSet
     from training.ema import FlatEMA
@@ -67,7 +68,7 @@ class Run:
     validator: Validator
     best: Best
     guide: GuideSnapshot
-    loss_weights: Tensor | None  # (T,) on the device, see ddpm_pipeline/loss_weights.py
+    loss: Loss
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
@@ -228,15 +229,11 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
                 timestep_sampling=config.timestep_sampling,
             )
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
-                prediction = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
-                if run.loss_weights is None:
-                    loss = objective.simple_loss(prediction, batch.target) / num_passes
-                else:
-                    weight = run.loss_weights[batch.t]
-                    loss = objective.weighted_loss(prediction, batch.target, weight) / num_passes
+                output = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
+                loss = run.loss(output, batch, x_0) / num_passes
                 runtime.accelerator.backward(loss)
         loss_sum += loss.detach()
-        passes.append(ForwardPass(index, prediction.detach(), batch.target))
+        passes.append(ForwardPass(index, output[:, : x_0.shape[1]].detach(), batch.target))
     return loss_sum, passes
 
 
