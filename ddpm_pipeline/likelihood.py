@@ -26,6 +26,7 @@ from .scheduling_ddpm import DDPMScheduler, ReverseMeanVariance, check_timesteps
 
 Network = Callable[[Tensor, Tensor], Any]  # (x_t (B, C, H, W), t (B,)) to its output, called as a UNet2DModel is
 
+SMALLEST_VARIANCE = 1e-20  # of q, in place of 0 where t is 0
 MAX_SCHEDULE_LENGTH = 1_000_000  # stride of the images in the noise's counter, above any number of timesteps
 
 
@@ -137,6 +138,25 @@ def variational_bound(
         decoder=decoder,
         squared_error=torch.stack(squared_error, 1),
     )
+
+
+def bound_term(
+    scheduler: DDPMScheduler, output: Tensor, t: Tensor, x_t: Tensor, x_0: Tensor, levels: int | None = 256
+) -> Tensor:
+    """The bound's term of a step of the whole process: L_{t-1}, or L_0 where t is 0; with gradients. (B,), nats.
+
+    Args:
+        output: of the network for x_t at t, (B,) int64, in the dtype of x_t.
+        x_0, levels: as in `variational_bound`.
+    """
+    next_variance = _next_variance(scheduler, list(range(min(2, scheduler.num_steps)))[::-1])
+    p = scheduler.p_mean_variance(output, t, x_t, fallback_variance=next_variance)
+    q = scheduler.q_posterior_mean_variance(x_0, x_t, t)
+    kl = gaussian_kl(q.mean, q.variance.clamp(min=SMALLEST_VARIANCE).log(), p.mean, p.log_variance)
+    # of the other images something finite: an infinite gradient times 0 is NaN
+    ends = (t == 0).view(-1, 1, 1, 1)
+    mean, log_variance = torch.where(ends, p.mean, x_0), torch.where(ends, p.log_variance, 0.0)
+    return torch.where(t == 0, decoder_nats(x_0, mean, log_variance, levels).to(kl.dtype), kl)
 
 
 def gaussian_kl(mean_a: Tensor, log_variance_a: Tensor, mean_b: Tensor, log_variance_b: Tensor) -> Tensor:

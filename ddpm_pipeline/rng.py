@@ -44,6 +44,7 @@ class Stream(enum.IntEnum):
     LABEL_DROPOUT = 14
     VERTICAL_FLIP = 15
     QUARTER_TURN = 16
+    TIMESTEP_SHIFT = 17
 
 
 def key(*numbers: int) -> int:

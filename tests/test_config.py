@@ -4,10 +4,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
+from ddpm_pipeline.loss_weights import WEIGHTINGS
+from ddpm_pipeline.objective import TimestepSampling
 from ddpm_pipeline.scheduling_ddpm import BETA_SCHEDULES
 from training.command_line import parse_dataclass
 from training.config import CONFIGS, Config, parse
@@ -34,6 +37,8 @@ def make_config(**options):
         ("--train_batch_size 100000000000000000000", "at most 1,048,576"),
         ("--gradient_accumulation_steps 1048577", "1048577"),
         ("--gradient_accumulation_steps 0", "0"),
+        ("--loss_weighting min_snr_5", "min_snr_5"),
+        ("--timestep_sampling random", "random"),
         ("--learning_rate fast", "fast"),
         ("--learning_rate 0", "0"),
         ("--learning_rate .nan", "nan"),
@@ -165,6 +170,12 @@ def test_every_preset_parses_and_survives_a_round_trip(file, tmp_path):
     copy = tmp_path / "config.yaml"
     copy.write_text(yaml.safe_dump(preset.as_dict(), sort_keys=False))
     assert parse(["--config", str(copy)]) == preset
+
+
+def test_choices_match_the_loss_weightings_and_the_sampling_of_timesteps():
+    types = get_type_hints(Config)
+    assert get_args(types["loss_weighting"]) == WEIGHTINGS
+    assert types["timestep_sampling"] == TimestepSampling
 
 
 def test_choices_match_the_schedules(capsys):

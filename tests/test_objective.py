@@ -39,13 +39,6 @@ def test_x_t_and_target_match_the_formulas(prediction_type):
     )
 
 
-@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_a_learned_variance_is_rejected(variance_type):
-    scheduler = DDPMScheduler(variance_type=variance_type)
-    with pytest.raises(ValueError, match=variance_type):
-        objective.noised_batch(scheduler, normal(1, 1, 2, 2), torch.tensor([3]), normal(1, 1, 2, 2))
-
-
 def test_a_noised_batch_is_float32_within_autocast_too():
     scheduler, index = DDPMScheduler(prediction_type="v_prediction"), torch.arange(8)
     x_0 = normal(8, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)
@@ -99,6 +92,32 @@ def test_t_is_uniform_and_independent_of_the_noise():
         assert abs(stats.spearmanr(t, abs(pixel)).statistic) < 4 / math.sqrt(len(t))
 
 
+def test_stratified_t_is_uniform_and_spread_evenly_in_any_part_of_the_batch():
+    steps = [
+        objective.draw_timesteps(T, "stratified", seed=0, step=step, index=torch.arange(64)) for step in range(2000)
+    ]
+    t = torch.stack(steps)
+    for of_image in (t[:, 0], t[:, 37]):  # over the steps each image has any t
+        assert stats.kstest(of_image.numpy() / T, "uniform").pvalue > 1e-3
+    assert stats.chisquare(torch.bincount(t.flatten(), minlength=T).numpy()).pvalue > 1e-3
+    for part in (t, t[:, :16], t[:, 48:]):  # the largest gap of the golden ratio's points is at most 2.62 / n
+        gaps = part.sort(dim=1).values.diff(dim=1)
+        assert gaps.max() <= 2.62 * T / part.shape[1] + 1
+        # the mean of n of them varies far less than that of n independent ones
+        assert part.double().mean(1).std() < 0.4 * T / math.sqrt(12 * part.shape[1])
+    again = objective.draw_timesteps(T, "stratified", seed=0, step=7, index=torch.arange(16, 32))
+    assert torch.equal(again, steps[7][16:32])
+    assert not torch.equal(steps[0], objective.draw_timesteps(T, "stratified", seed=1, step=0, index=torch.arange(64)))
+
+
+def test_a_noised_batch_has_the_timesteps_of_its_sampling():
+    scheduler, index = DDPMScheduler(), torch.arange(8)
+    for sampling in ("uniform", "stratified"):
+        options = {"seed": 3, "step": 9, "index": index, "timestep_sampling": sampling}
+        batch = objective.draw_noised_batch(scheduler, normal(8, 1, 4, 4, dtype=torch.float32), **options)
+        assert torch.equal(batch.t, objective.draw_timesteps(T, sampling, seed=3, step=9, index=index))
+
+
 # ---- The loss, Eqs. (8), (12) and (14) -------------------------------------------------------------------------------
 
 
@@ -109,6 +128,17 @@ def test_simple_loss_matches_a_hand_calculation():
     assert loss.item() == (0.25 + 4 + 0 + 9) / 4
     assert loss.shape == ()
     from_bfloat16 = objective.simple_loss(prediction.bfloat16(), target.bfloat16())
+    assert (from_bfloat16.dtype, from_bfloat16.item()) == (torch.float32, loss.item())
+
+
+def test_weighted_loss_matches_a_hand_calculation():
+    prediction = torch.tensor([[[[1.0, 2.0]]], [[[0.0, -1.0]]]])
+    target = torch.tensor([[[[1.5, 0.0]]], [[[0.0, 2.0]]]])
+    weight = torch.tensor([2.0, 0.5])
+    loss = objective.weighted_loss(prediction, target, weight)
+    assert loss.item() == (2 * (0.25 + 4) + 0.5 * 9) / 4
+    assert objective.weighted_loss(prediction, target, torch.ones(2)) == objective.simple_loss(prediction, target)
+    from_bfloat16 = objective.weighted_loss(prediction.bfloat16(), target.bfloat16(), weight)
     assert (from_bfloat16.dtype, from_bfloat16.item()) == (torch.float32, loss.item())
 
 

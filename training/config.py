@@ -78,7 +78,12 @@ class Config:
         ddpm_num_steps: T, number of diffusion timesteps.
         ddpm_beta_schedule: noise schedule: linear, scaled_linear, squaredcos_cap_v2 (cosine), sigmoid, laplace or su.
         prediction_type: what the network predicts: v_prediction, epsilon or sample (x_0).
-        variance_type: variance of the reverse process: fixed_small (beta tilde) or fixed_large (beta).
+        variance_type: variance of the reverse process: fixed_small (beta tilde), fixed_large (beta), or learned_range:
+            the network predicts it, between the two, for better bits per dimension.
+        loss_weighting: which timesteps count more: simple (each error of the prediction counts the same), or, whatever
+            the network predicts, the L_simple of sample, epsilon or v_prediction, min_snr, soft_min_snr, edm, sigmoid
+            or bound, see docs/training.md.
+        timestep_sampling: timesteps of a batch: uniform (each on its own) or stratified (spread evenly).
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
             times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
             forward passes as memory allows.
@@ -181,7 +186,11 @@ class Config:
     ddpm_num_steps: int = 1000
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "su"] = "linear"
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    loss_weighting: Literal[
+        "simple", "sample", "epsilon", "v_prediction", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound"
+    ] = "simple"
+    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
     train_batch_size: int | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = 1
     max_train_minutes: float | None = None

@@ -32,6 +32,7 @@ from training.step import Outcome, PendingStep, Updater
 
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
+    from ddpm_pipeline.objective import Loss
     from training.data.batches import Batches
     from training.data.cache import ImageSet
     from training.ema import FlatEMA
@@ -67,6 +68,7 @@ class Run:
     validator: Validator
     best: Best
     guide: GuideSnapshot
+    loss: Loss
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
@@ -200,7 +202,7 @@ def save_pipeline(run: Run, state: TrainingState) -> Tensor | None:
 
 
 def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[ForwardPass]]:
-    """Algorithm 1, DDPM, for this rank's slice of the global batch: gradients of L_simple, accumulated over passes.
+    """Algorithm 1, DDPM, for this rank's slice of the global batch: gradients of the loss, accumulated over passes.
 
     Returns:
         The loss of this rank, a scalar, and its forward passes.
@@ -218,13 +220,20 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
         is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
         with failures.explain_out_of_memory(run.passes, state.step + 1, state.saved_step):
             x_0, labels = run.batches.batch(state.step, index)
-            batch = objective.draw_noised_batch(run.scheduler, x_0, seed=config.seed, step=state.step, index=index)
+            batch = objective.draw_noised_batch(
+                run.scheduler,
+                x_0,
+                seed=config.seed,
+                step=state.step,
+                index=index,
+                timestep_sampling=config.timestep_sampling,
+            )
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
-                prediction = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
-                loss = objective.simple_loss(prediction, batch.target) / num_passes
+                output = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
+                loss = run.loss(output, batch, x_0) / num_passes
                 runtime.accelerator.backward(loss)
         loss_sum += loss.detach()
-        passes.append(ForwardPass(index, prediction.detach(), batch.target))
+        passes.append(ForwardPass(index, output[:, : x_0.shape[1]].detach(), batch.target))
     return loss_sum, passes
 
 

@@ -76,6 +76,9 @@ def main(config: Config, stop: StopSignal) -> int:
     with importing():
         from ddpm_pipeline.images import record_background, record_center_crop
         from ddpm_pipeline.labels import record_class_names
+        from ddpm_pipeline.loss_weights import loss_weights
+        from ddpm_pipeline.objective import Loss
+        from ddpm_pipeline.pixels import num_levels
         from training import plan, tune
         from training.denoiser import check_size, find_network, load_initial_weights, network_of, size_rule
         from training.ema import FlatEMA
@@ -159,8 +162,11 @@ def main(config: Config, stop: StopSignal) -> int:
     validator = Validator(config, runtime, inputs, sampler, log, best)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
     record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
+    of_timesteps = loss_weights(scheduler, config.loss_weighting)
+    of_timesteps = None if of_timesteps is None else of_timesteps.to(runtime.device)
+    loss = Loss(scheduler, of_timesteps, num_levels(data.images.dtype))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
-              record, log, sampler, validator, best, guide, publisher, stop, replaces_earlier)  # fmt: skip
+              record, log, sampler, validator, best, guide, loss, publisher, stop, replaces_earlier)  # fmt: skip
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)
@@ -228,6 +234,7 @@ def make_network(denoiser: Denoiser, config: Config, inputs: Inputs, device: tor
         height=data.height,
         width=data.width,
         in_channels=data.channels,
+        out_channels=data.channels * (2 if config.variance_type.startswith("learned") else 1),
         num_class_embeds=inputs.num_class_embeds,
         dropout=config.dropout,
     )

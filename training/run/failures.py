@@ -60,10 +60,13 @@ def check_same_run(
     if digest_before is None:
         names.append("resolution")
     # A checkpoint that is older than a setting was trained as its default says.
-    before = {name: getattr(type(config), name) for name in names} | manifest["config"]
+    before = {name: getattr(type(config), name) for name in (*names, "variance_type")} | manifest["config"]
     compared = [(name, before[name], getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
+    variances = before["variance_type"], config.variance_type
+    if "learned_range" in variances:  # then the network has channels for it
+        compared.append(("variance_type", *variances))
     if digest_before is None or data_digest is None or digest_before != data_digest:
         compared.append(("data set", data_set(manifest["source"]), data_set(source)))
         if digest_before is not None and data_digest is not None:  # a data set may have the same name

@@ -203,7 +203,7 @@ class Validation:
             key = rng.key(SEED, rng.Stream.VALIDATION_NOISE, k)
             eps = rng.normal(key, index.to(self._device), tuple(x_0.shape[1:]))
             batch = objective.noised_batch(self._scheduler, x_0, self._t[index, k].to(self._device), eps)
-            prediction = network(batch.x_t, batch.t).float()
+            prediction = network(batch.x_t, batch.t)[:, : x_0.shape[1]].float()  # without a learned variance
             losses.append((prediction - batch.target).square().flatten(1).mean(1).cpu().double())
         return torch.stack(losses, dim=1)
 

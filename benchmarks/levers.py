@@ -1,0 +1,190 @@
+"""What helps training: one change at a time, at equal images or minutes. `python benchmarks/levers.py DATA...`
+
+    python benchmarks/levers.py mnist=FOLDER cifar10=FOLDER --max_train_images 32000 --levers base,stratified,min_snr
+
+For each data set, lever and seed a run of train.py with the network `tiny`, in --output_dir. Of its EMA weights:
+Frechet and kernel distance of samples from the training images, with 25 calls of DPM-Solver++ 2M, the same seeds for
+all; and the error of x_0_pred on 512 held-out images with the weight of v, whatever the network predicts. What is
+measured is kept in benchmarks/results/levers-NAME.json, so the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, machine, minutes_since, write_json
+from ddpm_pipeline import DDPMScheduler
+from ddpm_pipeline.features import make_extractor
+from ddpm_pipeline.pixels import to_pixels
+from training.calibration.compare import Samples, draw
+from training.calibration.settings import KARRAS, TRAILING, Setting, make_plan
+from training.evaluation.config import EvalConfig
+from training.evaluation.measures import compare_features
+from training.evaluation.reference import choose_real_images, load_split
+from training.evaluation.samples import load_models
+from training.run.runtime import Runtime
+from training.run.validation import Validation
+
+LEVERS: dict[str, list[str]] = {
+    "base": [],
+    "stratified": ["--timestep_sampling", "stratified"],
+    "x_0": ["--prediction_type", "sample"],
+    "x_0, weight of v": ["--prediction_type", "sample", "--loss_weighting", "v_prediction"],
+    **{
+        name: ["--loss_weighting", name]
+        for name in ("sample", "epsilon", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound")
+    },
+    "batch 16": ["--train_batch_size", "16"],
+    "batch 32": ["--train_batch_size", "32"],
+    "lr 5e-4": ["--learning_rate", "5e-4"],
+    "lr 2e-3": ["--learning_rate", "2e-3"],
+    "constant lr": ["--lr_scheduler", "constant"],
+    "EMA 0.99": ["--ema_max_decay", "0.99"],
+    "EMA 0.999": ["--ema_max_decay", "0.999"],
+}
+CALLS = 25
+SOLVER = Setting("DPM-Solver++ 2M, Karras", "DPMSolverMultistepScheduler", {**TRAILING, **KARRAS})
+SEED = 2**26  # of the samples
+NUM_REFERENCE, NUM_VALIDATION = 10_000, 512
+MEASURES = ("frechet_distance", "kernel_distance", "held_out_error")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", nargs="+", help="NAME=FOLDER of a data set laid out as on the Hub, or of images")
+    parser.add_argument("--levers", default="base", help=f"separated by commas, of: {', '.join(LEVERS)}")
+    parser.add_argument("--seeds", default="0,1,2", help="of the runs; default: %(default)s")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--max_train_images", type=int)
+    length.add_argument("--max_train_minutes", type=float)
+    parser.add_argument("--num_samples", type=int, default=1024)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "levers")
+    parser.add_argument("--cpu_threads", type=int, help="of each run")
+    parser.add_argument("--name", required=True, help="of the result")
+    args = parser.parse_args()
+    data = dict(each.split("=", 1) for each in args.data)
+    levers, seeds = args.levers.split(","), [int(seed) for seed in args.seeds.split(",")]
+    if unknown := [lever for lever in levers if lever not in LEVERS]:
+        parser.error(f"levers has {unknown[0]!r}: give some of {', '.join(LEVERS)}")
+    if args.max_train_images:
+        length_options = ["--max_train_images", str(args.max_train_images)]
+    else:
+        length_options = ["--max_train_minutes", str(args.max_train_minutes)]
+    path = RESULTS / f"levers-{args.name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    for seed in seeds:  # so that each lever has one seed before any has two
+        for name, folder in data.items():
+            for lever in levers:
+                key = {"data": name, "lever": lever, "seed": seed, "length": length_options[1], "of": length_options[0]}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                run = args.output_dir / f"{name}-{lever}-{length_options[1]}-{seed}".replace(" ", "_")
+                train(run, folder, [*length_options, "--seed", str(seed), *LEVERS[lever]], args.cpu_threads)
+                rows.append(key | measure(run, args.num_samples, args.cpu_threads))
+                write_json(path, {"machine": machine(), "rows": rows})
+                print(json.dumps(rows[-1]), flush=True)
+    print(*lines_of(rows), f"result: {path}", sep="\n")
+
+
+def train(run: Path, folder: str, options: Sequence[str], cpu_threads: int | None) -> None:
+    """A run to its end, in its folder; one that is there already is continued."""
+    source = "--dataset_name" if any(Path(folder).rglob("*.parquet")) else "--train_data_dir"
+    command = [sys.executable, str(ROOT / "training" / "train.py"), source, folder, "--output_dir", str(run)]
+    command += ["--denoiser", "tiny", "--resume_from_checkpoint", "auto", "--save_images_steps", "0"]
+    command += ["--validation_steps", "0", "--on_bad_image", "skip", *options]
+    command += [] if cpu_threads is None else ["--cpu_threads", str(cpu_threads)]
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "log.txt").open("a", encoding="utf-8") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=True)
+
+
+def measure(run: Path, num_samples: int, cpu_threads: int | None) -> dict[str, Any]:
+    """Distances with standard errors, the held-out error, and what the run took."""
+    started = time.monotonic()
+    runtime = Runtime("no", cpu_threads)
+    (model,) = load_models(str(run), ["ema"])
+    assert model.record is not None
+    config = EvalConfig(model=str(run), cache_dir=str(CACHE_DIR))
+    split = load_split(config, model)
+    extractor = make_extractor(
+        "classifier", images=split.train_images, labels=split.train_labels(), cache_dir=FEATURES_DIR
+    )
+    plan = make_plan(SOLVER, model.pipe.scheduler, CALLS)
+    samples = draw(model.pipe, plan.scheduler, plan.call, Samples(num_samples, SEED), runtime)
+    real = choose_real_images(split, NUM_REFERENCE, num_samples)
+    pixels = to_pixels(samples, real.reference.dtype)
+    results = compare_features(pixels, real, extractor, ("frechet", "kernel"), FEATURES_DIR)
+    found: dict[str, Any] = {}
+    for each in results:
+        found |= {each.measure: list(each.estimate), f"{each.measure}, real images": each.real_data_baseline}
+    record = model.record
+    return found | {
+        "held_out_error": held_out_error(model.pipe, split.held_out, runtime),
+        "steps": record.step,
+        "images": record.step * record.global_batch,
+        "minutes": round(record.seconds / 60, 2),
+        "minutes to measure": minutes_since(started),
+    }
+
+
+def held_out_error(pipe: Any, held_out: Any, runtime: Runtime) -> float:
+    """Mean of |v - v_pred|^2 over timesteps and held-out images, of what the network's predictions are as v."""
+    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+
+    def network(x_t: Any, t: Any) -> Any:
+        output = pipe.unet(x_t, t, return_dict=False)[0]
+        return scheduler.convert_prediction(output, t, x_t, pipe.scheduler.prediction_type, "v_prediction")
+
+    validation = Validation(held_out, NUM_VALIDATION, scheduler, device=runtime.device)
+    return validation.measure(network)[0]["validation_loss"]
+
+
+def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table in Markdown: means over the seeds, with the standard error of each mean.
+
+    The ratio is that of the kernel distances above the real-data baseline.
+    """
+    lines = [
+        "| data | length | lever | seeds | images | Frechet | kernel | held-out error | kernel above real, ratio |"
+    ]
+    lines.append("|---" * 9 + "|")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["length"], row["lever"]), []).append(row)
+    for (data, length, lever), group in groups.items():
+        cells = [_mean([_value(row[measure]) for row in group]) for measure in MEASURES]
+        base = groups.get((data, length, "base"))
+        ratio = f"{_above_real(group) / _above_real(base):.2f}" if base else ""
+        images = f"{statistics.mean(row['images'] for row in group):,.0f}"
+        lines.append(f"| {data} | {length} | {lever} | {len(group)} | {images} | {' | '.join(cells)} | {ratio} |")
+    return lines
+
+
+def _value(of: Any) -> float:
+    return float(of[0] if isinstance(of, list) else of)
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.4g} &plusmn; {error:.2g}"
+
+
+def _above_real(group: Sequence[dict[str, Any]]) -> float:
+    """Kernel distance above that of real images."""
+    return statistics.mean(_value(row["kernel_distance"]) - row["kernel_distance, real images"] for row in group)
+
+
+if __name__ == "__main__":
+    main()
