@@ -20,6 +20,7 @@ from .pixels import num_levels
 from .tensor_cache import hash_images, hash_tensors, load_tensors, save_tensors
 
 BATCH_SIZE, TEST_BATCH_SIZE = 128, 256
+LEAST_STEPS, MOST_STEPS = 200, 1500
 HELD_OUT_EVERY = 20  # the accuracy is that on images 0, 20, 40, ..., which are not trained on
 
 
@@ -181,7 +182,7 @@ def _train(
     """Weights of a ClassifierNetwork, and on held-out images its "accuracy" and "scale", the RMS of the features."""
     held_out = np.arange(0, len(images), HELD_OUT_EVERY)
     train_indices = np.setdiff1d(np.arange(len(images)), held_out)
-    steps = max(200, min(1500, 3 * len(train_indices) // BATCH_SIZE))
+    steps = max(LEAST_STEPS, min(MOST_STEPS, 3 * len(train_indices) // BATCH_SIZE))
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(0)  # torch.manual_seed would seed the devices as well

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline as BuiltInDDPMPipeline
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from ddpm_pipeline import DDPMPipeline
+from ddpm_pipeline import DDPMPipeline, classifier
 from ddpm_pipeline.calibrated import load_tables
 from tests.evaluation.helpers import train
 from tests.models import tiny_unet
@@ -165,13 +165,16 @@ def test_guided_tables_are_for_the_guide_they_were_fitted_with(work, model, caps
     assert DDPMPipeline.from_pretrained(model / "pipeline")(**guided, calibrated=True)
 
 
-def test_tables_of_a_model_with_classes_are_for_their_guidance(work, tmp_path):
+def test_tables_of_a_model_with_classes_are_for_their_guidance(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 10)  # any features will do
     folder = tmp_path / "images"
     for i in range(24):
         path = folder / ("dark", "light")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)).save(path)
-    run = train(tmp_path, "run", train_data_dir=folder, resolution=16, class_conditional=True)
+    tiny_unet(1, size=16).save_config(tmp_path)
+    network = {"denoiser": tmp_path / "config.json"}
+    run = train(tmp_path, "run", train_data_dir=folder, resolution=16, class_conditional=True, **network)
     calibrate(work, run, num_inference_steps="2", guidance_scale=2, extractor="pixels")
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     options = {"seeds": [0, 1], "num_inference_steps": 2, "class_labels": ["dark", "light"]}
