@@ -53,11 +53,15 @@ class Extractor:
         """
         if images.ndim != 4 or images.dtype not in (torch.uint8, torch.uint16):
             raise ValueError(f"images are {tuple(images.shape)} {images.dtype}: give (B, C, H, W) uint8 or uint16")
-        x = images.float() / (num_levels(images.dtype) - 1)
+        return self.of_floats(images.float() / (num_levels(images.dtype) - 1))
+
+    @torch.no_grad()
+    def of_floats(self, x: Tensor) -> Tensor:
+        """Features (B, D), float32 on the CPU, of images (B, C, H, W), float32 in [0, 1], which are not rounded."""
         features = self._compute(x.to(self._device)).float().cpu()
-        if features.ndim != 2 or len(features) != len(images):
+        if features.ndim != 2 or len(features) != len(x):
             shape = tuple(features.shape)
-            raise ValueError(f"{self.name} returns {shape} for {len(images)} images: an extractor must return (B, D)")
+            raise ValueError(f"{self.name} returns {shape} for {len(x)} images: an extractor must return (B, D)")
         return features
 
 

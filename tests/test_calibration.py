@@ -366,7 +366,7 @@ def test_the_sum_of_squares_is_the_frechet_distance_of_near_images(images: np.nd
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = ClassifierNetwork(1, 4).eval()  # any one does
-    moments = Moments(images, [Classifier(network, np.arange(4), "4 rotations", 0.0, 1.0, "")], alone)
+    moments = Moments(images, [Classifier(network, np.arange(4), "4 rotations", 0.0, 1.0, "")], [], alone)
     x = torch.from_numpy(images).float() / 127.5 - 1
     features = torch.cat(
         [(kind - p.mean) @ p.components for kind, p in zip(moments._kinds(x), moments._projections)], dim=1

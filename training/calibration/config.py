@@ -27,6 +27,8 @@ class CalibrationConfig:
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         compare: whether to compare with every scheduler of diffusers in the end.
         num_samples: samples of each scheduler in the comparison.
+        fit_extractor: further features of the fit: a .th or .pt file of a network that knows such images, for photos
+            one that was trained on many photos; default: none.
         extractor: features of the comparison: pixels, classifier or a .th or .pt file, as for evaluate.py. The fit uses
             others, and other images.
         seed: noise i has the seed `seed` + i.
@@ -48,6 +50,7 @@ class CalibrationConfig:
     guidance_interval: tuple[float, float] | None = None
     compare: bool = True
     num_samples: int = 512
+    fit_extractor: str | None = None
     extractor: str = "classifier"
     seed: int = 0
     dataset_name: str | None = None

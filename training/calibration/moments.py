@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_pipeline.classifier import Classifier
+from ddpm_pipeline.features import Extractor
 from ddpm_pipeline.pixels import from_pixels
 
 GRID = 4  # cells of each side, of the means of pixels
@@ -41,13 +42,18 @@ class Moments:
     Args:
         images: (N, C, H, W), uint8 or uint16; may be memory-mapped.
         classifiers: trained on them or on others.
+        extractors: further features.
         gather: the rows of all processes.
     """
 
     def __init__(
-        self, images: np.ndarray, classifiers: Sequence[Classifier], gather: Callable[[Tensor], Tensor]
+        self,
+        images: np.ndarray,
+        classifiers: Sequence[Classifier],
+        extractors: Sequence[Extractor],
+        gather: Callable[[Tensor], Tensor],
     ) -> None:
-        self._classifiers, self._gather = classifiers, gather
+        self._classifiers, self._extractors, self._gather = classifiers, extractors, gather
         batches = [
             self._kinds(from_pixels(torch.from_numpy(np.array(images[start : start + BATCH_SIZE]))))
             for start in range(0, len(images), BATCH_SIZE)
@@ -78,6 +84,7 @@ class Moments:
         kinds = [octaves(images), F.adaptive_avg_pool2d(images, GRID).flatten(1)]
         for classifier in self._classifiers:
             kinds += classifier.layers((images + 1) / 2)
+        kinds += [extractor.of_floats((images + 1) / 2) for extractor in self._extractors]
         return [kind.float().cpu() for kind in kinds]
 
 
