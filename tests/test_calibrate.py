@@ -102,6 +102,27 @@ def test_another_seed_or_number_of_images_is_fitted_anew(work, model, capsys):
         assert tables(model) != before
 
 
+class MeanAndContrast(torch.nn.Module):
+    """Features for TorchScript."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.mean(dim=(1, 2, 3)), x.std(dim=(1, 2, 3)), x.amax(dim=(1, 2, 3))], dim=1)
+
+
+def test_further_features_of_the_fit(work, model, tmp_path, capsys):
+    """They come nearer to those of the images, and the tables are others."""
+    file = tmp_path / "features.pt"
+    torch.jit.script(MeanAndContrast()).save(file)
+    calibrate(work, model, num_inference_steps="2")
+    before = tables(model)
+    calibrate(work, model, num_inference_steps="2", fit_extractor=file)
+    assert "2 steps: calibrated" in capsys.readouterr().out and tables(model) != before
+    calibrate(work, model, expected=2, fit_extractor=file, use_images="false")
+    assert "use_images is false: leave out one of them" in capsys.readouterr().err
+    calibrate(work, model, expected=2, fit_extractor=file, extractor=file, compare="true")
+    assert "extractor and fit_extractor are both" in capsys.readouterr().err
+
+
 def test_a_damaged_file_of_tables_does_not_count(work, model, capsys):
     calibrate(work, model, num_inference_steps="2")
     file = model / "calibration" / "tables.json"
@@ -239,6 +260,8 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
         ({"dataset_name": "a", "train_data_dir": "b"}, "give one of them"),
         ({"train_data_dir": "/nowhere"}, "/nowhere"),
         ({"extractor": "dino", "compare": "true"}, "extractor is 'dino': give \"pixels\""),
+        ({"fit_extractor": "classifier"}, "fit_extractor is 'classifier': give a .th or .pt file"),
+        ({"fit_extractor": "nowhere.pt"}, "fit_extractor is 'nowhere.pt': give a .th or .pt file"),
     ],
 )
 def test_bad_settings_end_with_code_2_before_anything_is_fitted(work, trained, capsys, settings, message):

@@ -13,6 +13,7 @@ from ddpm_pipeline import DDPMScheduler, fidelity
 from ddpm_pipeline import calibration as c
 from ddpm_pipeline.calibrated import Guidance, Table
 from ddpm_pipeline.classifier import Classifier, ClassifierNetwork
+from ddpm_pipeline.features import Extractor
 from ddpm_pipeline.pixels import to_pixels
 from ddpm_pipeline.solver_tables import (
     END,
@@ -380,6 +381,27 @@ def test_the_sum_of_squares_is_the_frechet_distance_of_near_images(images: np.nd
         )
         expected = fidelity.frechet_distance(changed, features)
         assert (residuals @ residuals).item() == pytest.approx(expected, rel=0.3)
+
+
+def test_further_features_count_beside_the_others(images: np.ndarray) -> None:
+    """What the others do not see: a change of the corners alone, which they hold for the same images."""
+
+    def corners(x: Tensor) -> Tensor:
+        return x[:, 0, ::15, ::15].flatten(1)
+
+    features = Extractor("corners", "", corners)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ClassifierNetwork(1, 4).eval()
+    classifier = Classifier(network, np.arange(4), "4 rotations", 0.0, 1.0, "")
+    x = torch.from_numpy(images).float() / 127.5 - 1
+    changed = x.clone()
+    changed[:, :, ::15, ::15] = 0.5 * x[:, :, ::15, ::15]
+    sums = []
+    for more in ([], [features]):
+        residuals = Moments(images, [classifier], more, alone).residuals(changed)
+        sums.append((residuals @ residuals).item())
+    assert sums[1] > 3 * sums[0]
 
 
 def test_octaves_of_a_checkerboard_are_the_finest(images: np.ndarray) -> None:

@@ -170,8 +170,8 @@ class Calibrator:
         def train() -> tuple[Moments, Extractor | None]:
             # of rotations, also if there are labels: a classifier of those is what one compares with
             classifier = train_classifier(images, None, **options)
-            files = [] if config.fit_extractor is None else [config.fit_extractor]
-            extractors = [make_extractor(file, device=self.runtime.device) for file in files]
+            given = config.fit_extractor
+            extractors = [] if given is None else [make_extractor(given, device=self.runtime.device)]
             moments = Moments(images[chosen], [classifier], extractors, self._rows)
             if not config.compare:
                 return moments, None
@@ -302,7 +302,7 @@ class Calibrator:
         labels = None if (found := self.labels(np.arange(1000))) is None else np.bincount(found).tolist()
         parts = [
             VERSION, self.model.sha256, guide, scheduler, self.guidance, images, labels,
-            self.config.num_images, self.config.seed, self.config.fit_extractor,
+            self.config.num_images, self.config.seed, self.moments and self.moments.extractors,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

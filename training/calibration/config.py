@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from training.command_line import parse_dataclass
 
@@ -27,8 +28,8 @@ class CalibrationConfig:
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         compare: whether to compare with every scheduler of diffusers in the end.
         num_samples: samples of each scheduler in the comparison.
-        fit_extractor: further features of the fit: a .th or .pt file of a network that knows such images, for photos
-            one that was trained on many photos; default: none.
+        fit_extractor: further features of the fit: a .th or .pt file, as for extractor but another one, of a network
+            that knows such images, such as one that was trained on many photos; default: none.
         extractor: features of the comparison: pixels, classifier or a .th or .pt file, as for evaluate.py. The fit uses
             others, and other images.
         seed: noise i has the seed `seed` + i.
@@ -78,9 +79,23 @@ class CalibrationConfig:
         if self.guidance_interval is not None and self.guidance_scale == self.autoguidance_scale == 1:
             given = ",".join(f"{end:g}" for end in self.guidance_interval)
             raise ValueError(f"guidance_interval is {given}, but there is no guidance: give a scale other than 1, too")
+        if self.fit_extractor is not None:
+            self._check_fit_extractor()
         if self.dataset_name and self.train_data_dir:
             raise ValueError(
                 f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
+            )
+
+    def _check_fit_extractor(self) -> None:
+        file = Path(self.fit_extractor or "").expanduser()
+        if file.suffix not in (".th", ".pt") or not file.is_file():
+            raise ValueError(f"fit_extractor is {self.fit_extractor!r}: give a .th or .pt file")
+        if not self.use_images:
+            raise ValueError(f"fit_extractor is {str(file)!r}, but use_images is false: leave out one of them")
+        if self.compare and Path(self.extractor).expanduser().resolve() == file.resolve():
+            raise ValueError(
+                f"extractor and fit_extractor are both {str(file)!r}: what tables are fitted to says little when it "
+                "compares them; give another --extractor, or --compare false"
             )
 
 

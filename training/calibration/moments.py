@@ -67,6 +67,11 @@ class Moments:
         self._mean, self._covariance = mean, self._axes.T @ covariance @ self._axes
         self._weights = (2 * (variances[:, None] + variances)).rsqrt()
 
+    @property
+    def extractors(self) -> list[str]:
+        """Keys of the further features."""
+        return [extractor.key for extractor in self._extractors]
+
     def residuals(self, images: Tensor) -> Tensor:
         """(D + D^2,) for the images, (B, C, H, W) in [-1, 1], of all processes."""
         kinds = zip(*(self._kinds(batch) for batch in images.clamp(-1, 1).split(BATCH_SIZE)))
