@@ -90,7 +90,8 @@ class Config:
             whole steps.
         learning_rate: learning rate of AdamW at the end of its warm-up; default: 1e-3, for networks of more than 20
             million parameters 2e-4, and with init_from 1e-4.
-        lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run, or constant.
+        lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run; hold, which is
+            constant until the last fifth of the run, then linear decay to 0; or constant.
         lr_warmup_steps: steps over which the learning rate rises linearly from 0; default: 500, but at most a
             twentieth of the run.
         adam_beta1: beta_1 of AdamW, decay of its running mean of the gradients.
@@ -188,7 +189,7 @@ class Config:
     max_train_steps: int | None = None
     max_train_images: int | None = None
     learning_rate: float | None = None
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "hold", "constant"] = "cosine"
     lr_warmup_steps: int | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99
