@@ -34,6 +34,7 @@ def make_config(**options):
         ("--train_batch_size 100000000000000000000", "at most 1,048,576"),
         ("--gradient_accumulation_steps 1048577", "1048577"),
         ("--gradient_accumulation_steps 0", "0"),
+        ("--optimizer sgd", "sgd"),
         ("--learning_rate fast", "fast"),
         ("--learning_rate 0", "0"),
         ("--learning_rate .nan", "nan"),
