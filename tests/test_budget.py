@@ -170,6 +170,18 @@ def test_learning_rate_schedules_at_their_corners():
         assert rate(101) == pytest.approx(0, abs=1e-17)
 
 
+def test_hold_is_constant_until_the_last_fifth_and_then_falls_linearly_to_0():
+    hold = rates(1000, lr_warmup_steps=10, lr_scheduler="hold")
+    corners = {1: 0.01, 5: 0.05, 10: 0.1, 11: 0.1, 500: 0.1, 800: 0.1, 801: 0.1, 802: 0.0995, 851: 0.075, 901: 0.05,
+               951: 0.025, 1000: 0.0005}  # fmt: skip
+    assert [hold(n) for n in corners] == pytest.approx(list(corners.values()))
+    assert hold(1001) == 0
+    no_warm_up = rates(5, lr_warmup_steps=0, lr_scheduler="hold")
+    assert [no_warm_up(n) for n in range(1, 6)] == pytest.approx([0.1] * 5)  # its last fifth is one step
+    late = rates(10, lr_warmup_steps=20, lr_scheduler="hold")  # a warm-up that goes on in the last fifth
+    assert [late(n) for n in (8, 9, 10)] == pytest.approx([0.04, 0.045, 0.05 / 2])
+
+
 def test_the_warm_up_that_is_not_given_is_short_in_a_short_run():
     short, long = rates(200, lr_scheduler="constant"), rates(100_000, lr_scheduler="constant")
     assert [short(n) for n in (1, 5, 10, 11)] == pytest.approx([0.01, 0.05, 0.1, 0.1])
@@ -186,8 +198,9 @@ def test_the_learning_rate_that_is_not_given_depends_on_the_network(given, milli
     assert with_learning_rate(finetuning, int(millions * 1e6)).learning_rate == (given or 1e-4)
 
 
-def test_in_minutes_the_learning_rate_falls_as_in_steps():
-    config = make_config(learning_rate=0.1, max_train_minutes=10)
+@pytest.mark.parametrize("kind", ["cosine", "hold"])
+def test_in_minutes_the_learning_rate_falls_as_in_steps(kind):
+    config = make_config(learning_rate=0.1, max_train_minutes=10, lr_scheduler=kind)
     budget = Budget.of(config, 64)
     seconds, found = 0.0, []
     while budget.share(len(found)) < 1:
@@ -195,9 +208,10 @@ def test_in_minutes_the_learning_rate_falls_as_in_steps():
         seconds += 0.5
         if budget.reads_clock(len(found)):
             budget.read_clock(len(found), seconds)
-    in_steps = rates(len(found))
+    in_steps = rates(len(found), lr_scheduler=kind)
     assert len(found) == pytest.approx(1200, abs=2)
-    assert found[60:] == pytest.approx([in_steps(n) for n in range(61, len(found) + 1)], abs=2e-4)
+    tolerance = 2e-4 if kind == "cosine" else 1e-3  # a step more or less, and the largest slope of the decay
+    assert found[60:] == pytest.approx([in_steps(n) for n in range(61, len(found) + 1)], abs=tolerance)
 
 
 # ---- The time left ---------------------------------------------------------------------------------------------------

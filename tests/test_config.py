@@ -39,6 +39,7 @@ def make_config(**options):
         ("--gradient_accumulation_steps 0", "0"),
         ("--loss_weighting min_snr_5", "min_snr_5"),
         ("--timestep_sampling random", "random"),
+        ("--optimizer sgd", "sgd"),
         ("--learning_rate fast", "fast"),
         ("--learning_rate 0", "0"),
         ("--learning_rate .nan", "nan"),

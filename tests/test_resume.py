@@ -188,6 +188,25 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
         assert scaler.get_scale() == (2.0 if saved == "state" and has_scaler else 8.0)
 
 
+def test_changed_settings_of_the_optimizer_take_effect(tmp_path):
+    with fresh_accelerate():
+        runtime, unet = Runtime("no", 1), torch.nn.Conv2d(1, 1, 1)
+        ema, before = FlatEMA(unet), torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+        unet(torch.ones(1, 1, 1, 1)).sum().backward()
+        before.step()
+        config = Config(dataset_name="moons", learning_rate=1e-3)
+        states = {"model": unet.state_dict(), "ema": ema.state_dict(), "optimizer": before.state_dict()}
+        record = {"config": config.as_dict(), "global_batch": 4}
+        path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
+        kept = {"best": Best(None, ema, print), "guide": GuideSnapshot(None, ema, print)}
+        now = torch.optim.AdamW(unet.parameters(), betas=(0.5, 0.6), weight_decay=0.2, eps=1e-3, fused=True)
+        parts = {"unet": unet, "ema": ema, "optimizer": now, **kept}
+        resume.restore(path, checkpoint.verify(path), config, Budget(10), runtime, **parts)
+    (group,) = now.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"], group["fused"]) == ((0.5, 0.6), 0.2, 1e-3, True)
+    assert torch.equal(now.state[unet.weight]["exp_avg"], before.state[unet.weight]["exp_avg"])  # the moments stay
+
+
 # ---- auto, and paths -------------------------------------------------------------------------------------------------
 
 

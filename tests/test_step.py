@@ -1,9 +1,11 @@
-"""The optimizer step against clip_grad_norm_ and AdamW, skipped steps, and that no step makes the host wait."""
+"""The optimizer step against clip_grad_norm_ and AdamW, skipped steps, and that no step makes the host wait; the last
+two with Muon too."""
 
 import contextlib
 import copy
 import math
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from training.step import Updater, make_optimizer
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 CONFIG = Config(dataset_name="moons", learning_rate=0.01, adam_weight_decay=0.1, max_grad_norm=1.0)
+CONFIGS = {"adamw": CONFIG, "muon": replace(CONFIG, optimizer="muon")}
 
 
 def runtime(scaler=None):
@@ -92,18 +95,19 @@ def test_an_update_is_clip_grad_norm_and_adamw(device, fused, monkeypatch):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("loss", "entry"), [(math.nan, 0.0), (math.inf, 0.0), (0.5, math.nan), (0.5, -math.inf)])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_nonfinite_step_changes_nothing(device, fused, loss, entry, first, monkeypatch):
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_nonfinite_step_changes_nothing(device, fused, loss, entry, first, config, monkeypatch):
     if not fused:
         monkeypatch.setattr(step_module, "FUSED", ())
     model = network(device)
-    ema, optimizer = FlatEMA(model), make_optimizer(CONFIG, model)
+    ema, optimizer = FlatEMA(model), make_optimizer(config, model)
     updater = Updater(optimizer, 1.0, runtime())
     taken = [] if first else [1, 2]
     for step in taken:
         set_gradients(model, step)
         ema.update(step, updater.step(step, 0.01, scalar(0.5, device), [], False).skip)
     other = copy.deepcopy(model)
-    other_optimizer = make_optimizer(CONFIG, other)
+    other_optimizer = make_optimizer(config, other)
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     before, ema_before = state_of(model, optimizer), ema.state_dict()
 
@@ -125,12 +129,13 @@ def test_a_nonfinite_step_changes_nothing(device, fused, loss, entry, first, mon
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_with_fp16_an_overflow_is_skipped_and_a_non_finite_loss_is_a_fault(device):
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_with_fp16_an_overflow_is_skipped_and_a_non_finite_loss_is_a_fault(device, config):
     """And the loss scaler halves its scale, or doubles it after two good steps, while the host does not wait."""
     model, plain = network(device), network(device)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=2)
     scaler.scale(scalar(1.0, device))  # makes its tensors, as the first backward pass does
-    optimizer, reference = make_optimizer(CONFIG, model), make_optimizer(CONFIG, plain)
+    optimizer, reference = make_optimizer(config, model), make_optimizer(config, plain)
     updater, recorder = Updater(optimizer, 1.0, runtime(scaler)), Recorder()
 
     def outcome(step, loss=0.5, entry=0.0):
@@ -299,10 +304,10 @@ def run(tmp_path, monkeypatch):
     return train
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_no_step_waits_on_the_cpu(run, precision):
+@pytest.mark.parametrize(("precision", "optimizer"), [("no", "adamw"), ("bf16", "adamw"), ("no", "muon")])
+def test_no_step_waits_on_the_cpu(run, precision, optimizer):
     with Operations(run.recorder):
-        run(mixed_precision=precision).check()
+        run(mixed_precision=precision, optimizer=optimizer).check()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -326,8 +331,9 @@ def test_no_step_waits_on_the_pretend_device(run, monkeypatch):
 
 
 @needs_cuda
+@pytest.mark.parametrize("optimizer", CONFIGS)
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_no_step_waits_on_cuda(run, monkeypatch, precision):
+def test_no_step_waits_on_cuda(run, monkeypatch, precision, optimizer):
     update = FlatEMA.update
 
     def strict(ema, number, *arguments):
@@ -336,6 +342,6 @@ def test_no_step_waits_on_cuda(run, monkeypatch, precision):
 
     monkeypatch.setattr(FlatEMA, "update", strict)
     try:
-        run(mixed_precision=precision, cpu=False).check()
+        run(mixed_precision=precision, optimizer=optimizer, cpu=False).check()
     finally:
         torch.cuda.set_sync_debug_mode("default")

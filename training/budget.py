@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 60.0  # if no limit is given
 WARMUP_STEPS, WARMUP_SHARE = 500, 0.05  # the shorter one, if no warm-up is given
+HOLD_DECAY = 0.2  # the last share of the run, in which "hold" decays
 PARTS = 10  # of a run: what happens "now and then" does so at the end of each
 TRUSTED = 64  # steps; what the first ones take says little
 
@@ -144,6 +145,10 @@ def learning_rate(config: Config, budget: Budget, step: int) -> float:
     """The learning rate of optimizer step 1, 2, ...: linear warm-up, times the decay of `lr_scheduler`.
 
     The warm-up ends after `lr_warmup_steps`, or where that is None after WARMUP_STEPS or WARMUP_SHARE of the budget.
+
+    References:
+        "hold", elsewhere called warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395; with a linear decay Haegele
+        et al. 2024, arXiv 2405.18392.
     """
     assert config.learning_rate is not None  # `with_learning_rate`
     used = budget.share(step - 1)
@@ -155,4 +160,6 @@ def learning_rate(config: Config, budget: Budget, step: int) -> float:
         factor *= 1 - used
     elif config.lr_scheduler == "cosine":
         factor *= (1 + math.cos(math.pi * used)) / 2
+    elif config.lr_scheduler == "hold":
+        factor *= min(1.0, (1 - used) / HOLD_DECAY)
     return config.learning_rate * factor

@@ -93,14 +93,18 @@ class Config:
         max_train_steps: number of steps after which training ends. Of several limits the first that is reached counts.
         max_train_images: number of images after which training ends, each counted as often as it is seen; rounded to
             whole steps.
-        learning_rate: learning rate of AdamW at the end of its warm-up; default: 1e-3, for networks of more than 20
-            million parameters 2e-4, and with init_from 1e-4.
-        lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run, or constant.
+        optimizer: adamw; or muon, which moves each weight matrix equally far in all directions, and everything else as
+            AdamW does, see docs/training.md.
+        learning_rate: learning rate of the optimizer at the end of its warm-up; default: 1e-3, for networks of more
+            than 20 million parameters 2e-4, and with init_from 1e-4.
+        lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run; hold, which is
+            constant until the last fifth of the run, then linear decay to 0; or constant.
         lr_warmup_steps: steps over which the learning rate rises linearly from 0; default: 500, but at most a
             twentieth of the run.
         adam_beta1: beta_1 of AdamW, decay of its running mean of the gradients.
         adam_beta2: beta_2 of AdamW, decay of its running mean of the squared gradients.
-        adam_weight_decay: weight decay of AdamW: a step multiplies the weights by 1 - learning rate * weight decay.
+        adam_weight_decay: weight decay of AdamW and Muon: a step multiplies the weights by 1 - learning rate * weight
+            decay.
         adam_epsilon: epsilon of AdamW, added to the root of the mean squared gradient.
         max_grad_norm: largest L2 norm of the gradient of all parameters together; a larger one is scaled down to it.
         ema_max_decay: decay of the EMA of the weights after its warm-up. Samples use the EMA weights.
@@ -196,8 +200,9 @@ class Config:
     max_train_minutes: float | None = None
     max_train_steps: int | None = None
     max_train_images: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float | None = None
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "hold", "constant"] = "cosine"
     lr_warmup_steps: int | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.99

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
 MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
-# Of the memory of a step: for each weight the gradient, two moments of AdamW, the EMA and a copy in bf16; for what the
-# forward pass keeps also gradients of activations, work space and fragments.
+# Of the memory of a step: for each weight the gradient, two moments of AdamW (or one of Muon), the EMA and a copy in
+# bf16; for what the forward pass keeps also gradients of activations, work space and fragments.
 WEIGHTS, KEPT = 5.5, 2.0
 LIBRARIES = 0.8e9  # bytes of a process that has loaded them
 SAFE = 0.8  # of the memory that is free

@@ -1,12 +1,12 @@
-"""STEP: clipping, finite check and AdamW in one pass over the gradients. The device decides; the host reads it later.
+"""STEP: clipping, finite check and the optimizer's step. The device decides; the host reads it later.
 
     norm = |gradients|, of all parameters together
     skip = the loss or the norm is non-finite, on any rank
-    AdamW with gradients / max(1, (norm + 1e-6) / max_grad_norm), unless skip
+    AdamW or Muon with gradients / max(1, (norm + 1e-6) / max_grad_norm), unless skip
 
 No host waits for this. torch's fused AdamW takes the divisor and `skip` as tensors, as it does from GradScaler: with
-`found_inf` = 1 it leaves weights, moments and step counters alone. The host reads `PendingStep.flags` one step later,
-while the device computes.
+`found_inf` = 1 it leaves weights, moments and step counters alone. So does our Muon. The host reads `PendingStep.flags`
+one step later, while the device computes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ddpm_pipeline.transfer import HostCopy, to_device
+from training.muon import Muon
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -28,15 +29,24 @@ if TYPE_CHECKING:
 FUSED = ("cpu", "cuda")  # devices whose fused AdamW is known to honour grad_scale and found_inf
 
 
-def make_optimizer(config: Config, unet: torch.nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        unet.parameters(),
-        lr=config.learning_rate or 0.0,  # each step sets its own
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=next(unet.parameters()).device.type in FUSED,
-    )
+def make_optimizer(
+    config: Config, unet: torch.nn.Module, matmul_dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW:
+    """AdamW, or Muon, which is AdamW for all but the weight matrices.
+
+    Args:
+        matmul_dtype: that Muon multiplies matrices in.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate or 0.0,  # each step sets its own
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+        "fused": next(unet.parameters()).device.type in FUSED,
+    }
+    if config.optimizer == "muon":
+        return Muon(unet, matmul_dtype, **settings)
+    return torch.optim.AdamW(unet.parameters(), **settings)
 
 
 class Outcome(NamedTuple):

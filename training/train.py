@@ -127,7 +127,7 @@ def main(config: Config, stop: StopSignal) -> int:
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     best = Best(config.keep_best, ema, runtime.print)
     guide = GuideSnapshot(config.guide_snapshot, ema, runtime.print)
-    optimizer = make_optimizer(config, unet)
+    optimizer = make_optimizer(config, unet, runtime.matmul_dtype())
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
     if config.compile:

@@ -46,13 +46,15 @@ def check_same_run(
     data_digest: str | None = None,
     labels_digest: str | None = None,
 ) -> None:
-    """Raise CheckpointError if a checkpoint has another network, diffusion process, seed, global batch or other data.
+    """Raise CheckpointError if a checkpoint has another network, diffusion process or optimizer, another seed, global
+    batch or other data.
 
     Images with the same digest are the same, whatever the name of their folder is now.
     """
     names = [
         "denoiser", "seed", "random_flip", "random_vertical_flip", "random_rotate90", "ddpm_num_steps",
         "ddpm_beta_schedule", "prediction_type", "background", "center_crop", "class_conditional", "dropout",
+        "optimizer",
     ]  # fmt: skip
     if config.class_conditional:
         names += ["label_dropout", "balance_classes"]

@@ -92,8 +92,8 @@ def restore(
     ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
     unet.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
-    for group in optimizer.param_groups:  # the checkpoint may be of a device without a fused optimizer
-        group["fused"] = optimizer.defaults["fused"]
+    for group in optimizer.param_groups:  # settings may have changed, and the device may have no fused optimizer
+        group.update(optimizer.defaults)
     scaler = runtime.accelerator.scaler
     scaler_state = manifest.get("scaler")  # None if the checkpoint is of a run without fp16
     if scaler is not None and scaler_state:

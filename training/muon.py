@@ -1,0 +1,130 @@
+"""MUON: an optimizer that takes a step of the same length in all directions of a weight matrix.
+
+For a matrix W of (rows, columns) with gradient G, at the learning rate eta with weight decay lambda:
+
+    M_t = mu M_(t-1) + G_t                                                      momentum
+    O_t = orthogonalise(G_t + mu M_t)                                           Nesterov's
+    W_t = W_(t-1) - eta (0.2 sqrt(max(rows, columns)) O_t + lambda W_(t-1))
+
+All singular values of O_t are about 1, while a few directions dominate a gradient. The root mean square of the entries
+of such a matrix is 1 / sqrt(max(rows, columns)), so that of an update is 0.2 eta: as AdamW's usually is, whose learning
+rate and weight decay therefore do for both.
+
+References:
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon.
+    Liu et al. 2025, "Muon is scalable for LLM training", arXiv 2502.16982, section 2.2: weight decay and scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95  # mu, Jordan et al. 2024
+A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial, from the same source: steep at 0, and near 1 from 0.7 to 1.2
+ITERATIONS = 5
+UPDATE_RMS = 0.2  # of an update at a learning rate of 1, Liu et al. 2025
+LEAST_NORM = 1e-7  # of a gradient; a smaller one is rounding errors
+FIRST_AND_LAST = ("conv_in", "conv_out")  # of a UNet2DModel: they are where pixels come in and go out
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the weight matrices of a network; AdamW for biases, norms, embeddings, the first and last convolution.
+
+    Matrices of the same shape are computed together: a small network has many small ones. As the fused AdamW, it takes
+    `grad_scale`, the divisor of all gradients, and `found_inf`, with which nothing changes if it is 1, as tensors on
+    the device.
+
+    Args:
+        network: its parameters are float32 and on one device.
+        dtype: of the orthogonalisation: float32, or bfloat16 on a processor that multiplies matrices in it faster.
+        settings: of AdamW; learning rate and weight decay are for all parameters.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+        names = matrix_names(network)
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": []}]
+        for name, parameter in network.named_parameters():
+            groups[name not in names]["params"].append(parameter)
+        super().__init__(groups, **settings)
+        self._dtype = dtype
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's expects its own state of each parameter
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it computes no gradients
+        group = self.param_groups[0]  # of the matrices
+        by_shape: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
+        for weight in group["params"]:
+            if weight.grad is not None:
+                by_shape[weight.shape[0], weight.shape[1:].numel()].append(weight)
+        for weights in by_shape.values():
+            self._move(weights, group["lr"], group["weight_decay"])
+            for weight in weights:
+                weight.grad = None  # AdamW leaves alone what has no gradient
+        super().step()
+
+    def _move(self, weights: list[Tensor], learning_rate: float, weight_decay: float) -> None:
+        """One step of weights that are matrices of one shape."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        w, m, g = as_matrices(weights), as_matrices(momenta), as_matrices(gradients)
+        if grad_scale is not None:
+            g /= grad_scale
+
+        new_m = MOMENTUM * m + g
+        o = orthogonalise((g + MOMENTUM * new_m).to(self._dtype)).float()
+        scale = UPDATE_RMS * math.sqrt(max(w.shape[1:]))
+        new_w = w - learning_rate * (scale * o + weight_decay * w)
+
+        for tensors, old, new in ((weights, w, new_w), (momenta, m, new_m)):
+            if found_inf is not None:
+                new = torch.where(found_inf > 0, old, new)
+            for tensor, matrix in zip(tensors, new):
+                tensor.copy_(matrix.view(tensor.shape))
+
+
+def matrix_names(network: nn.Module) -> set[str]:
+    """Names of the weights that Muon is for: those of linear layers and convolutions, but FIRST_AND_LAST."""
+    return {
+        f"{name}.weight"
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name not in FIRST_AND_LAST
+    }
+
+
+def as_matrices(tensors: list[Tensor]) -> Tensor:
+    """A copy of tensors (rows, ...) with equally many numbers, (N, rows, columns). A convolution is (out, in k k)."""
+    return torch.stack([tensor.flatten(1) for tensor in tensors])
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """U V^T of each matrix U S V^T, roughly: the singular values become 0.68 to 1.21.
+
+    The Newton-Schulz iteration
+
+        X <- a X + b (X X^T) X + c (X X^T)^2 X
+
+    takes each singular value s to a s + b s^3 + c s^5 and leaves U and V as they are. ITERATIONS of it multiply small
+    ones by up to a^5 = 485, so those below about 1/600 of the Frobenius norm stay below 0.68.
+
+    Args:
+        matrices: (N, rows, columns), in the dtype to compute in.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices  # X X^T is then the smaller product
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)  # no singular value exceeds this norm
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+        x = torch.baddbmm(x, polynomial, x, beta=A)
+    return x.mT if is_tall else x
