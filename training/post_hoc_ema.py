@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.ema import FlatEMA
 
 TRACKED = (0.05, 0.10)  # lengths of the averages that are updated in training
