@@ -67,8 +67,8 @@ def test_inner_products_are_integrals(a, b):
 # ---- Updates ---------------------------------------------------------------------------------------------------------
 
 
-class Walk:
-    """A model whose weights are a random walk, with its EMA and averages, and all weights that it has had."""
+class Motion:
+    """A model whose weights move at random, with its EMA and averages, and all weights that it has had."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ class Walk:
         self.averages = PostHocEMA(self.ema)
         self.step, self.history = 0, []
 
-    def walk(self, skip=None):
+    def move(self, skip=None):
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn(parameter.shape))
@@ -100,15 +100,15 @@ class Walk:
 
 
 @pytest.fixture(scope="module")
-def walked():
-    """A walk of STEPS, and snapshots of its averages in float32."""
-    walk, snapshots = Walk(), {}
+def moved():
+    """A motion of STEPS, and snapshots of its averages in float32."""
+    motion, snapshots = Motion(), {}
     for step in range(1, STEPS + 1):
-        walk.walk()
+        motion.move()
         if step % (STEPS // SNAPSHOTS) == 0:
-            for length, weights in walk.averages.state_dicts().items():
+            for length, weights in motion.averages.state_dicts().items():
                 snapshots[Profile(gamma_of(length), step)] = weights
-    return walk, snapshots
+    return motion, snapshots
 
 
 def readers(snapshots, dtype=torch.float32):
@@ -120,20 +120,20 @@ def readers(snapshots, dtype=torch.float32):
 
 
 def error(found, expected):
-    return ((Walk.flat(found) - expected).norm() / expected.norm()).item()
+    return ((Motion.flat(found) - expected).norm() / expected.norm()).item()
 
 
-def test_each_step_weighs_what_the_profile_has_there(walked):
+def test_each_step_weighs_what_the_profile_has_there(moved):
     """The share of the weights of step n is the integral of the profile from n - 1 to n."""
-    walk, _ = walked
-    for length, weights in walk.averages.state_dicts().items():
+    motion, _ = moved
+    for length, weights in motion.averages.state_dicts().items():
         gamma = gamma_of(length)
         n = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
         shares = (n ** (gamma + 1)).diff()
         assert shares.sum() == pytest.approx(1)
-        expected = (shares[:, None] * torch.stack(walk.history)).sum(0)
+        expected = (shares[:, None] * torch.stack(motion.history)).sum(0)
         assert error(weights, expected) < 1e-5
-        assert error(weights, walk.direct(length)) < 1e-5
+        assert error(weights, motion.direct(length)) < 1e-5
 
 
 def test_the_first_step_forgets_the_initial_weights_and_weights_far_on_are_small():
@@ -142,33 +142,33 @@ def test_the_first_step_forgets_the_initial_weights_and_weights_far_on_are_small
 
 
 def test_a_skipped_step_leaves_the_averages_alone():
-    walk = Walk()
+    motion = Motion()
     for step in range(3):
-        before = walk.averages.state_dicts()
-        walk.walk(skip=torch.tensor(float(step == 2)))
-    after = walk.averages.state_dicts()
-    assert all(torch.equal(Walk.flat(after[length]), Walk.flat(before[length])) for length in TRACKED)
-    assert not torch.equal(Walk.flat(after[0.05]), Walk.flat(after[0.10]))
+        before = motion.averages.state_dicts()
+        motion.move(skip=torch.tensor(float(step == 2)))
+    after = motion.averages.state_dicts()
+    assert all(torch.equal(Motion.flat(after[length]), Motion.flat(before[length])) for length in TRACKED)
+    assert not torch.equal(Motion.flat(after[0.05]), Motion.flat(after[0.10]))
 
 
 def test_averages_are_saved_and_loaded():
-    walk, other = Walk(), Walk()
+    motion, other = Motion(), Motion()
     for _ in range(3):
-        walk.walk()
-    other.averages.load_state_dicts(walk.averages.state_dicts())
-    for length, weights in walk.averages.state_dicts().items():
-        assert torch.equal(Walk.flat(weights), Walk.flat(other.averages.state_dicts()[length]))
-    assert walk.averages.numel == 2 * len(walk.history[0])
+        motion.move()
+    other.averages.load_state_dicts(motion.averages.state_dicts())
+    for length, weights in motion.averages.state_dicts().items():
+        assert torch.equal(Motion.flat(weights), Motion.flat(other.averages.state_dicts()[length]))
+    assert motion.averages.numel == 2 * len(motion.history[0])
 
 
 # ---- Reconstruction --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [SHORTEST, 0.03, 0.07, 0.15, 0.2])
-def test_a_length_that_was_not_tracked_is_found_again(walked, length):
+def test_a_length_that_was_not_tracked_is_found_again(moved, length):
     """Against the average that is updated directly; with 16 bits, fp16 is nearer than bf16."""
-    walk, snapshots = walked
-    expected = walk.direct(length)
+    motion, snapshots = moved
+    expected = motion.direct(length)
     assert error(reconstruct(readers(snapshots), length), expected) < 1e-3
     in_fp16, in_bf16 = (
         error(reconstruct(readers(snapshots, dtype), length), expected) for dtype in (torch.float16, torch.bfloat16)
@@ -177,23 +177,24 @@ def test_a_length_that_was_not_tracked_is_found_again(walked, length):
     assert in_fp16 < in_bf16 / 4
 
 
-def test_the_longest_average_is_found_again(walked):
-    walk, snapshots = walked
-    assert error(reconstruct(readers(snapshots), LONGEST), walk.direct(LONGEST)) < 2e-3
+def test_the_longest_average_is_found_again(moved):
+    motion, snapshots = moved
+    assert error(reconstruct(readers(snapshots), LONGEST), motion.direct(LONGEST)) < 2e-3
 
 
 @pytest.mark.parametrize("length", TRACKED)
-def test_a_snapshot_is_reproduced_exactly(walked, length):
-    _, snapshots = walked
-    expected = snapshots[Profile(gamma_of(length), STEPS)]
-    found = reconstruct(readers(snapshots), length)
+def test_a_snapshot_is_reproduced_exactly(moved, length):
+    """Weights of 0 too, which the others would move by what is left of their coefficients, 1e-14."""
+    last = Profile(gamma_of(length), STEPS)
+    expected = moved[1][last] | {"1.bias": torch.zeros(11)}
+    found = reconstruct(readers(moved[1] | {last: expected}), length)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_coefficients_are_those_of_least_squares(walked):
+def test_the_coefficients_are_those_of_least_squares(moved):
     """numpy's least squares on the profiles themselves, at 20,000 points; the last coefficient makes the sum 1."""
-    profiles = list(walked[1])[-24:]
+    profiles = list(moved[1])[-24:]
     wanted = Profile(gamma_of(0.07), STEPS)
     tau = (np.arange(20_000) + 0.5) / 20_000 * STEPS
     *columns, last, target = (np.where(tau <= t, density(gamma, t)(tau), 0) for gamma, t in [*profiles, wanted])
@@ -204,22 +205,22 @@ def test_the_coefficients_are_those_of_least_squares(walked):
 
 def test_the_average_of_one_step_is_its_weights():
     """Whatever its length: the coefficients sum to 1."""
-    walk = Walk()
-    walk.walk()
-    snapshots = {Profile(gamma_of(length), 1): weights for length, weights in walk.averages.state_dicts().items()}
-    assert error(reconstruct(readers(snapshots), 0.07), walk.history[0]) < 1e-6
+    motion = Motion()
+    motion.move()
+    snapshots = {Profile(gamma_of(length), 1): weights for length, weights in motion.averages.state_dicts().items()}
+    assert error(reconstruct(readers(snapshots), 0.07), motion.history[0]) < 1e-6
 
 
 @pytest.mark.parametrize("length", [0, -0.1, 0.019, 0.251, 0.3, math.nan])
-def test_other_lengths_are_refused(walked, length):
+def test_other_lengths_are_refused(moved, length):
     with pytest.raises(
         ValueError, match=rf"average is {length:g}: give a number from 0.02 to 0.25, a share of the run"
     ):
-        reconstruct(readers(walked[1]), length)
+        reconstruct(readers(moved[1]), length)
 
 
-def test_non_finite_weights_are_named(walked):
-    snapshots = readers(walked[1])
+def test_non_finite_weights_are_named(moved):
+    snapshots = readers(moved[1])
     last = list(snapshots)[-1]
     weights = snapshots[last]()
     weights["1.bias"][2] = torch.inf  # what fp16 makes of 70,000

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from training.ema import FlatEMA
 
 TRACKED = (0.05, 0.10)  # lengths of the averages that are updated in training
-# Of those to reconstruct. With snapshots at every 1/64 of a run in fp16, the error in the weights of a random walk is
+# Of those to reconstruct. With snapshots at every 1/64 of a run in fp16, the error in weights that move at random is
 # 0.3% for the shortest, mostly of rounding, and below 0.2% for the longest; beyond both it grows fast.
 SHORTEST, LONGEST = 0.02, 0.25
 NEGLIGIBLE = 1e-9  # a coefficient that changes no float32

@@ -315,6 +315,8 @@ def finish(run: Run, record: RunRecord, samples: Tensor | None) -> None:
         print(f"\npipeline/ has the EMA weights of {describe_best(record.best)}{last}.")
     elif run.config.keep_best:
         print(f"\nWARNING: no validation had a {BY[run.config.keep_best]}: pipeline/ has the weights of the last step")
+    if run.config.post_hoc_ema:
+        print(f"\nTo choose how long its weights are averaged: training/choose_ema.py {run.output_dir}")
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"
