@@ -14,6 +14,7 @@ from training.ema import FlatEMA
 from training.post_hoc_ema import TRACKED, Profile, gamma_of
 from training.run import checkpoint
 from training.run.ema_snapshots import EMASnapshots, list_snapshots
+from training.run.signals import StopSignal
 
 OPTIONS = SHORT_RUN | {
     "train_batch_size": 4,
@@ -156,6 +157,10 @@ def test_a_new_run_leaves_those_of_an_earlier_one_until_its_first_checkpoint(uni
         train(work, run.name, seed=1, checkpointing_steps=8)
     assert snapshots(run) == before
     monkeypatch.setattr(checkpoint, "save", save)
+    with monkeypatch.context() as patch:  # stopped by a signal in its first step: perhaps begun by mistake
+        patch.setattr(StopSignal, "requested", lambda self: True)
+        assert train(work, run.name, seed=1, checkpointing_steps=8) == 143
+    assert snapshots(run) == before
     train_until(work, run.name, 2, seed=1, checkpointing_steps=2)
     assert snapshots(run).keys() == names([1, 2])
     assert all(snapshots(run)[name] != before[name] for name in names([1, 2]))

@@ -162,7 +162,8 @@ def train(run: Run, state: TrainingState) -> bool:
             stopping |= state.owes_validation
 
         # ---- Snapshots of averages, checkpoint
-        save_averages(run, state)
+        if not spares_earlier(run, state, stopping):
+            save_averages(run, state)
         if checkpoint_is_due(run, state.step):
             save_checkpoint(run, state)
 
@@ -182,9 +183,7 @@ def train(run: Run, state: TrainingState) -> bool:
             (stopping,) = runtime.any(run.stop.requested())  # sampling ends early on a signal
     if not stopping:
         save_averages(run, state)  # of a run that had nothing left to train
-    # Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one.
-    spares_earlier = stopping and run.replaces_earlier and not state.saved_step
-    if state.saved_step != state.step and not spares_earlier:
+    if state.saved_step != state.step and not spares_earlier(run, state, stopping):
         save_checkpoint(run, state)
     run.stop.in_loop = False
     bar.close()
@@ -283,6 +282,11 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
             )
             run.log.replace_earlier_files()
     state.saved_step = state.step
+
+
+def spares_earlier(run: Run, state: TrainingState, stopping: bool) -> bool:
+    """Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one."""
+    return stopping and run.replaces_earlier and not state.saved_step
 
 
 def save_averages(run: Run, state: TrainingState) -> None:
