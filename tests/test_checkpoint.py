@@ -36,7 +36,7 @@ def state(step):
 
 def save(folder, step, total_limit=2):
     record, earlier = {"global_batch": 4, "x": [1]}, {name: state(step - 1 - i)["ema"] for i, name in enumerate(KEPT)}
-    return checkpoint.save(folder, step, **state(step), earlier=earlier, record=record, total_limit=total_limit)
+    return checkpoint.save(folder, step, **state(step), others=earlier, record=record, total_limit=total_limit)
 
 
 def names(folder):
@@ -56,7 +56,7 @@ def test_a_saved_checkpoint_loads_back_equal(tmp_path):
     }
     expected = state(500)
     model, ema, optimizer = checkpoint.load(path)
-    earlier = checkpoint.load_earlier(path)
+    earlier = checkpoint.load_others(path)
     assert list(earlier) == list(KEPT)
     pairs = [(earlier[name], state(499 - i)["ema"]) for i, name in enumerate(KEPT)]
     for loaded, saved in ((model, expected["model"]), (ema, expected["ema"]), *pairs):
@@ -72,7 +72,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous_are_saved(tmp_path):
     views = {"a": flat[:12].view(3, 4), "b": flat[12:].view(3, 4).t()}
     checkpoint.save(tmp_path, 1, model=views, ema={"a": flat[:2].clone()}, optimizer={}, record={}, total_limit=1)
     model, _, _ = checkpoint.load(tmp_path / "checkpoint-000001")
-    assert checkpoint.load_earlier(tmp_path / "checkpoint-000001") == {}
+    assert checkpoint.load_others(tmp_path / "checkpoint-000001") == {}
     assert all(torch.equal(model[name], views[name]) for name in views)
 
 

@@ -46,7 +46,7 @@ def python_files(*folders: str) -> list[str]:
 
 # ---- Imports ---------------------------------------------------------------------------------------------------------
 
-ENTRY_POINTS = ("train", "evaluate", "publish", "curve")
+ENTRY_POINTS = ("train", "evaluate", "choose_ema", "publish", "curve")
 # What a package of training/ may import of the others: no more than those before it.
 TRAINING_ORDER = ("data", "run", "evaluation", "calibration", "hub")
 

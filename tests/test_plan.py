@@ -41,6 +41,7 @@ def test_memory_of_what_is_kept(runtime):
     memory = measure_memory(Squares(), (3, 8, 16), runtime)
     assert memory.per_image == plan.KEPT * 4 * 3 * 8 * 16
     assert memory.fixed == plan.LIBRARIES + plan.WEIGHTS * 4 * 1000
+    assert measure_memory(Squares(), (3, 8, 16), runtime, 2).fixed == memory.fixed + 2 * 4 * 1000  # --post_hoc_ema
 
 
 def test_memory_grows_with_the_images_and_leaves_no_trace(runtime):

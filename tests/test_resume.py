@@ -22,6 +22,7 @@ from training.ema import FlatEMA
 from training.hub import during_training
 from training.run import checkpoint, resume
 from training.run.best import Best
+from training.run.ema_snapshots import EMASnapshots
 from training.run.kept import GuideSnapshot
 from training.run.log import Log
 from training.run.runtime import Runtime
@@ -182,6 +183,7 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
         path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
         manifest = checkpoint.verify(path)
         kept = {"best": Best(None, ema, print), "guide": GuideSnapshot(None, ema, print)}
+        kept["averages"] = EMASnapshots(False, ema, None, print)
         parts = {"unet": unet, "ema": ema, "optimizer": optimizer, **kept}
         state = resume.restore(path, manifest, config, Budget(10), runtime, **parts)
         assert state.step == state.saved_step == 4

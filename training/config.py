@@ -152,6 +152,8 @@ class Config:
             the last step.
         guide_snapshot: share of the run, from 1/64 to 1/2, after which the EMA weights are kept as the guide of
             autoguidance, in pipeline/guide/, see docs/training.md; default: none.
+        post_hoc_ema: keep two more averages of the weights and 64 snapshots of each in ema/, in 256 bytes of disk for
+            each weight, so that training/choose_ema.py can choose the length of the average after training.
         push_to_hub: publish the model at the end, as training/publish.py does.
         push_to_hub_steps: steps between two publications during training; 0: only at the end.
         hub_model_id: repository on the Hub, "user/name"; created if missing.
@@ -235,6 +237,7 @@ class Config:
     init_from: str | None = None
     keep_best: Literal["validation_loss", "kernel_distance"] | None = None
     guide_snapshot: float | None = None
+    post_hoc_ema: bool = False
     push_to_hub: bool = False
     push_to_hub_steps: int = 0
     hub_model_id: str | None = None

@@ -21,7 +21,56 @@ from torch import Tensor, nn
 ALIGNMENT = 64  # floats: every tensor starts at a multiple of 256 bytes, which GPU kernels and vector code prefer
 
 
-class FlatEMA:
+class FlatAverage:
+    """A float32 average of weights that occupy one block of memory; it begins with them, in a block of its own.
+
+    Args:
+        weights: the block.
+        parameters: of the model, which are in it one after the other.
+        sizes: floats from the beginning of each to that of the next.
+    """
+
+    def __init__(self, weights: Tensor, parameters: Mapping[str, Tensor], sizes: list[int]) -> None:
+        self._weights, self._average = weights, weights.clone()
+        self._views = _views(self._average, parameters, sizes)
+
+    @property
+    def numel(self) -> int:
+        return sum(view.numel() for view in self._views.values())
+
+    def move(self, weight: float, skip: Tensor | None = None) -> None:
+        """average += weight (weights - average).
+
+        Args:
+            skip: float scalar on the device, 0 or 1; with 1 the average stays as it is. The host does not wait for it.
+        """
+        self._average.lerp_(self._weights, weight if skip is None else weight * (1 - skip))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average by parameter name, as contiguous copies: for safetensors, or for the model to load."""
+        return {name: view.clone(memory_format=torch.contiguous_format) for name, view in self._views.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the average. Everything is checked before anything changes.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a tensor has another shape or dtype; the message names it.
+        """
+        missing, unknown = self._views.keys() - state.keys(), state.keys() - self._views.keys()
+        if missing or unknown:
+            problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not a parameter of the model"
+            raise ValueError(f"{problem}: give one tensor for each of the {len(self._views)} parameters")
+        for name, view in self._views.items():
+            tensor = state[name]
+            if tensor.shape != view.shape or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be torch.float32 {tuple(view.shape)}"
+                )
+        for name, view in self._views.items():
+            view.copy_(state[name])
+
+
+class FlatEMA(FlatAverage):
     """float32 EMA of all parameters of a model. It moves the parameters into one block of memory.
 
     Each parameter remains the same object with the same values, so optimizers and wrappers work as before. Create the
@@ -58,14 +107,14 @@ class FlatEMA:
                 )
 
         sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters.values()]
-        self._weights = torch.zeros(sum(sizes), device=device)
-        views = _views(self._weights, parameters, sizes)
+        weights = torch.zeros(sum(sizes), device=device)
+        views = _views(weights, parameters, sizes)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 views[name].copy_(parameter)
                 parameter.data = views[name]
-        self._ema = self._weights.clone()
-        self._ema_views = _views(self._ema, parameters, sizes)
+        super().__init__(weights, parameters, sizes)
+        self._parameters, self._sizes = parameters, sizes
         self._swapped = False
         # The dict that holds each parameter, its key there, and its address. The dict is read at each update, because
         # `assign=True` puts another object into it, and directly, because getattr of a diffusers model is slow.
@@ -88,15 +137,18 @@ class FlatEMA:
         """ema = decay ema + (1 - decay) weights, after optimizer step `step` = 1, 2, ...
 
         Args:
-            skip: float scalar on the device, 0 or 1; with 1 the EMA stays as it is. The host does not wait for it.
+            skip: as for `move`.
         Raises:
             ValueError: step is less than 1.
             RuntimeError: the parameters are no longer in their block of memory (the model was moved to another device
                 or dtype, or loaded with `assign=True`), or the EMA weights are applied.
         """
         self._check_in_place()
-        weight = 1 - self.decay_at(step)
-        self._ema.lerp_(self._weights, weight if skip is None else weight * (1 - skip))
+        self.move(1 - self.decay_at(step), skip)
+
+    def another_average(self) -> FlatAverage:
+        """One more average of the same weights. `update` checks for it, too, that they are still in their block."""
+        return FlatAverage(self._weights, self._parameters, self._sizes)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -111,34 +163,11 @@ class FlatEMA:
         online = self._weights.clone()
         try:
             self._swapped = True
-            self._weights.copy_(self._ema)
+            self._weights.copy_(self._average)
             yield
         finally:
             self._weights.copy_(online)
             self._swapped = False
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The EMA weights by parameter name, as contiguous copies: for safetensors, or for the model to load."""
-        return {name: ema.clone(memory_format=torch.contiguous_format) for name, ema in self._ema_views.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Set the EMA weights. Everything is checked before anything changes.
-
-        Raises:
-            ValueError: a name is missing or unknown, or a tensor has another shape or dtype; the message names it.
-        """
-        missing, unknown = self._ema_views.keys() - state.keys(), state.keys() - self._ema_views.keys()
-        if missing or unknown:
-            problem = f"{min(missing)} is missing" if missing else f"{min(unknown)} is not a parameter of the model"
-            raise ValueError(f"{problem}: give one tensor for each of the {len(self._ema_views)} parameters")
-        for name, ema in self._ema_views.items():
-            tensor = state[name]
-            if tensor.shape != ema.shape or tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be torch.float32 {tuple(ema.shape)}"
-                )
-        for name, ema in self._ema_views.items():
-            ema.copy_(state[name])
 
     def _check_in_place(self) -> None:
         if self._swapped:

@@ -44,6 +44,7 @@ def evaluate(config: EvalConfig) -> None:
         from training.run import runtime
 
     evaluator = Evaluator(config)
+    evaluator.remove_plots()
     real = evaluator.load_images()
     extractors = evaluator.make_extractors(real)
     measurements = evaluator.measure_samples(real, extractors)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from training.ema import FlatEMA
     from training.plan import Passes
     from training.run.best import Best
+    from training.run.ema_snapshots import EMASnapshots
     from training.run.kept import GuideSnapshot
     from training.run.validation import Validator
 
@@ -68,6 +69,7 @@ class Run:
     validator: Validator
     best: Best
     guide: GuideSnapshot
+    averages: EMASnapshots
     loss: Loss
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
@@ -113,6 +115,7 @@ def train(run: Run, state: TrainingState) -> bool:
         loss, passes = accumulate_gradients(run, state)
         step = updater.step(state.step + 1, rate, loss, passes, run.stop.requested())
         run.ema.update(step.step, step.skip)
+        run.averages.update(step.step, step.skip)
         sums += torch.stack([loss.masked_fill(step.skip > 0, 0), 1 - step.skip])
         state.step += 1
         if budget.reads_clock(state.step):
@@ -160,7 +163,9 @@ def train(run: Run, state: TrainingState) -> bool:
                 validate(run, state, bar)
             stopping |= state.owes_validation
 
-        # ---- Checkpoint
+        # ---- Snapshots of averages, checkpoint
+        if not spares_earlier(run, state, stopping):
+            save_averages(run, state)
         if checkpoint_is_due(run, state.step):
             save_checkpoint(run, state)
 
@@ -178,9 +183,9 @@ def train(run: Run, state: TrainingState) -> bool:
                 if publish and run.publisher is not None and not run.stop.requested():
                     run.publisher.start()
             (stopping,) = runtime.any(run.stop.requested())  # sampling ends early on a signal
-    # Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one.
-    spares_earlier = stopping and run.replaces_earlier and not state.saved_step
-    if state.saved_step != state.step and not spares_earlier:
+    if not stopping:
+        save_averages(run, state)  # of a run that had nothing left to train
+    if state.saved_step != state.step and not spares_earlier(run, state, stopping):
         save_checkpoint(run, state)
     run.stop.in_loop = False
     bar.close()
@@ -269,11 +274,12 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                 model=run.unet.state_dict(),
                 ema=run.ema.state_dict(),
                 optimizer=run.optimizer.state_dict(),
-                earlier={
+                others={
                     name: weights
                     for name, kept in ((checkpoint.BEST, run.best), (checkpoint.GUIDE, run.guide))
                     if (weights := kept.weights_before(state.step)) is not None
-                },
+                }
+                | run.averages.state_dicts(),
                 record=run.record_at(state).as_dict()
                 | {
                     "scaler": None if scaler is None else scaler.state_dict(),
@@ -287,6 +293,22 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
     state.saved_step = state.step
 
 
+def spares_earlier(run: Run, state: TrainingState, stopping: bool) -> bool:
+    """Stopped before its first checkpoint, a run that was perhaps begun by mistake leaves those of an earlier one."""
+    return stopping and run.replaces_earlier and not state.saved_step
+
+
+def save_averages(run: Run, state: TrainingState) -> None:
+    """Write the snapshots of post_hoc_ema, on the main process, if a part of the run is over."""
+    share = run.budget.share(state.step)
+    if not run.averages.is_due(share):
+        return
+    if run.replaces_earlier and not state.saved_step:  # its snapshots are replaced with its checkpoints
+        save_checkpoint(run, state)
+    with run.runtime.together():
+        run.averages.write(state.step, share)
+
+
 def is_logged(run: Run, step: int) -> bool:
     return step == 1 or run.budget.share(step) >= 1 or step % run.config.logging_steps == 0
 
@@ -295,7 +317,7 @@ def needs_outcome(run: Run, step: int) -> bool:
     """Whether what follows this step must not follow a fault: what is logged, saved, measured, published or drawn."""
     config = run.config
     others = config.validation_steps, config.push_to_hub_steps, config.save_images_steps
-    is_checked = is_logged(run, step) or checkpoint_is_due(run, step)
+    is_checked = is_logged(run, step) or checkpoint_is_due(run, step) or run.averages.is_due(run.budget.share(step))
     return is_checked or any(is_due(step, every, run.budget.ends_part(step)) for every in others)
 
 

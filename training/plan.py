@@ -22,6 +22,7 @@ from training import tune
 from training.budget import DEFAULT_MINUTES, Budget
 from training.config import GLOBAL_BATCH
 from training.denoiser import FAMILIES
+from training.post_hoc_ema import TRACKED
 from training.run.failures import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
 MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW (or one of Muon), the EMA and a copy in
-# bf16; for what the forward pass keeps also gradients of activations, work space and fragments.
+# bf16, with post_hoc_ema its averages too; for what the forward pass keeps also gradients of activations, work space
+# and fragments.
 WEIGHTS, KEPT = 5.5, 2.0
 LIBRARIES = 0.8e9  # bytes of a process that has loaded them
 SAFE = 0.8  # of the memory that is free
@@ -89,7 +91,12 @@ def choose_family(
     for name in FAMILIES:
         unet = make(name)
         tune.apply(tune.default_tuning(runtime.device.type, runtime.dtype), unet)
-        fits = measure_memory(unet, image_shape, runtime).largest_batch(SAFE * available_to_rank(runtime)) > 0
+        fits = (
+            measure_memory(unet, image_shape, runtime, averages_of(config)).largest_batch(
+                SAFE * available_to_rank(runtime)
+            )
+            > 0
+        )
         rate = images_per_second(unet, image_shape, runtime) if fits else 0.0
         rate, fits = runtime.broadcast((rate, fits))
         del unet
@@ -186,20 +193,33 @@ def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Me
     return Passes(best, of_rank // best)
 
 
-def check_weights(unet: Any, runtime: Runtime) -> None:
-    """Raise ValueError if the weights of this network, which may be on the meta device, leave no memory to train it."""
+def averages_of(config: Config) -> int:
+    """The number of averages of the weights beside the EMA."""
+    return len(TRACKED) if config.post_hoc_ema else 0
+
+
+def check_weights(unet: Any, runtime: Runtime, averages: int = 0) -> None:
+    """Raise ValueError if the weights of this network, which may be on the meta device, leave no memory to train it.
+
+    Args:
+        averages: as for `measure_memory`.
+    """
     parameters, available = unet.num_parameters(), available_to_rank(runtime)
-    if (needed := WEIGHTS * 4 * parameters) > available:
+    if (needed := (WEIGHTS + averages) * 4 * parameters) > available:
         raise ValueError(
             f"the network has {parameters / 1e6:,.1f} M parameters: training needs about {needed / 1e9:,.1f} GB for "
             f"them, and {available / 1e9:.1f} GB are free: give a smaller --denoiser"
         )
 
 
-def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime) -> Memory:
-    """What a training step of this network needs."""
+def measure_memory(unet: Any, image_shape: ImageShape, runtime: Runtime, averages: int = 0) -> Memory:
+    """What a training step of this network needs.
+
+    Args:
+        averages: number of averages of the weights beside the EMA.
+    """
     weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
-    fixed = WEIGHTS * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
+    fixed = (WEIGHTS + averages) * weights + (LIBRARIES if runtime.device.type == "cpu" else 0.0)
     try:
         two, three = (_kept_bytes(unet, image_shape, number, runtime) for number in (2, 3))
     except (RuntimeError, MemoryError) as error:

@@ -34,6 +34,8 @@ from training.loop import Run, save_pipeline, train
 from training.progress import quiet_libraries
 from training.run import checkpoint, failures, resume, signals
 from training.run.best import Best, check_held_out
+from training.run.ema_snapshots import FOLDER as SNAPSHOTS
+from training.run.ema_snapshots import EMASnapshots
 from training.run.kept import GuideSnapshot
 from training.run.log import Log, check_trackers
 from training.run.record import BY, RunRecord, describe_best, precision_name
@@ -107,7 +109,7 @@ def main(config: Config, stop: StopSignal) -> int:
     make = partial(make_network, config=config, inputs=inputs, device=device)
     network = network or plan.choose_family(make, image_shape, runtime, config, budget)
     with torch.device("meta"):
-        plan.check_weights(make(network, device=torch.device("meta")), runtime)
+        plan.check_weights(make(network, device=torch.device("meta")), runtime, plan.averages_of(config))
     unet = make(network)
     config = with_learning_rate(config, unet.num_parameters())
     record_background(unet, config.background)
@@ -118,15 +120,16 @@ def main(config: Config, stop: StopSignal) -> int:
         model_name = config.init_from
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
     tune.apply(tune.default_tuning(device.type, runtime.dtype), unet)
-    memory = plan.measure_memory(unet, image_shape, runtime)
+    memory = plan.measure_memory(unet, image_shape, runtime, plan.averages_of(config))
     passes = plan.plan_passes(config, runtime, memory, found and found[1])  # before the trial, for which it may not fit
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
 
-    # ---- EMA, the weights of it that are kept, optimizer -------------------------------------------------------------
+    # ---- EMA, the weights of it that are kept, averages, optimizer ---------------------------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     best = Best(config.keep_best, ema, runtime.print)
     guide = GuideSnapshot(config.guide_snapshot, ema, runtime.print)
+    averages = EMASnapshots(config.post_hoc_ema, ema, output_dir if runtime.is_main else None, runtime.print)
     optimizer = make_optimizer(config, unet, runtime.matmul_dtype())
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
@@ -141,8 +144,9 @@ def main(config: Config, stop: StopSignal) -> int:
                 digests = data.digest, None if classes is None else classes.digest
                 failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
         state = resume.restore(
-            *found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best, guide=guide
-        )
+            *found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best, guide=guide,
+            averages=averages,
+        )  # fmt: skip
     is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
     has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
     (replaces_earlier,) = runtime.any(has_earlier)
@@ -153,8 +157,12 @@ def main(config: Config, stop: StopSignal) -> int:
         if runtime.is_main:  # fail now, not at the first checkpoint
             weights = ema.state_dict()
             kept = [weights for setting in (config.keep_best, config.guide_snapshot) if setting is not None]
-            needed = checkpoint.estimate_bytes(unet.state_dict(), weights, None, *kept)
-            checkpoint.check_free_space(output_dir, needed)
+            kept += averages.state_dicts().values()
+            needed, purpose = checkpoint.estimate_bytes(unet.state_dict(), weights, None, *kept), "a checkpoint needs"
+            if snapshots := averages.bytes_to_come():
+                runtime.print(f"post_hoc_ema: snapshots of up to {snapshots / 1e6:,.0f} MB in {output_dir / SNAPSHOTS}")
+                needed, purpose = needed + snapshots, "a checkpoint and the snapshots of post_hoc_ema need"
+            checkpoint.check_free_space(output_dir, needed, purpose)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
@@ -166,7 +174,8 @@ def main(config: Config, stop: StopSignal) -> int:
     of_timesteps = None if of_timesteps is None else of_timesteps.to(runtime.device)
     loss = Loss(scheduler, of_timesteps, num_levels(data.images.dtype))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
-              record, log, sampler, validator, best, guide, loss, publisher, stop, replaces_earlier)  # fmt: skip
+              record, log, sampler, validator, best, guide, averages, loss, publisher, stop,
+              replaces_earlier)  # fmt: skip
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)
@@ -314,6 +323,8 @@ def finish(run: Run, record: RunRecord, samples: Tensor | None) -> None:
         print(f"\npipeline/ has the EMA weights of {describe_best(record.best)}{last}.")
     elif run.config.keep_best:
         print(f"\nWARNING: no validation had a {BY[run.config.keep_best]}: pipeline/ has the weights of the last step")
+    if run.config.post_hoc_ema:
+        print(f"\nTo choose how long its weights are averaged: training/choose_ema.py {run.output_dir}")
     print(
         f"\nThe model is in {folder}, its samples are in {run.output_dir / 'samples'}. To load it:\n"
         f"    from ddpm_pipeline import DDPMPipeline\n"

@@ -1,4 +1,4 @@
-"""EVALUATION CONFIG: every setting of an evaluation, with default, unit and meaning, and the command line."""
+"""EVALUATION CONFIG: every setting of an evaluation and of the choice of an average, and their command lines."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from training.command_line import parse_dataclass
+from training.post_hoc_ema import check_length
 
 FEATURE_METRICS = ("frechet", "kernel", "precision", "density", "memorisation")  # need samples and an extractor
 SAMPLE_METRICS = (*FEATURE_METRICS, "shift", "accuracy")  # need samples; accuracy needs classes too
 HELD_OUT_METRICS = ("bound", "flow")  # need held-out images, no samples
 METRICS = (*SAMPLE_METRICS, *HELD_OUT_METRICS)
 WEIGHTS = ("ema", "online")
+# settings of a choice that mean what they mean in an evaluation
+SHARED = ("num_samples", "seed", "num_reference", "dataset_name", "train_data_dir", "batch_size", "mixed_precision",
+          "cpu_threads", "cache_dir")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,65 @@ def parse(arguments: Sequence[str] | None = None) -> EvalConfig:
     return parse_dataclass(
         EvalConfig, arguments, description="Evaluate a model.", positional=("model",), repeatable=("extractor",)
     )
+
+
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """Settings of the choice of an average after training.
+
+    Args:
+        run: folder of a finished run of train.py --post_hoc_ema.
+        ema: lengths to try, separated by commas, each a share of the run from 0.02 to 0.25.
+        num_samples: number of samples to draw with each; all have the same seeds.
+        num_inference_steps: number of sampling steps, with eta 1.
+        extractor: features that samples are compared in, as for evaluate.py.
+        seed: sample i has the seed `seed` + i.
+        num_reference: number of training images to compare samples with; 0: all.
+        dataset_name: data to compare with, as for train.py; default: what the model was trained on.
+        train_data_dir: folder of image files to compare with, as for train.py; use it instead of dataset_name.
+        batch_size: images per forward pass.
+        mixed_precision: what the network computes in: no (float32), fp16, bf16 or auto, as for train.py.
+        cpu_threads: threads per process on a CPU; default: the processes of one machine share its cores.
+        cache_dir: folder for decoded images, features and trained classifiers.
+    """
+
+    run: str
+    ema: tuple[float, ...] = (0.02, 0.05, 0.10, 0.20)
+    num_samples: int = 2048
+    num_inference_steps: int = 50
+    extractor: str = "classifier"
+    seed: int = 0
+    num_reference: int = 10_000
+    dataset_name: str | None = None
+    train_data_dir: str | None = None
+    batch_size: int = 64
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "no"
+    cpu_threads: int | None = None
+    cache_dir: str = "~/.cache/ddpm_pipeline"
+
+    def __post_init__(self) -> None:
+        if not self.ema or len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema is {_join(self.ema)!r}: give at least one length, and each once")
+        for length in self.ema:
+            check_length(length)
+        self.evaluation()
+
+    def evaluation(self) -> EvalConfig:
+        """The evaluation that measures each length; ValueError: some setting is out of range."""
+        return EvalConfig(
+            model=self.run,
+            metrics=("frechet",),
+            num_inference_steps=(self.num_inference_steps,),
+            eta=(1.0,),
+            weights=("ema",),
+            extractor=(self.extractor,),
+            **{name: getattr(self, name) for name in SHARED},
+        )
+
+
+def parse_choice(arguments: Sequence[str] | None = None) -> ChoiceConfig:
+    """The settings on the command line, the run first. A mistake prints one line and exits with code 2."""
+    return parse_dataclass(ChoiceConfig, arguments, description="Choose the length of an average.", positional=("run",))
 
 
 def check_installed(config: EvalConfig) -> None:

@@ -27,14 +27,16 @@ from training.run.runtime import Runtime, commit, device_name, versions
 class Evaluator:
     """One evaluation: its config, runtime and models, and the warnings so far.
 
+    Args:
+        runtime: of this process, if there is one already.
     Raises:
         ValueError: there is no such model, or the config does not fit it.
     """
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: EvalConfig, runtime: Runtime | None = None) -> None:
         self.config = config
         self.started = time.monotonic()
-        self.runtime = Runtime(config.mixed_precision, config.cpu_threads)
+        self.runtime = Runtime(config.mixed_precision, config.cpu_threads) if runtime is None else runtime
         quiet_libraries()
         self.precision = precision_name(self.runtime.mixed_precision)
         # rank 0 downloads for all
@@ -49,12 +51,15 @@ class Evaluator:
         self.classifier: Classifier | None = None  # for the accuracy
         self.class_accuracies: dict[str, float | None] = {}  # its own, on real images, once they are needed
 
+    def remove_plots(self) -> None:
+        """Those of an earlier evaluation, maybe of other weights."""
+        if self.runtime.is_main:
+            for plot in self.folder.glob("*.png"):
+                plot.unlink()
+
     def load_images(self) -> RealImages:
         """Load the data, and choose the reference set and the real-data baseline."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.runtime.is_main:
-            for plot in self.folder.glob("*.png"):  # of an earlier evaluation, maybe of other weights
-                plot.unlink()
         split = self.runtime.in_turn(lambda: load_split(self.config, self.models[0]))  # rank 0 decodes for all
         is_training_data = was_trained_on(self.models[0], split)
         kind = "training images" if is_training_data else f"images of {split.data.source}"
@@ -126,7 +131,7 @@ class Evaluator:
             samplers = self._samplers(model)
             for sampler in samplers if model is self.models[0] else samplers[:1]:
                 primary = model is self.models[0] and sampler == samplers[0]
-                measurements += self._measure_sampler(model, sampler, real, extractors, primary)
+                measurements += self.measure_sampler(model, sampler, real, extractors, primary)
         return measurements
 
     def _samplers(self, model: Model) -> list[SamplerConfig]:
@@ -145,9 +150,14 @@ class Evaluator:
             for steps in config.num_inference_steps
         ]
 
-    def _measure_sampler(
+    def measure_sampler(
         self, model: Model, sampler: SamplerConfig, real: RealImages, extractors: list[Extractor], primary: bool
     ) -> list[Measurement]:
+        """Draw the missing samples of a model and compare them with the real images. Ranks above 0 return [].
+
+        Args:
+            primary: whether to draw the grid of nearest images, too.
+        """
         config = self.config
         shards = Shards(
             self.folder, model, sampler, seed=config.seed, precision=self.precision, shape=real.reference.shape[1:],

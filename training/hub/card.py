@@ -317,6 +317,9 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         description.append(f"It started from the weights of `{config['init_from']}`.")
     if record.best is not None:
         description.append(f"Its weights are the EMA weights of {describe_best(record.best)}.")
+    if record.ema_length is not None:
+        description.append(f"Its weights are an average whose length, {record.ema_length:g} of the run, was chosen "
+                           "after training by the distance of its samples (Karras et al. 2024).")  # fmt: skip
     return {
         "data_name": dataset_of(config),
         "data_description": " ".join(description),

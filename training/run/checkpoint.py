@@ -1,13 +1,13 @@
 """CHECKPOINTS: complete or invisible, and enough to resume bit for bit.
 
     checkpoint-000500/  model.safetensors  ema.safetensors  optimizer.pt  manifest.json
-                        (best.safetensors  guide.safetensors)
+                        (best.safetensors  guide.safetensors  ema-0.05.safetensors  ema-0.10.safetensors)
 
 A checkpoint is written into a temporary folder and flushed to disk, and only then renamed to its final name. Older
 checkpoints are deleted after the new one has been read back. The manifest holds the size and sha256 of each file, the
 step, the run record, the state of fp16's loss scaler and that of best.py. What is kept of earlier steps, the best
-weights and the guide, is in files of its own unless it is the EMA weights of this step. Random numbers need no state:
-see ddpm_pipeline/rng.py.
+weights and the guide, is in files of its own unless it is the EMA weights of this step; so are the averages of
+post_hoc_ema.py. Random numbers need no state: see ddpm_pipeline/rng.py.
 
 Other names in the folder: `checkpoint-000500.tmp-PID` is incomplete or being deleted; `checkpoint-000500.old` is
 complete and being replaced by another one of the same step. `clean_up` handles both after a crash. While a run writes
@@ -37,6 +37,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from training.messages import some
+from training.post_hoc_ema import TRACKED
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"checkpoint-(\d{6,})")
 WEIGHTS, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
 BEST, GUIDE = "best.safetensors", "guide.safetensors"  # EMA weights that are kept, if they are of an earlier step
+AVERAGES = {length: f"ema-{length:.2f}.safetensors" for length in TRACKED}  # with post_hoc_ema
 LOCK = ".lock"
 # What opening or flushing a folder answers where it cannot be done.
 NO_FOLDER_FLUSH = (errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOSYS)
@@ -106,13 +108,13 @@ def clean_up(output_dir: Path) -> None:
             _delete(path)
 
 
-def check_free_space(output_dir: Path, needed: int) -> None:
+def check_free_space(output_dir: Path, needed: int, purpose: str = "a checkpoint needs") -> None:
     """Raise DiskFullError if fewer than `needed` bytes are free there."""
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise DiskFullError(
             errno.ENOSPC,
-            f"{output_dir}: a checkpoint needs {needed:,} bytes, but {free:,} are free: make room",
+            f"{output_dir}: {purpose} {needed:,} bytes, but {free:,} are free: make room",
             str(output_dir),
         )
 
@@ -137,7 +139,7 @@ def save(
     optimizer: dict[str, Any],
     record: Mapping[str, Any],
     total_limit: int,
-    earlier: Mapping[str, Mapping[str, Tensor]] | None = None,
+    others: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` optimizer steps, then delete all but the newest `total_limit` up to this step.
 
@@ -148,7 +150,7 @@ def save(
         model, ema: named float32 tensors.
         optimizer: a state dict of tensors, numbers, lists and dicts.
         record: more entries of the manifest, as JSON values.
-        earlier: float32 EMA weights of earlier steps, for BEST and GUIDE if there are any.
+        others: more float32 weights, for those of BEST, GUIDE and AVERAGES that there are.
     Raises:
         DiskFullError: it cannot be written. The message has the path, the bytes needed and the bytes free.
         CheckpointError: what was written does not read back correctly. No other checkpoint has been deleted.
@@ -156,8 +158,8 @@ def save(
     final = output_dir / f"checkpoint-{step:06d}"
     temporary = output_dir / f"{final.name}.tmp-{os.getpid()}"
     replaced = output_dir / f"{final.name}.old"
-    earlier = earlier or {}
-    needed = estimate_bytes(model, ema, optimizer, *earlier.values())
+    others = others or {}
+    needed = estimate_bytes(model, ema, optimizer, *others.values())
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_free_space(output_dir, needed)
@@ -169,7 +171,7 @@ def save(
             EMA: _write(temporary / EMA, _safetensors_bytes(ema)),
             OPTIMIZER: _write(temporary / OPTIMIZER, _torch_bytes(optimizer)),
         }
-        for name, weights in earlier.items():
+        for name, weights in others.items():
             files[name] = _write(temporary / name, _safetensors_bytes(weights))
         _write(temporary / MANIFEST, json.dumps({"step": step, **record, "files": files}, indent=2).encode() + b"\n")
         _flush_folder(temporary)
@@ -280,9 +282,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
     return load_file(path / WEIGHTS), load_file(path / EMA), optimizer
 
 
-def load_earlier(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The EMA weights of earlier steps in a checkpoint, on the CPU: for each of BEST and GUIDE that it has."""
-    return {name: load_file(path / name) for name in (BEST, GUIDE) if (path / name).exists()}
+def load_others(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The other weights in a checkpoint, on the CPU: for each of BEST, GUIDE and AVERAGES that it has."""
+    names = (BEST, GUIDE, *AVERAGES.values())
+    return {name: load_file(path / name) for name in names if (path / name).exists()}
 
 
 def _write_lock_holder(descriptor: int) -> None:

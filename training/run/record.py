@@ -44,6 +44,8 @@ class RunRecord:
         share: of its budget that the run has used, in [0, 1]; None in older records.
         budget: for a resumed run, see training/budget.py; None in older records.
         best: which EMA weights are kept: `measure`, and its `value` at `step`; None: those of the last step.
+        ema_length: sigma_rel of the average that training/choose_ema.py has made of the weights, see
+            training/post_hoc_ema.py; None: they are the EMA weights of training.
         guide_step: the step that the guide is of, whose EMA weights are in guide/; None: the model has none.
         sample_seed: sample image i in samples.png has seed sample_seed + i.
     """
@@ -73,6 +75,7 @@ class RunRecord:
     share: float | None = None
     budget: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
+    ema_length: float | None = None
     guide_step: int | None = None
 
     @property

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from training.config import Config
     from training.ema import FlatEMA
     from training.run.best import Best
+    from training.run.ema_snapshots import EMASnapshots
     from training.run.kept import GuideSnapshot
     from training.run.runtime import Runtime
 
@@ -75,6 +76,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     best: Best,
     guide: GuideSnapshot,
+    averages: EMASnapshots,
 ) -> TrainingState:
     """Load a checkpoint on all ranks, and print what has changed since it was written.
 
@@ -85,10 +87,10 @@ def restore(
     loaded = None
     with runtime.together():
         if runtime.is_main:
-            loaded = *checkpoint.load(path), checkpoint.load_earlier(path)
+            loaded = *checkpoint.load(path), checkpoint.load_others(path)
     loaded = runtime.broadcast(loaded)
     assert loaded is not None
-    weights, ema_weights, optimizer_state, earlier = loaded
+    weights, ema_weights, optimizer_state, others = loaded
     ema.load_state_dict(ema_weights)  # first: its error names what differs in another network
     unet.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
@@ -99,13 +101,14 @@ def restore(
     if scaler is not None and scaler_state:
         scaler.load_state_dict(scaler_state)
     config_of_rank_0 = runtime.broadcast(config)  # settings of paths differ between machines
-    best.load_state(manifest, earlier.get(checkpoint.BEST), config_of_rank_0)
+    best.load_state(manifest, others.get(checkpoint.BEST), config_of_rank_0)
     runtime.begin_threads(manifest.get("threads"))
     step = int(manifest["step"])
     runtime.print(f"resumed from {path}, after step {step}")
     seconds = manifest.get("seconds", 0.0)
     budget.load_state_dict(manifest.get("budget"), step, seconds)
-    guide.load_state(manifest, earlier.get(checkpoint.GUIDE), budget.share(step))
+    guide.load_state(manifest, others.get(checkpoint.GUIDE), budget.share(step))
+    averages.load_state(others, step, budget.share(step))
     if changes := describe_changes(manifest, config, budget, runtime.mixed_precision):
         runtime.print(changes)
     if budget.share(step) >= 1:

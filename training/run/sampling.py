@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from training.run.signals import StopSignal
 
 PIPELINE = "pipeline"  # folder of the saved pipeline in the folder of the run
-LAST = "pipeline-last"  # with the EMA weights of the last step, where pipeline/ has better ones: see best.py
+LAST = "pipeline-last"  # with the EMA weights of the last step, where pipeline/ has others: see best.py, choose_ema.py
+SAMPLES, TRAJECTORY = "samples.png", "trajectory.png"  # in both
 
 
 class EMASampler:
@@ -135,12 +136,7 @@ class EMASampler:
         return samples
 
     def _grid(self, samples: Tensor) -> Image.Image:
-        from ddpm_pipeline import visualize
-
-        if self._classes is None:
-            return visualize.grid(samples)
-        labels = self._classes.of_grid(len(samples))
-        return visualize.grid(samples, columns=labels.count(labels[0]))
+        return sample_grid(samples, None if self._classes is None else self._classes.of_grid(len(samples)))
 
     def save_pipeline(self, record: RunRecord, name: str = PIPELINE) -> Tensor | None:
         """Write pipeline/: EMA weights, guide, run record, samples, a trajectory. Returns what `draw` returns."""
@@ -155,19 +151,19 @@ class EMASampler:
 
         from ddpm_pipeline import visualize
 
-        images = {} if samples is None else {"samples.png": self._grid(samples)}
+        images = {} if samples is None else {SAMPLES: self._grid(samples)}
         with self.ema_weights():
             pipe = self._make_pipeline()
             pipe.set_progress_bar_config(disable=True)
             try:
-                images["trajectory.png"] = visualize.trajectory_grid(
+                images[TRAJECTORY] = visualize.trajectory_grid(
                     pipe,
                     self._x_0,
                     num_inference_steps=self._config.ddpm_num_inference_steps,
                     seed=SAMPLE_SEED,
                     class_labels=self._x_0_label,
                 )
-                self._log.save_image(images["trajectory.png"], "trajectory.png")
+                self._log.save_image(images[TRAJECTORY], TRAJECTORY)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -199,6 +195,17 @@ class EMASampler:
 def images_at_once(height: int, width: int) -> int:
     """Images per forward pass: 64, or fewer large ones, whose activations would take gigabytes."""
     return min(64, max(1, 64 * 64**2 // (height * width)))
+
+
+def sample_grid(samples: Tensor, labels: Sequence[int] | None) -> Image.Image:
+    """The image grid of samples, with a row for each class.
+
+    Args:
+        labels: in order, of each class equally many; None: there are no classes.
+    """
+    from ddpm_pipeline import visualize
+
+    return visualize.grid(samples) if labels is None else visualize.grid(samples, columns=labels.count(labels[0]))
 
 
 def keep_tables(pipe: DDPMPipeline, folder: Path) -> None:
