@@ -51,6 +51,10 @@ LEVERS: dict[str, list[str]] = {
     "lr 5e-4": ["--learning_rate", "5e-4"],
     "lr 2e-3": ["--learning_rate", "2e-3"],
     "constant lr": ["--lr_scheduler", "constant"],
+    "hold": ["--lr_scheduler", "hold"],
+    "muon": ["--optimizer", "muon"],
+    "muon, hold": ["--optimizer", "muon", "--lr_scheduler", "hold"],
+    "learned variance": ["--variance_type", "learned_range"],
     "EMA 0.99": ["--ema_max_decay", "0.99"],
     "EMA 0.999": ["--ema_max_decay", "0.999"],
 }

@@ -65,7 +65,7 @@ def main() -> None:
     )
     calibrator.load_images()
     found = rows(calibrator, args.num_inference_steps)
-    result = {"machine": machine(), **vars(args), "rows": found}
+    result = {"machine": machine(), **vars(args), "run": Path(args.run).name, "rows": found}
     path = RESULTS / f"solvers-{args.name}.json"
     write_json(path, result)
     print(*lines_of(found), f"result: {path}", sep="\n")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench, compare, sampler, sampling, scripts, trace
+from benchmarks import bench, compare, levers, sampler, sampling, scripts, trace
 from benchmarks.clock import Timing, run_script
 from benchmarks.compare import Comparison, Measurement, alternate
 from benchmarks.networks import HEADS_OF_8, count_flop
 from benchmarks.stand_in.torchvision import transforms
+from training.config import parse
 
 
 def test_the_ratio_is_the_median_of_the_ratios_of_each_round():
@@ -248,7 +249,8 @@ def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies
 
 
 @pytest.mark.parametrize(
-    "script", ["bench", "built_in", "digits", "families", "few_steps", "gpu", "interpolation", "killed"]
+    "script",
+    ["bench", "built_in", "digits", "families", "few_steps", "gpu", "interpolation", "killed", "levers", "solvers"],
 )
 def test_scripts_run_by_their_path_from_any_folder(script, tmp_path, monkeypatch, capsys):
     path = Path(compare.__file__).with_name(f"{script}.py")
@@ -259,3 +261,31 @@ def test_scripts_run_by_their_path_from_any_folder(script, tmp_path, monkeypatch
         runpy.run_path(str(path), run_name="__main__")
     assert exit_.value.code == 0
     assert f"usage: {path.name}" in capsys.readouterr().out
+
+
+# ---- Levers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lever_is_compared_with_the_base_above_real_images():
+    def row(lever, seed, kernel):
+        distances = {"frechet_distance": [10 * kernel, 0.1], "kernel_distance": [kernel, 0.01]}
+        real = {"kernel_distance, real images": 0.1}
+        row = {"data": "d", "length": "9", "lever": lever, "seed": seed, "images": 64, "held_out_error": 1.0}
+        return row | distances | real
+
+    rows = [row("base", 0, 0.4), row("base", 1, 0.6), row("muon", 0, 0.3)]  # 0.5 and 0.3 in the mean
+    lines = levers.lines_of(rows)
+    assert lines[2] == "| d | 9 | base | 2 | 64 | 5 &plusmn; 1 | 0.5 &plusmn; 0.1 | 1 &plusmn; 0 | 1.00 |"
+    assert lines[3] == "| d | 9 | muon | 1 | 64 | 3 &plusmn; nan | 0.3 &plusmn; nan | 1 &plusmn; nan | 0.50 |"
+
+
+def test_every_lever_is_a_setting_of_train_py():
+    for options in levers.LEVERS.values():
+        assert parse(["--dataset_name", "moons", *options]).dataset_name == "moons"
+
+
+def test_a_lever_that_does_not_exist_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", "levers.py d=folder --levers base,more --max_train_images 64 --name x".split())
+    with pytest.raises(SystemExit):
+        levers.main()
+    assert "levers has 'more': give some of base, stratified" in capsys.readouterr().err
