@@ -32,6 +32,7 @@ from benchmarks.common import RESULTS, file_name, machine, minutes_since, write_
 from benchmarks.compare import seconds_per_call, three_digits
 from benchmarks.networks import count_flop, make_network
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
+from ddpm_pipeline.objective import Loss
 from training import loop, plan, tune
 from training.budget import with_learning_rate
 from training.config import GLOBAL_BATCH, Config
@@ -138,11 +139,13 @@ class Steps:
         self.ema = FlatEMA(unet)
         self._config, self._state = config, TrainingState()
         self._updater = Updater(make_optimizer(config, unet), config.max_grad_norm, runtime)
+        scheduler = DDPMScheduler(prediction_type=config.prediction_type)
         self._run: Any = SimpleNamespace(  # what `accumulate_gradients` uses of a Run
             config=config,
             runtime=runtime,
             batches=Batches(pixels, batch_size=GLOBAL_BATCH, seed=config.seed, device=runtime.device),
-            scheduler=DDPMScheduler(prediction_type=config.prediction_type),
+            scheduler=scheduler,
+            loss=Loss(scheduler),
             model=runtime.accelerator.prepare(unet.train(), device_placement=[False]),
         )
 
