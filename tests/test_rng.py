@@ -83,6 +83,7 @@ def test_stream_ids_differ_and_are_those_of_old_runs():
         "LABEL_DROPOUT": 14,
         "VERTICAL_FLIP": 15,
         "QUARTER_TURN": 16,
+        "TIMESTEP_SHIFT": 17,
     }
     assert len(set(ids.values())) == len(rng.Stream.__members__)  # an alias would be a member, but not in the iteration
     for stream in rng.Stream:
