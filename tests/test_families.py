@@ -35,7 +35,9 @@ def test_each_family_trains_at_each_size(name, side):
         ):  # one of large at 256 pixels takes 10 to 20 seconds, and up to 5 GB
             loss, outcome = steps.take(2)
             assert 0 < loss < math.inf and outcome == (False, False, False)
-    assert [key for key, first in before.items() if torch.equal(unet.get_parameter(key).flatten()[:64], first)] == []
+    unmoved = [key for key, first in before.items() if torch.equal(unet.get_parameter(key).flatten()[:64], first)]
+    # softmax does not see what all keys have in common: the gradient of their bias is rounding errors, or nothing
+    assert [key for key in unmoved if not key.endswith("to_k.bias")] == []
     assert all(parameter.isfinite().all() for parameter in unet.parameters())
 
 
