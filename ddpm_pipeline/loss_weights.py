@@ -37,9 +37,7 @@ def loss_weights(scheduler: DDPMScheduler, weighting: str) -> Tensor | None:
     check_choice("loss_weighting", weighting, WEIGHTINGS)
     if weighting == "simple":
         return None
-    snr = _snr(scheduler)
-    in_x_0_space = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
-    weights = x_0_weights(scheduler, weighting) / in_x_0_space[scheduler.prediction_type]
+    weights = x_0_weights(scheduler, weighting) / x_0_weights(scheduler, scheduler.prediction_type)
     return (weights / weights.mean()).float()
 
 
@@ -54,7 +52,8 @@ def x_0_weights(scheduler: DDPMScheduler, weighting: str) -> Tensor:
     sigmoid: SNR sigmoid(2 - log SNR) |d log SNR / dt| (Kingma and Gao 2023; Hoogeboom et al. 2024, arXiv 2410.19324).
     bound: SNR |d log SNR / dt|, the variational bound in continuous time (Kingma et al. 2021, arXiv 2107.00630).
     """
-    snr = _snr(scheduler)
+    # of a schedule with nothing of the image at its end a little
+    snr = scheduler.snr(torch.arange(scheduler.num_steps)).cpu().clamp(1e-12, 1e12)
     log_snr = snr.log()
     (slope,) = torch.gradient(log_snr) if len(snr) > 1 else (torch.ones_like(snr),)
     return {
@@ -67,9 +66,3 @@ def x_0_weights(scheduler: DDPMScheduler, weighting: str) -> Tensor:
         "sigmoid": snr * torch.sigmoid(SIGMOID_BIAS - log_snr) * slope.abs(),
         "bound": snr * slope.abs(),
     }[weighting]
-
-
-def _snr(scheduler: DDPMScheduler) -> Tensor:
-    """(T,) float64 on the CPU; of a schedule with nothing of the image at its end a little."""
-    alpha_bar = scheduler.alpha_bars(torch.arange(scheduler.num_steps))[0].double().cpu().clamp(1e-12, 1 - 1e-12)
-    return alpha_bar / (1 - alpha_bar)

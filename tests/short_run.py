@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from training.run import checkpoint
+
 TRAINING = Path(__file__).parents[1] / "training"
 
 # 6 steps of train.py.
@@ -59,6 +61,26 @@ def run_here(script, arguments, cpu=True):
         except SystemExit as exit_:
             return exit_.code
     return 0
+
+
+class Interruption(Exception):
+    """In place of the death of a process."""
+
+
+@contextlib.contextmanager
+def dying_after(step):
+    """Inside, a run ends with an Interruption after its checkpoint of this step, and has to."""
+    save = checkpoint.save
+
+    def save_and_die(output_dir, at_step, **parts):
+        save(output_dir, at_step, **parts)
+        if at_step == step:
+            raise Interruption
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_die)
+        with pytest.raises(Interruption):
+            yield
 
 
 def run_in_child(launcher, script, arguments, cwd=None, expected=0):

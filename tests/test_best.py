@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.arrays import save_images
 from tests.models import tiny_unet
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_in_child
 from training.ema import FlatEMA
 from training.hub import during_training
 from training.run import checkpoint
@@ -42,10 +42,6 @@ SCRIPTS = {
     "last": [0.6, 0.5, 0.4, 0.3, 0.2, 0.1],
     "ties": [0.3, 0.1, 0.1, 0.1, 0.1, math.nan],
 }
-
-
-class Interruption(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +74,8 @@ def train(work, name, script=None, measure="validation_loss", **options):
 
 def train_until(work, name, step, script, **options):
     """The same, but the process dies after the checkpoint of this step."""
-    save = checkpoint.save
-
-    def save_and_die(output_dir, at_step, **parts):
-        save(output_dir, at_step, **parts)
-        if at_step == step:
-            raise Interruption
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_die)
-        with pytest.raises(Interruption):
-            train(work, name, script, **options)
+    with dying_after(step):
+        train(work, name, script, **options)
 
 
 def ema_of(run, step):

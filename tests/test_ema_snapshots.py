@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.arrays import save_images
 from tests.models import tiny_unet
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, Interruption, dying_after, flags, run_here, run_in_child
 from training.ema import FlatEMA
 from training.post_hoc_ema import TRACKED, Profile, gamma_of
 from training.run import checkpoint
@@ -28,10 +28,6 @@ OPTIONS = SHORT_RUN | {
     "post_hoc_ema": "true",
     "report_to": "none",
 }
-
-
-class Interruption(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +49,8 @@ def train(work, name, **options):
 
 def train_until(work, name, step, **options):
     """The process dies after the checkpoint of this step."""
-    save = checkpoint.save
-
-    def save_and_die(output_dir, at_step, **parts):
-        save(output_dir, at_step, **parts)
-        if at_step == step:
-            raise Interruption
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_die)
-        with pytest.raises(Interruption):
-            train(work, name, **options)
+    with dying_after(step):
+        train(work, name, **options)
 
 
 def snapshots(run):

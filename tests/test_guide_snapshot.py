@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ddpm_pipeline import DDPMPipeline
 from tests.arrays import save_images
 from tests.models import quiet, tiny_unet
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_in_child
 from training.config import Config
 from training.run import checkpoint
 from training.run.best import Best
@@ -26,10 +26,6 @@ OPTIONS = SHORT_RUN | {
     "guide_snapshot": 0.25,  # step 2
     "report_to": "none",
 }
-
-
-class Interruption(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +47,8 @@ def train(work, name, **options):
 
 def train_until(work, name, step, **options):
     """The process dies after the checkpoint of this step."""
-    save = checkpoint.save
-
-    def save_and_die(output_dir, at_step, **parts):
-        save(output_dir, at_step, **parts)
-        if at_step == step:
-            raise Interruption
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_die)
-        with pytest.raises(Interruption):
-            train(work, name, **options)
+    with dying_after(step):
+        train(work, name, **options)
 
 
 def ema_of(run, step):
