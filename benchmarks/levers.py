@@ -145,10 +145,11 @@ def measure(run: Path, num_samples: int, cpu_threads: int | None) -> dict[str, A
 
 def held_out_error(pipe: Any, held_out: Any, runtime: Runtime) -> float:
     """Mean of |v - v_pred|^2 over timesteps and held-out images, of what the network's predictions are as v."""
-    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    options = {"prediction_type": "v_prediction", "variance_type": "fixed_small"}
+    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config, **options)
 
     def network(x_t: Any, t: Any) -> Any:
-        output = pipe.unet(x_t, t, return_dict=False)[0]
+        output = pipe.unet(x_t, t, return_dict=False)[0][:, : x_t.shape[1]]  # without a learned variance
         return scheduler.convert_prediction(output, t, x_t, pipe.scheduler.prediction_type, "v_prediction")
 
     validation = Validation(held_out, NUM_VALIDATION, scheduler, device=runtime.device)
