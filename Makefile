@@ -21,8 +21,9 @@ moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/calibrate.py runs/moons --num_inference_steps 10 --num_images 64 --compare false
 	@echo "The images are in runs/moons/samples."
 
+# the tests of one file share what they need, so they stay together
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-faults: .venv/test.stamp
 	DDPM_FAULTS=full $(BIN)/python -m pytest tests/faults

@@ -56,23 +56,16 @@ NETWORKS = (
 )
 
 
-@dataclass(frozen=True)
-class Flop:
-    """Floating-point operations for one image: of the forward pass, and of forward and backward pass together."""
-
-    forward: int
-    training: int
-
-
 def make_network(name: str, side: int = SIDE) -> UNet2DModel:
     return make_denoiser(LITERAL.get(name, name), height=side, width=side, in_channels=3)
 
 
 @cache
-def count_flop(name: str, side: int = SIDE) -> Flop:
-    """Operations of the plain network, whatever either side computes it with; what is computed twice counts once.
+def count_flop(name: str, side: int = SIDE, *, backward: bool = False) -> int:
+    """Floating-point operations for one image: of the forward pass, or of forward and backward pass together.
 
-    As torch counts them: 2 for a multiplication and addition.
+    Of the plain network, whatever either side computes it with; what is computed twice counts once. As torch counts
+    them: 2 for a multiplication and addition.
     """
     with torch.device("meta"):
         unet = UNet2DModel.from_config(make_network(name, side).config)
@@ -81,11 +74,8 @@ def count_flop(name: str, side: int = SIDE) -> Flop:
         if isinstance(module, Attention):
             # Any other one may be a kernel that the counter does not know.
             module.set_processor(AttnProcessor())
-    totals = []
-    for backward in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            prediction = unet(x_t, t).sample
-            if backward:
-                prediction.sum().backward()
-        totals.append(counter.get_total_flops())
-    return Flop(*totals)
+    with FlopCounterMode(display=False) as counter:
+        prediction = unet(x_t, t).sample
+        if backward:
+            prediction.sum().backward()
+    return int(counter.get_total_flops())

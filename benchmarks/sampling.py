@@ -58,7 +58,7 @@ def sampling_of(pipeline: Path, network: Network, batch_size: int, precision: st
                     times[name, variant].append(1e3 * seconds / steps)
     fastest = min(VARIANTS[precision], key=lambda variant: median(times["peer", variant]))
     peer = times["peer", fastest]
-    flop = batch_size * count_flop(network.name).forward
+    flop = batch_size * count_flop(network.name)
     title = f"sampling {network.name}, batch {batch_size}, one step"
     return [
         Comparison(title, "ms", peer, times["ours", ""], 1.5, flop, f"peer, {NAMES[fastest]}"),

@@ -177,7 +177,7 @@ def training(scripts: Scripts, *, precision: str, rounds: int, quick: bool = Fal
     settings = f"{'bf16' if precision == 'bf16' else 'float32'}, {threads} threads"
     for network in NETWORKS[:2] if quick else NETWORKS:
         timing = Timing(warm_up=3, steps=400, seconds=2 if quick else network.seconds)
-        flop = count_flop(network.name).training
+        flop = count_flop(network.name, backward=True)
         peer, ours, as_it_comes = [], [], []
         for i in range(rounds):
             for who in ("peer", "ours") if i % 2 else ("ours", "peer"):  # neither is always the first
@@ -237,7 +237,7 @@ def neighbour(scripts: Scripts, *, precision: str, rounds: int, quick: bool = Fa
                 other.kill()
                 other.wait()
         rates = [[times.images_per_second for times in column] for column in (alone, fixed, busy)]
-        flop = count_flop(network.name).training
+        flop = count_flop(network.name, backward=True)
         name = f"ours, {network.name}, batch {network.batch_size}"
         results.append(Comparison(f"{name}, one core busy", "images/s", rates[0], rates[2], 0.6, flop, "alone"))
         if fixed:

@@ -41,7 +41,7 @@ def on_meta(denoiser, height, width, **options):
 
 
 def gflop(name, side):
-    return count_flop(name, side).forward / 1e9
+    return count_flop(name, side) / 1e9
 
 
 # ---- Families --------------------------------------------------------------------------------------------------------
