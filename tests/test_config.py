@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ddpm_pipeline.loss_weights import WEIGHTINGS
-from ddpm_pipeline.objective import TimestepSampling
 from ddpm_pipeline.scheduling_ddpm import BETA_SCHEDULES
+from ddpm_pipeline.timesteps import TimestepSampling
 from training.command_line import parse_dataclass
 from training.config import CONFIGS, Config, parse
 from training.denoiser import PRESETS
