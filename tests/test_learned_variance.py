@@ -54,6 +54,11 @@ def test_the_bound_trains_the_variance_alone():
     nats = likelihood.bound_term(scheduler, output.detach(), t, batch.x_t, x_0)
     expected = objective.simple_loss(output[:, :1], batch.target) + 0.001 * T * nats.mean() / (9 * math.log(2))
     torch.testing.assert_close(loss(output, batch, x_0), expected)
+    of_images = [
+        loss(output[i : i + 1], objective.NoisedBatch(*(part[i : i + 1] for part in batch)), x_0[i : i + 1])
+        for i in range(4)
+    ]
+    torch.testing.assert_close(loss.of_images(output, batch, x_0), torch.stack(of_images))
 
 
 def test_weights_of_timesteps_leave_the_bound_alone():
