@@ -146,6 +146,7 @@ class Steps:
             batches=Batches(pixels, batch_size=GLOBAL_BATCH, seed=config.seed, device=runtime.device),
             scheduler=scheduler,
             loss=Loss(scheduler),
+            importance=None,
             model=runtime.accelerator.prepare(unet.train(), device_placement=[False]),
         )
 

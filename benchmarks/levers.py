@@ -40,6 +40,10 @@ from training.run.validation import Validation
 LEVERS: dict[str, list[str]] = {
     "base": [],
     "stratified": ["--timestep_sampling", "stratified"],
+    "logit-normal": ["--timestep_sampling", "logit_normal"],
+    "importance": ["--timestep_sampling", "importance"],
+    "nearest of 8 noises": ["--noise_candidates", "8"],
+    "input perturbation 0.1": ["--input_perturbation", "0.1"],
     "x_0": ["--prediction_type", "sample"],
     "x_0, weight of v": ["--prediction_type", "sample", "--loss_weighting", "v_prediction"],
     **{

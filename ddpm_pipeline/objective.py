@@ -9,23 +9,21 @@ With learned variance (Nichol and Dhariwal 2021, arXiv 2102.09672, Eq. 16) the n
 
 whose second part trains the variance alone: its gradient stops at the mean.
 
-t and eps are functions of (seed, step, index in the global batch): see rng.py. Everything is float32, whatever the
-network computes in.
+t and eps are functions of (seed, step, index in the global batch): see rng.py; which t are drawn: see timesteps.py.
+Everything is float32, whatever the network computes in.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import likelihood, rng
 from .scheduling_ddpm import DDPMScheduler
+from .timesteps import ImportanceSampling, TimestepSampling, draw_timesteps
 from .transfer import to_device
 
-TimestepSampling = Literal["uniform", "stratified"]
-GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 BOUND_WEIGHT = 0.001  # lambda of L_hybrid, with the bound in bits per dimension
 
 
@@ -45,6 +43,9 @@ def draw_noised_batch(
     step: int,
     index: Tensor,
     timestep_sampling: TimestepSampling = "uniform",
+    importance: ImportanceSampling | None = None,
+    noise_candidates: int = 1,
+    input_perturbation: float = 0.0,
 ) -> NoisedBatch:
     """Algorithm 1, DDPM, lines 3 and 4: draw t and eps, compute x_t.
 
@@ -53,28 +54,46 @@ def draw_noised_batch(
         seed: the run's seed.
         step: the optimizer step.
         index: indices of these images in the global batch, (B,) int64, on the CPU.
-        timestep_sampling: see `draw_timesteps`.
+        timestep_sampling: see timesteps.py.
+        importance: draws t instead, if timestep_sampling is "importance".
+        noise_candidates: see `draw_noise`.
+        input_perturbation: gamma. x_t is noised by eps + gamma xi with another noise xi, while the target is that of
+            eps: so the network meets errors in its input, as it does while sampling (Ning et al. 2023,
+            arXiv 2301.11706, Algorithm 1 there). 0: x_t is noised by eps.
+    Raises:
+        ValueError: timestep_sampling is "importance" without `importance`, or there is no such sampling.
     """
-    t = draw_timesteps(scheduler.num_steps, timestep_sampling, seed=seed, step=step, index=index)
-    key = rng.key(seed, rng.Stream.NOISE, step)
-    eps = rng.normal(key, to_device(index, x_0.device), tuple(x_0.shape[1:]))
-    return noised_batch(scheduler, x_0, to_device(t, x_0.device), eps)
+    if importance is None:
+        t = draw_timesteps(scheduler, timestep_sampling, seed=seed, step=step, index=index)
+    else:
+        t = importance.draw(seed=seed, step=step, index=index)
+    t, index = to_device(t, x_0.device), to_device(index, x_0.device)
+    eps = draw_noise(x_0, seed=seed, step=step, index=index, candidates=noise_candidates)
+    batch = noised_batch(scheduler, x_0, t, eps)
+    if input_perturbation == 0:
+        return batch
+    xi = rng.normal(rng.key(seed, rng.Stream.INPUT_PERTURBATION, step), index, tuple(x_0.shape[1:]))
+    return batch._replace(x_t=scheduler.add_noise(x_0, eps + input_perturbation * xi, t))
 
 
-def draw_timesteps(
-    num_steps: int, timestep_sampling: TimestepSampling, *, seed: int, step: int, index: Tensor
-) -> Tensor:
-    """Timesteps in [0, num_steps), each equally likely: (B,) int64, on the CPU.
+def draw_noise(x_0: Tensor, *, seed: int, step: int, index: Tensor, candidates: int = 1) -> Tensor:
+    """eps of each image, (B, C, H, W): from N(0, I), or the nearest to the image of several candidates from it.
 
-    uniform: each on its own.
-    stratified: those of a step are spread evenly, with one random shift for all, so that the mean over a batch has less
-        variance (Kingma et al. 2021, arXiv 2107.00630, Appendix I.1). Any part of the batch is spread evenly, too:
-        number i is at frac(u + i / golden ratio).
+    The nearest one is that of Immiscible Diffusion (Li et al. 2024, arXiv 2406.12303) as in its second paper (Li et al.
+    2025, arXiv 2505.18521): noises that belong to nearby images have fewer images in common. Such noise is no longer
+    N(0, I): it is a little smaller and leans towards the image.
+
+    Args:
+        index: on the device of x_0.
     """
-    if timestep_sampling == "uniform":
-        return rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
-    shift = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_SHIFT, step), torch.zeros(1, dtype=torch.int64))
-    return ((shift + index / GOLDEN_RATIO) % 1 * num_steps).long()
+    keys = [rng.key(seed, rng.Stream.NOISE, step)]
+    keys += [rng.key(seed, rng.Stream.NOISE_CANDIDATE, step, i) for i in range(1, candidates)]
+    noises = (rng.normal(key, index, tuple(x_0.shape[1:])) for key in keys)
+    eps = next(noises)
+    for other in noises:
+        is_nearer = (other - x_0).square().sum((1, 2, 3)) < (eps - x_0).square().sum((1, 2, 3))
+        eps = torch.where(is_nearer[:, None, None, None], other, eps)
+    return eps
 
 
 def noised_batch(scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, eps: Tensor) -> NoisedBatch:
@@ -92,10 +111,10 @@ def simple_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.mse_loss(prediction.float(), target.float())
 
 
-def weighted_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The squared error of each image times its weight, (B,), averaged over batch and pixels; a float32 scalar."""
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The squared error of each image, averaged over pixels: (B,), float32."""
     squares = torch.nn.functional.mse_loss(prediction.float(), target.float(), reduction="none")
-    return (squares.flatten(1).mean(1) * weight).mean()
+    return squares.flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -125,16 +144,32 @@ class Loss:
             output: of the network, (B, C, H, W), or (B, 2 C, H, W) with a learned variance.
             batch: noised from x_0, (B, C, H, W).
         """
+        if self.weights is not None:
+            return self.of_images(output, batch, x_0).mean()
+        prediction, nats = self._parts(output, batch, x_0)
+        loss = simple_loss(prediction, batch.target)
+        return loss if nats is None else self._hybrid(loss, nats.mean(), x_0)
+
+    def of_images(self, output: Tensor, batch: NoisedBatch, x_0: Tensor) -> Tensor:
+        """The loss of each image, (B,) float32."""
+        prediction, nats = self._parts(output, batch, x_0)
+        losses = squared_errors(prediction, batch.target)
+        if self.weights is not None:
+            losses = losses * self.weights[batch.t]
+        return losses if nats is None else self._hybrid(losses, nats, x_0)
+
+    def _parts(self, output: Tensor, batch: NoisedBatch, x_0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction; the terms of the bound, (B,) nats, which train the variance alone, or None if it is fixed."""
         prediction, of_variance = self.scheduler.split_output(output, batch.x_t)
-        if self.weights is None:
-            loss = simple_loss(prediction, batch.target)
-        else:
-            loss = weighted_loss(prediction, batch.target, self.weights[batch.t])
         if of_variance is None:
-            return loss
+            return prediction, None
         of_mean_only = torch.cat([prediction.detach(), of_variance], dim=1).float()
         nats = likelihood.bound_term(self.scheduler, of_mean_only, batch.t, batch.x_t, x_0, self.levels)
-        bits = likelihood.bits_per_dim(nats.float().mean(), x_0.shape[1:])
+        return prediction, nats.float()
+
+    def _hybrid(self, loss: Tensor, nats: Tensor, x_0: Tensor) -> Tensor:
+        """L_hybrid, of each image or of their mean."""
+        bits = likelihood.bits_per_dim(nats, x_0.shape[1:])
         return loss + BOUND_WEIGHT * self.scheduler.num_steps * bits
 
 

@@ -45,6 +45,9 @@ class Stream(enum.IntEnum):
     VERTICAL_FLIP = 15
     QUARTER_TURN = 16
     TIMESTEP_SHIFT = 17
+    TIMESTEP_LOG_SNR = 18
+    NOISE_CANDIDATE = 19
+    INPUT_PERTURBATION = 20
 
 
 def key(*numbers: int) -> int:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from ddpm_pipeline.loss_weights import WEIGHTINGS
-from ddpm_pipeline.objective import TimestepSampling
 from ddpm_pipeline.scheduling_ddpm import BETA_SCHEDULES
+from ddpm_pipeline.timesteps import TimestepSampling
 from training.command_line import parse_dataclass
 from training.config import CONFIGS, Config, parse
 from training.denoiser import PRESETS
@@ -39,6 +39,10 @@ def make_config(**options):
         ("--gradient_accumulation_steps 0", "0"),
         ("--loss_weighting min_snr_5", "min_snr_5"),
         ("--timestep_sampling random", "random"),
+        ("--noise_candidates 0", "0"),
+        ("--input_perturbation -0.1", "-0.1"),
+        ("--input_perturbation 1", "1"),
+        ("--input_perturbation 0.1 --variance_type learned_range", "variance_type is 'learned_range'"),
         ("--optimizer sgd", "sgd"),
         ("--learning_rate fast", "fast"),
         ("--learning_rate 0", "0"),

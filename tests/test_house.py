@@ -77,12 +77,12 @@ def test_bundled_files_import_little():
         assert {i for i in found if not inside(i, *allowed)} == set(), name
 
 
-@pytest.mark.parametrize("name", ["objective", "loss_weights", "likelihood"])
+@pytest.mark.parametrize("name", ["objective", "timesteps", "loss_weights", "likelihood"])
 def test_the_mathematics_imports_scheduler_random_numbers_and_pixels_only(name):
-    """And the objective the bound, which trains a learned variance."""
+    """And the objective the bound, which trains a learned variance, and the timesteps."""
     ours = {i for i in imports(f"ddpm_pipeline/{name}.py") if inside(i, *CODE)}
     modules = ["scheduling_ddpm", "rng", "pixels", "precision", "transfer"]
-    modules += ["likelihood"] if name == "objective" else []
+    modules += ["likelihood", "timesteps"] if name == "objective" else []
     allowed = [f"ddpm_pipeline.{module}" for module in modules]
     assert {i for i in ours if not inside(i, *allowed)} == set()
 

@@ -54,6 +54,11 @@ def test_the_bound_trains_the_variance_alone():
     nats = likelihood.bound_term(scheduler, output.detach(), t, batch.x_t, x_0)
     expected = objective.simple_loss(output[:, :1], batch.target) + 0.001 * T * nats.mean() / (9 * math.log(2))
     torch.testing.assert_close(loss(output, batch, x_0), expected)
+    of_images = [
+        loss(output[i : i + 1], objective.NoisedBatch(*(part[i : i + 1] for part in batch)), x_0[i : i + 1])
+        for i in range(4)
+    ]
+    torch.testing.assert_close(loss.of_images(output, batch, x_0), torch.stack(of_images))
 
 
 def test_weights_of_timesteps_leave_the_bound_alone():
@@ -66,7 +71,7 @@ def test_weights_of_timesteps_leave_the_bound_alone():
     batch = objective.noised_batch(scheduler, x_0, torch.tensor([7, 31]), eps)
     difference = objective.Loss(scheduler, weights)(output, batch, x_0) - objective.Loss(scheduler)(output, batch, x_0)
     plain, weighted = output[:, :1], weights[batch.t]
-    expected = objective.weighted_loss(plain, batch.target, weighted) - objective.simple_loss(plain, batch.target)
+    expected = ((weighted - 1) * (plain - batch.target).square().flatten(1).mean(1)).mean()
     torch.testing.assert_close(difference, expected)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng, visualize
+from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng, timesteps, visualize
 from ddpm_pipeline.pixels import from_pixels, to_pixels
 from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.arrays import normal, random_images, save_images
@@ -63,6 +63,13 @@ def network(x_t, t):
     return torch.tanh(x_t * (0.5 + t.to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1)) / 40))
 
 
+def importance(losses, t):
+    sampler = timesteps.ImportanceSampling(30, t.device)
+    mean = [sampler.mean(losses, t) for _ in range(10)]
+    sampler.update(torch.zeros((), device=t.device))
+    return mean, sampler.probabilities(), sampler.draw(seed=0, step=1, index=torch.arange(50))
+
+
 def steps(s, output, x):
     s.set_timesteps(5)
     for t in s.timesteps:
@@ -84,6 +91,13 @@ CALLS = {
     "draw_noised_batch": (
         lambda d, x: objective.draw_noised_batch(scheduler(), x, seed=1, step=2, index=torch.arange(3)), X,
     ),
+    "draw_noised_batch, options": (
+        lambda d, x: objective.draw_noised_batch(
+            scheduler(), x, seed=1, step=2, index=torch.arange(3), timestep_sampling="logit_normal",
+            noise_candidates=3, input_perturbation=0.1,
+        ), X,
+    ),
+    "importance": (lambda d, losses, t: importance(losses, t), torch.linspace(0.5, 1, 30), torch.arange(30)),
     "simple_loss": (lambda d, a, b: objective.simple_loss(a, b), X, EPS),
     "bound_weight": (lambda d, t: objective.bound_weight(scheduler(), t), T[1:]),
     "uniform": (lambda d, index: rng.uniform(3, index), T),

@@ -7,8 +7,9 @@ import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_pipeline import objective
+from ddpm_pipeline import objective, rng
 from ddpm_pipeline.scheduling_ddpm import DDPMScheduler
+from ddpm_pipeline.timesteps import ImportanceSampling, draw_timesteps
 from tests.arrays import normal
 
 T = 1000
@@ -92,30 +93,84 @@ def test_t_is_uniform_and_independent_of_the_noise():
         assert abs(stats.spearmanr(t, abs(pixel)).statistic) < 4 / math.sqrt(len(t))
 
 
-def test_stratified_t_is_uniform_and_spread_evenly_in_any_part_of_the_batch():
-    steps = [
-        objective.draw_timesteps(T, "stratified", seed=0, step=step, index=torch.arange(64)) for step in range(2000)
-    ]
-    t = torch.stack(steps)
-    for of_image in (t[:, 0], t[:, 37]):  # over the steps each image has any t
-        assert stats.kstest(of_image.numpy() / T, "uniform").pvalue > 1e-3
-    assert stats.chisquare(torch.bincount(t.flatten(), minlength=T).numpy()).pvalue > 1e-3
-    for part in (t, t[:, :16], t[:, 48:]):  # the largest gap of the golden ratio's points is at most 2.62 / n
-        gaps = part.sort(dim=1).values.diff(dim=1)
-        assert gaps.max() <= 2.62 * T / part.shape[1] + 1
-        # the mean of n of them varies far less than that of n independent ones
-        assert part.double().mean(1).std() < 0.4 * T / math.sqrt(12 * part.shape[1])
-    again = objective.draw_timesteps(T, "stratified", seed=0, step=7, index=torch.arange(16, 32))
-    assert torch.equal(again, steps[7][16:32])
-    assert not torch.equal(steps[0], objective.draw_timesteps(T, "stratified", seed=1, step=0, index=torch.arange(64)))
-
-
 def test_a_noised_batch_has_the_timesteps_of_its_sampling():
-    scheduler, index = DDPMScheduler(), torch.arange(8)
-    for sampling in ("uniform", "stratified"):
-        options = {"seed": 3, "step": 9, "index": index, "timestep_sampling": sampling}
-        batch = objective.draw_noised_batch(scheduler, normal(8, 1, 4, 4, dtype=torch.float32), **options)
-        assert torch.equal(batch.t, objective.draw_timesteps(T, sampling, seed=3, step=9, index=index))
+    scheduler, options = DDPMScheduler(), {"seed": 3, "step": 9, "index": torch.arange(8)}
+    x_0 = normal(8, 1, 4, 4, dtype=torch.float32)
+    for sampling in ("uniform", "stratified", "logit_normal"):
+        batch = objective.draw_noised_batch(scheduler, x_0, timestep_sampling=sampling, **options)
+        assert torch.equal(batch.t, draw_timesteps(scheduler, sampling, **options))
+    importance = ImportanceSampling(T, torch.device("cpu"))
+    batch = objective.draw_noised_batch(scheduler, x_0, importance=importance, **options)
+    assert torch.equal(batch.t, importance.draw(**options))
+
+
+# ---- The nearest of several noises -----------------------------------------------------------------------------------
+
+
+def candidates(number, x_0, seed, step, index):
+    """(number, B, C, H, W)."""
+    keys = [rng.key(seed, rng.Stream.NOISE, step)]
+    keys += [rng.key(seed, rng.Stream.NOISE_CANDIDATE, step, i) for i in range(1, number)]
+    return torch.stack([rng.normal(key, index, tuple(x_0.shape[1:])) for key in keys])
+
+
+def test_one_candidate_is_the_noise_of_before():
+    scheduler, x_0, index = DDPMScheduler(), normal(5, 3, 4, 4, dtype=torch.float32), torch.arange(5)
+    batch = objective.draw_noised_batch(scheduler, x_0, seed=3, step=9, index=index, noise_candidates=1)
+    assert torch.equal(batch.target, rng.normal(rng.key(3, 2, 9), index, (3, 4, 4)))  # 2: the stream of noise
+    assert torch.equal(batch.x_t, scheduler.add_noise(x_0, batch.target, batch.t))
+
+
+@pytest.mark.parametrize("number", [2, 7])
+def test_the_nearest_candidate_is_that_of_brute_force(number):
+    x_0, index = normal(40, 1, 3, 2, dtype=torch.float32), torch.arange(40)
+    options = {"seed": 3, "step": 9, "candidates": number}
+    eps = objective.draw_noise(x_0, index=index, **options)
+    all_of_them = candidates(number, x_0, 3, 9, index)
+    distances = torch.cdist(x_0.flatten(1)[:, None].double(), all_of_them.flatten(2).transpose(0, 1).double())[:, 0]
+    nearest = distances.argmin(1)
+    assert len(nearest.unique()) == number  # each is the nearest for some image
+    assert torch.equal(eps, all_of_them[nearest, index])
+    part = index[11:30]  # another rank, or another micro-batch
+    assert torch.equal(objective.draw_noise(x_0[part], index=part, **options), eps[part])
+
+
+def test_candidates_are_independent_noises():
+    """Of k noises for an image of zeros, the nearest has the least norm: the least of k chi-squared numbers."""
+    n, number = 20_000, 4
+    eps = objective.draw_noise(torch.zeros(n, 1, 1, 3), seed=0, step=0, index=torch.arange(n), candidates=number)
+    least = eps.double().square().flatten(1).sum(1).numpy()
+    assert stats.kstest(least, lambda x: 1 - stats.chi2(3).sf(x) ** number).pvalue > 1e-3
+
+
+# ---- Perturbed input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_noise_of_a_perturbed_input_has_variance_1_plus_gamma_squared(prediction_type):
+    scheduler, n, gamma = DDPMScheduler(prediction_type=prediction_type), 4096, 0.5
+    x_0, options = normal(n, 1, 2, 4, dtype=torch.float32), {"seed": 0, "step": 0, "index": torch.arange(n)}
+    plain = objective.draw_noised_batch(scheduler, x_0, **options)
+    perturbed = objective.draw_noised_batch(scheduler, x_0, input_perturbation=gamma, **options)
+    assert torch.equal(perturbed.t, plain.t) and torch.equal(perturbed.target, plain.target)
+    noise_std = (1 - alpha_bar(scheduler, plain.t)).sqrt()
+    eps = scheduler.convert_prediction(plain.target, plain.t, plain.x_t, prediction_type, "epsilon").double()
+    noise = (perturbed.x_t - alpha_bar(scheduler, plain.t).sqrt() * x_0) / noise_std
+    xi = ((perturbed.x_t - plain.x_t) / noise_std / gamma).flatten()
+    # n = 32,768, 4 standard errors
+    assert noise.var().item() == pytest.approx(1 + gamma**2, rel=4 * math.sqrt(2 / noise.numel()))
+    assert abs((xi * eps.flatten()).mean()) < 4 / math.sqrt(xi.numel())
+    assert stats.kstest(xi.numpy(), "norm").pvalue > 1e-3
+
+
+def test_without_perturbation_the_bits_are_the_same():
+    scheduler, x_0 = DDPMScheduler(), normal(5, 3, 4, 4, dtype=torch.float32)
+    options = {"seed": 3, "step": 9, "index": torch.arange(5)}
+    for a, b in zip(
+        objective.draw_noised_batch(scheduler, x_0, input_perturbation=0.0, **options),
+        objective.draw_noised_batch(scheduler, x_0, **options),
+    ):
+        assert torch.equal(a, b)
 
 
 # ---- The loss, Eqs. (8), (12) and (14) -------------------------------------------------------------------------------
@@ -131,15 +186,17 @@ def test_simple_loss_matches_a_hand_calculation():
     assert (from_bfloat16.dtype, from_bfloat16.item()) == (torch.float32, loss.item())
 
 
-def test_weighted_loss_matches_a_hand_calculation():
+@pytest.mark.parametrize("weights", [None, torch.tensor([9.0, 2.0, 0.5])])
+def test_the_losses_of_images_match_a_hand_calculation(weights):
     prediction = torch.tensor([[[[1.0, 2.0]]], [[[0.0, -1.0]]]])
     target = torch.tensor([[[[1.5, 0.0]]], [[[0.0, 2.0]]]])
-    weight = torch.tensor([2.0, 0.5])
-    loss = objective.weighted_loss(prediction, target, weight)
-    assert loss.item() == (2 * (0.25 + 4) + 0.5 * 9) / 4
-    assert objective.weighted_loss(prediction, target, torch.ones(2)) == objective.simple_loss(prediction, target)
-    from_bfloat16 = objective.weighted_loss(prediction.bfloat16(), target.bfloat16(), weight)
-    assert (from_bfloat16.dtype, from_bfloat16.item()) == (torch.float32, loss.item())
+    loss = objective.Loss(DDPMScheduler(), weights)
+    batch = objective.NoisedBatch(target, torch.tensor([1, 2]), target)
+    expected = [(0.25 + 4) / 2, 9 / 2] if weights is None else [2 * (0.25 + 4) / 2, 0.5 * 9 / 2]
+    for output in (prediction, prediction.bfloat16()):
+        losses = loss.of_images(output, batch, target)
+        assert (losses.dtype, losses.tolist()) == (torch.float32, expected)
+        assert loss(output, batch, target).item() == sum(expected) / 2
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])

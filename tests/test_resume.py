@@ -183,7 +183,7 @@ def test_fp16_resumes_from_other_precisions_and_back(tmp_path, saved, has_scaler
         path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
         manifest = checkpoint.verify(path)
         kept = {"best": Best(None, ema, print), "guide": GuideSnapshot(None, ema, print)}
-        kept["averages"] = EMASnapshots(False, ema, None, print)
+        kept |= {"averages": EMASnapshots(False, ema, None, print), "importance": None}
         parts = {"unet": unet, "ema": ema, "optimizer": optimizer, **kept}
         state = resume.restore(path, manifest, config, Budget(10), runtime, **parts)
         assert state.step == state.saved_step == 4
@@ -202,7 +202,7 @@ def test_changed_settings_of_the_optimizer_take_effect(tmp_path):
         path = checkpoint.save(tmp_path, 4, **states, record=record, total_limit=1)
         kept = {"best": Best(None, ema, print), "guide": GuideSnapshot(None, ema, print)}
         now = torch.optim.AdamW(unet.parameters(), betas=(0.5, 0.6), weight_decay=0.2, eps=1e-3, fused=True)
-        kept |= {"averages": EMASnapshots(False, ema, None, print)}
+        kept |= {"averages": EMASnapshots(False, ema, None, print), "importance": None}
         parts = {"unet": unet, "ema": ema, "optimizer": now, **kept}
         resume.restore(path, checkpoint.verify(path), config, Budget(10), runtime, **parts)
     (group,) = now.param_groups

@@ -84,6 +84,9 @@ def test_stream_ids_differ_and_are_those_of_old_runs():
         "VERTICAL_FLIP": 15,
         "QUARTER_TURN": 16,
         "TIMESTEP_SHIFT": 17,
+        "TIMESTEP_LOG_SNR": 18,
+        "NOISE_CANDIDATE": 19,
+        "INPUT_PERTURBATION": 20,
     }
     assert len(set(ids.values())) == len(rng.Stream.__members__)  # an alias would be a member, but not in the iteration
     for stream in rng.Stream:

@@ -83,7 +83,13 @@ class Config:
         loss_weighting: which timesteps count more: simple (each error of the prediction counts the same), or, whatever
             the network predicts, the L_simple of sample, epsilon or v_prediction, min_snr, soft_min_snr, edm, sigmoid
             or bound, see docs/training.md.
-        timestep_sampling: timesteps of a batch: uniform (each on its own) or stratified (spread evenly).
+        timestep_sampling: timesteps of a batch: uniform (each on its own), stratified (spread evenly), logit_normal
+            (more of those between noise and image, which then count more) or importance (more of those with large
+            losses, which then count less, so that only the noise of the gradient changes), see docs/training.md.
+        noise_candidates: number of noises that are drawn for an image, of which it gets the nearest (Immiscible
+            Diffusion); 1: the image has no influence on its noise.
+        input_perturbation: standard deviation of further noise in the input of the network, relative to the noise that
+            is there and that the target knows, such as 0.1; 0: none.
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
             times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
             forward passes as memory allows.
@@ -196,7 +202,9 @@ class Config:
     loss_weighting: Literal[
         "simple", "sample", "epsilon", "v_prediction", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound"
     ] = "simple"
-    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "importance"] = "uniform"
+    noise_candidates: int = 1
+    input_perturbation: float = 0.0
     train_batch_size: int | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = 1
     max_train_minutes: float | None = None
@@ -254,7 +262,7 @@ class Config:
         at_least_one = (
             "gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
             "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "
-            "cpu_threads"
+            "cpu_threads noise_candidates"
         )
         at_least_zero = (
             "dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps "
@@ -274,13 +282,18 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a positive number")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout", "dropout"):
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout", "dropout", "input_perturbation"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}: give a number in [0, 1)")
         if self.guide_snapshot is not None and not 1 / 64 <= self.guide_snapshot <= 1 / 2:
             raise ValueError(
                 f"guide_snapshot is {self.guide_snapshot}: give a share of the run from 1/64 to 1/2, such as 0.125"
+            )
+        if self.input_perturbation and self.variance_type == "learned_range":
+            raise ValueError(
+                f"input_perturbation is {self.input_perturbation} and variance_type is 'learned_range', which would "
+                "learn the variance of perturbed inputs: leave out one of them"
             )
         if not 0 <= self.adam_weight_decay < math.inf:
             raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")

@@ -33,6 +33,7 @@ from training.step import Outcome, PendingStep, Updater
 if TYPE_CHECKING:
     from ddpm_pipeline import DDPMScheduler
     from ddpm_pipeline.objective import Loss
+    from ddpm_pipeline.timesteps import ImportanceSampling
     from training.data.batches import Batches
     from training.data.cache import ImageSet
     from training.ema import FlatEMA
@@ -71,6 +72,7 @@ class Run:
     guide: GuideSnapshot
     averages: EMASnapshots
     loss: Loss
+    importance: ImportanceSampling | None  # with timestep_sampling "importance"
     publisher: during_training.BackgroundPublisher | None  # on the main process, with push_to_hub
     stop: StopSignal
     replaces_earlier: bool  # a new run in a folder with checkpoints of an earlier one
@@ -116,6 +118,8 @@ def train(run: Run, state: TrainingState) -> bool:
         step = updater.step(state.step + 1, rate, loss, passes, run.stop.requested())
         run.ema.update(step.step, step.skip)
         run.averages.update(step.step, step.skip)
+        if run.importance is not None:
+            run.importance.update(step.skip)
         sums += torch.stack([loss.masked_fill(step.skip > 0, 0), 1 - step.skip])
         state.step += 1
         if budget.reads_clock(state.step):
@@ -232,10 +236,16 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
                 step=state.step,
                 index=index,
                 timestep_sampling=config.timestep_sampling,
+                importance=run.importance,
+                noise_candidates=config.noise_candidates,
+                input_perturbation=config.input_perturbation,
             )
             with contextlib.nullcontext() if is_last else runtime.accelerator.no_sync(run.model):
                 output = run.model(batch.x_t, batch.t, class_labels=labels, return_dict=False)[0]
-                loss = run.loss(output, batch, x_0) / num_passes
+                if run.importance is None:
+                    loss = run.loss(output, batch, x_0) / num_passes
+                else:
+                    loss = run.importance.mean(run.loss.of_images(output, batch, x_0), batch.t) / num_passes
                 runtime.accelerator.backward(loss)
         loss_sum += loss.detach()
         passes.append(ForwardPass(index, output[:, : x_0.shape[1]].detach(), batch.target))
@@ -279,7 +289,8 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                     for name, kept in ((checkpoint.BEST, run.best), (checkpoint.GUIDE, run.guide))
                     if (weights := kept.weights_before(state.step)) is not None
                 }
-                | run.averages.state_dicts(),
+                | run.averages.state_dicts()
+                | ({} if run.importance is None else {checkpoint.MOMENTS: run.importance.state_dict()}),
                 record=run.record_at(state).as_dict()
                 | {
                     "scaler": None if scaler is None else scaler.state_dict(),

@@ -81,6 +81,7 @@ def main(config: Config, stop: StopSignal) -> int:
         from ddpm_pipeline.loss_weights import loss_weights
         from ddpm_pipeline.objective import Loss
         from ddpm_pipeline.pixels import num_levels
+        from ddpm_pipeline.timesteps import ImportanceSampling
         from training import plan, tune
         from training.denoiser import check_size, find_network, load_initial_weights, network_of, size_rule
         from training.ema import FlatEMA
@@ -125,11 +126,14 @@ def main(config: Config, stop: StopSignal) -> int:
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
 
-    # ---- EMA, the weights of it that are kept, averages, optimizer ---------------------------------------------------
+    # ---- EMA, the weights of it that are kept, averages, moments of the loss, optimizer ------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
     best = Best(config.keep_best, ema, runtime.print)
     guide = GuideSnapshot(config.guide_snapshot, ema, runtime.print)
     averages = EMASnapshots(config.post_hoc_ema, ema, output_dir if runtime.is_main else None, runtime.print)
+    importance = None
+    if config.timestep_sampling == "importance":
+        importance = ImportanceSampling(scheduler.num_steps, device, runtime.sum)
     optimizer = make_optimizer(config, unet, runtime.matmul_dtype())
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
@@ -145,7 +149,7 @@ def main(config: Config, stop: StopSignal) -> int:
                 failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
         state = resume.restore(
             *found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best, guide=guide,
-            averages=averages,
+            averages=averages, importance=importance,
         )  # fmt: skip
     is_new = not config.resume_from_checkpoint  # "auto" has found that no earlier one is valid
     has_earlier = is_new and runtime.is_main and any(output_dir.glob("checkpoint-*"))
@@ -174,8 +178,8 @@ def main(config: Config, stop: StopSignal) -> int:
     of_timesteps = None if of_timesteps is None else of_timesteps.to(runtime.device)
     loss = Loss(scheduler, of_timesteps, num_levels(data.images.dtype))
     run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
-              record, log, sampler, validator, best, guide, averages, loss, publisher, stop,
-              replaces_earlier)  # fmt: skip
+              record, log, sampler, validator, best, guide, averages, loss, importance, publisher,
+              stop, replaces_earlier)  # fmt: skip
     rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
         budget.expect(inputs.global_batch / rate)

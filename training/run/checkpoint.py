@@ -1,13 +1,15 @@
 """CHECKPOINTS: complete or invisible, and enough to resume bit for bit.
 
     checkpoint-000500/  model.safetensors  ema.safetensors  optimizer.pt  manifest.json
-                        (best.safetensors  guide.safetensors  ema-0.05.safetensors  ema-0.10.safetensors)
+                        (best.safetensors  guide.safetensors  ema-0.05.safetensors  ema-0.10.safetensors
+                         moments.safetensors)
 
 A checkpoint is written into a temporary folder and flushed to disk, and only then renamed to its final name. Older
 checkpoints are deleted after the new one has been read back. The manifest holds the size and sha256 of each file, the
 step, the run record, the state of fp16's loss scaler and that of best.py. What is kept of earlier steps, the best
 weights and the guide, is in files of its own unless it is the EMA weights of this step; so are the averages of
-post_hoc_ema.py. Random numbers need no state: see ddpm_pipeline/rng.py.
+post_hoc_ema.py, and the moments by which timesteps are drawn (ddpm_pipeline/timesteps.py). Random numbers need no
+state: see ddpm_pipeline/rng.py.
 
 Other names in the folder: `checkpoint-000500.tmp-PID` is incomplete or being deleted; `checkpoint-000500.old` is
 complete and being replaced by another one of the same step. `clean_up` handles both after a crash. While a run writes
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"checkpoint-(\d{6,})")
 WEIGHTS, EMA, OPTIMIZER, MANIFEST = "model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"
 BEST, GUIDE = "best.safetensors", "guide.safetensors"  # EMA weights that are kept, if they are of an earlier step
+MOMENTS = "moments.safetensors"  # of the losses, with timestep_sampling "importance"
 AVERAGES = {length: f"ema-{length:.2f}.safetensors" for length in TRACKED}  # with post_hoc_ema
 LOCK = ".lock"
 # What opening or flushing a folder answers where it cannot be done.
@@ -150,7 +153,7 @@ def save(
         model, ema: named float32 tensors.
         optimizer: a state dict of tensors, numbers, lists and dicts.
         record: more entries of the manifest, as JSON values.
-        others: more float32 weights, for those of BEST, GUIDE and AVERAGES that there are.
+        others: more float32 tensors, for those of BEST, GUIDE, MOMENTS and AVERAGES that there are.
     Raises:
         DiskFullError: it cannot be written. The message has the path, the bytes needed and the bytes free.
         CheckpointError: what was written does not read back correctly. No other checkpoint has been deleted.
@@ -283,8 +286,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
 
 
 def load_others(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The other weights in a checkpoint, on the CPU: for each of BEST, GUIDE and AVERAGES that it has."""
-    names = (BEST, GUIDE, *AVERAGES.values())
+    """The other tensors in a checkpoint, on the CPU: for each of BEST, GUIDE, MOMENTS and AVERAGES that it has."""
+    names = (BEST, GUIDE, MOMENTS, *AVERAGES.values())
     return {name: load_file(path / name) for name in names if (path / name).exists()}
 
 

@@ -15,6 +15,7 @@ from training.run.state import Clock, TrainingState
 if TYPE_CHECKING:
     import torch
 
+    from ddpm_pipeline.timesteps import ImportanceSampling
     from training.config import Config
     from training.ema import FlatEMA
     from training.run.best import Best
@@ -27,7 +28,7 @@ LIMITS = ("max_train_minutes", "max_train_steps", "max_train_images")
 MAY_CHANGE = (
     *LIMITS, "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon", "max_grad_norm", "ema_max_decay", "ema_inv_gamma", "ema_power", "variance_type", "loss_weighting",
-    "timestep_sampling", "deterministic",
+    "timestep_sampling", "noise_candidates", "input_perturbation", "deterministic",
 )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ def restore(
     best: Best,
     guide: GuideSnapshot,
     averages: EMASnapshots,
+    importance: ImportanceSampling | None,
 ) -> TrainingState:
     """Load a checkpoint on all ranks, and print what has changed since it was written.
 
@@ -109,6 +111,8 @@ def restore(
     budget.load_state_dict(manifest.get("budget"), step, seconds)
     guide.load_state(manifest, others.get(checkpoint.GUIDE), budget.share(step))
     averages.load_state(others, step, budget.share(step))
+    if importance is not None and checkpoint.MOMENTS in others:  # else the timesteps were drawn in another way before
+        importance.load_state_dict(others[checkpoint.MOMENTS])
     if changes := describe_changes(manifest, config, budget, runtime.mixed_precision):
         runtime.print(changes)
     if budget.share(step) >= 1:

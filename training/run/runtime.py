@@ -153,6 +153,10 @@ class Runtime:
         result: Tensor = self.accelerator.reduce(tensor, "mean")
         return result
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        result: Tensor = self.accelerator.reduce(tensor, "sum")
+        return result
+
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, concatenated along the first dimension by rank; their shapes must be equal."""
         result: Tensor = self.accelerator.gather(tensor)
