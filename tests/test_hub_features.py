@@ -14,7 +14,11 @@ from ddpm_pipeline import hub_features
 from ddpm_pipeline.features import extract_features, make_extractor
 from ddpm_pipeline.fidelity import cmmd_kernel, cubic_kernel, kernel_distance
 from tests.arrays import assert_same_in_8_and_16_bits, random_images
+from tests.evaluation.helpers import data_split
+from tests.gaussian import gaussian_images, gaussian_pipe
 from tests.hub_models import CROPPED, save_clip, save_convnext, save_dinov2, save_vit, settings
+from training.evaluation.measures import compare_features
+from training.evaluation.reference import choose_real_images
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: extra `eval`")
 
@@ -141,6 +145,32 @@ def test_the_cache_knows_a_model_by_its_content(folders, tmp_path):
     file = same / "preprocessor_config.json"
     file.write_text(file.read_text().replace('"shortest_edge": 32', '"shortest_edge": 30'))
     assert make_extractor(str(same)).key != key
+
+
+def test_measures_and_fusion_take_such_features(folders, tmp_path):
+    """Balanced in them, an image is halfway in what the model sees. Copies of training images are memorised."""
+    extractor = make_extractor(str(folders["dinov2"]))
+    pipe, (a, b) = gaussian_pipe(), gaussian_images(2)
+    fused = pipe.fuse(
+        a, b, 0.5, balance=True, distance=folders["dinov2"], num_inference_steps=5, output_type="latent"
+    )  # fmt: skip
+    to_a, to_b = (
+        (extractor.of_floats((fused.images.float() + 1) / 2) - extractor.of_floats((x[None].float() + 1) / 2)).square()
+        for x in (a, b)
+    )
+    assert (to_a.sum() / (to_a + to_b).sum()).item() == pytest.approx(0.5, abs=0.006)
+
+    train, held_out = (random_images(20, 1, 8, 8, seed=seed) for seed in (0, 1))
+    real = choose_real_images(data_split(train, held_out), 0, 20)
+    clip = make_extractor(str(folders["clip"]))
+    for each, names in ((extractor, ["FD-DINOv2", "kernel distance"]), (clip, ["Frechet distance", "CMMD"])):
+        *distances, copies = compare_features(train, real, each, ("frechet", "kernel", "memorisation"), tmp_path)
+        assert [result.name for result in distances] == names
+        assert {result.extractor for result in distances} == {each.name}
+        assert copies.estimate.value == pytest.approx(1)
+    samples, reference = (extract_features(clip, images) for images in (held_out, real.reference))
+    _, cmmd, _ = compare_features(held_out, real, clip, ("frechet", "kernel", "memorisation"), tmp_path)
+    assert cmmd.estimate == kernel_distance(samples, reference, cmmd_kernel)
 
 
 def test_a_vit_without_pooling_layer_gives_its_cls_token(tmp_path):

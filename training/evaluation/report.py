@@ -159,7 +159,7 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         if extractor["accuracy"] is not None
     ]
     lines += [
-        f"\n{extractor['name']} is a model on the Hub, measured with at its commit `{extractor['commit']}`."
+        f"\nThe features of {extractor['name']} are those of its commit `{extractor['commit']}` on the Hub."
         for extractor in report.extractors
         if extractor["commit"] is not None
     ]
