@@ -219,7 +219,7 @@ def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().flatten(1).mean(1)
 
 
-def find_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def to_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """The distance that `fuse` balances in: a function, or one of features, by an extractor or by its name or file.
 
     Extractors are not among the bundled files: as remote code, a name needs the package ddpm_pipeline.

@@ -23,15 +23,7 @@ from .arguments import check_fusion, image_seeds, make_generators, prepare_sampl
 from .calls import Calls, OfThread, WithCalls, checked_callback
 from .denoiser import prepare_denoiser
 from .guide import WithGuide
-from .images import (
-    check_output_type,
-    find_distance,
-    prepare_images,
-    size_of,
-    squared_pixel_distance,
-    to_mask,
-    to_output,
-)
+from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
 from .interpolation import FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
@@ -282,7 +274,7 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
         check_output_type(output_type, self.unet.config.in_channels)
         several = image_b is None
         check_fusion(path, balance and several, timestep=timestep, generator=generator, seeds=seeds, eta=eta)
-        distance_of = find_distance(distance, self._execution_device)
+        distance_of = to_distance(distance, self._execution_device)
         a = self._prepare_images(image_a, "image_a")
         denoiser = prepare_denoiser(self.unet, self.scheduler, a.device, 1, class_labels)
         b = None if several else self._prepare_images(image_b, "image_b")
