@@ -112,13 +112,13 @@ def measure(family: str, side: int) -> dict[str, Any]:
     gpu = memory if device.type == "cuda" else predict_for_gpu(family, side)
     return {
         "parameters_m": round(unet.num_parameters() / 1e6, 1),
-        "gflop": three_digits(flop.forward / 1e9),
+        "gflop": three_digits(flop / 1e9),
         "precision": runtime.mixed_precision,
         "batch": batch,
         "training": three_digits(training),
-        "training_gflops": three_digits(training * flop.training / 1e9),
+        "training_gflops": three_digits(training * count_flop(family, side, backward=True) / 1e9),
         "sampling": three_digits(sampling),
-        "sampling_gflops": three_digits(sampling * flop.forward / 1e9),
+        "sampling_gflops": three_digits(sampling * flop / 1e9),
         "peak_gb": three_digits(peak / 1e9),
         "predicted_gb": three_digits(memory.of(batch) / 1e9),
         "predicted_gpu_gb": three_digits(gpu.of(GLOBAL_BATCH) / 1e9),

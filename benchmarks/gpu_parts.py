@@ -209,7 +209,7 @@ class Train:
             "network": self.network,
             "batch": self.batch,
             "images_per_second": three_digits(rate),
-            "gflops": three_digits(rate * count_flop(self.network).training / 1e9),
+            "gflops": three_digits(rate * count_flop(self.network, backward=True) / 1e9),
             "seconds_to_first_step": round(times["first"] - started, 1),
             "peak_memory_gib": round(memory, 1),
         }
@@ -255,7 +255,7 @@ class Sample:
             "batch": self.batch,
             "steps": SAMPLING_STEPS,
             "images_per_second": three_digits(rate),
-            "gflops": three_digits(rate * SAMPLING_STEPS * count_flop(self.network).forward / 1e9),
+            "gflops": three_digits(rate * SAMPLING_STEPS * count_flop(self.network) / 1e9),
         }
 
 
