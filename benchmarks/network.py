@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -51,12 +50,6 @@ def set_rate(machine: Machine, megabits: int) -> None:
     """Let the machine send at most so many megabits (10^6) a second. Raises OSError without `tc` and its tbf."""
     _call("tc", "-n", machine.namespace, "qdisc", "replace", "dev", CABLE, "root", "tbf",
           "rate", f"{megabits}mbit", "burst", "64kb", "latency", "100ms")  # fmt: skip
-
-
-def bytes_sent(machine: Machine) -> int:
-    """Bytes that the machine has put on the cable, with all headers."""
-    (link,) = json.loads(_ip("-n", machine.namespace, "-s", "-j", "link", "show", CABLE))
-    return int(link["stats64"]["tx"]["bytes"])
 
 
 def enter(machine: Machine) -> None:
