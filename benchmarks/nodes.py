@@ -63,9 +63,11 @@ def main() -> None:
         ]
         for process in processes:
             process.start()
-        measured = rows.get()
         for process in processes:
             process.join()
+        if any(process.exitcode for process in processes):
+            sys.exit("a process failed: see above")
+        measured = rows.get()
     result |= {"family": args.family, "batch": args.batch, "rows": measured, "load": three_digits(os.getloadavg()[1])}
     result["minutes"] = minutes_since(started)
     write_json(args.output or RESULTS / f"nodes-{file_name(result['processor'])}-{result['cores']}-cores.json", result)
