@@ -101,7 +101,7 @@ def measure(family: str, side: int) -> dict[str, Any]:
     unet: Any = make_network(family, side)  # Any: diffusers annotates .to() without its argument
     tune.apply(tune.default_tuning(device.type, runtime.dtype), unet.to(device))
     memory = plan.measure_memory(unet, image_shape, runtime)
-    most = plan.fit_passes("auto", GLOBAL_BATCH, memory, plan.available_bytes(device)).batch_size
+    most = plan.fit_passes(Config(dataset_name="moons"), GLOBAL_BATCH, memory, plan.available_bytes(device)).batch_size
     steps, batch = Steps(unet, side, runtime), 1
     steps.take(batch)  # warm up
     while batch < most and 2 * seconds_per_call(partial(steps.take, batch), 1) <= STEP_SECONDS:

@@ -250,7 +250,19 @@ def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies
 
 @pytest.mark.parametrize(
     "script",
-    ["bench", "built_in", "digits", "families", "few_steps", "gpu", "interpolation", "killed", "levers", "solvers"],
+    [
+        "bench",
+        "built_in",
+        "digits",
+        "families",
+        "few_steps",
+        "gpu",
+        "interpolation",
+        "killed",
+        "levers",
+        "nodes",
+        "solvers",
+    ],
 )
 def test_scripts_run_by_their_path_from_any_folder(script, tmp_path, monkeypatch, capsys):
     path = Path(compare.__file__).with_name(f"{script}.py")

@@ -37,6 +37,11 @@ def make_config(**options):
         ("--train_batch_size 100000000000000000000", "at most 1,048,576"),
         ("--gradient_accumulation_steps 1048577", "1048577"),
         ("--gradient_accumulation_steps 0", "0"),
+        ("--global_batch_size 0", "0"),
+        ("--global_batch_size 1048577", "at most 1,048,576"),
+        ("--global_batch_size 64 --gradient_accumulation_steps 2", "leave out one"),
+        ("--global_batch_size 64 --train_batch_size 24", "has to divide"),
+        ("--gradient_compression fp16", "fp16"),
         ("--loss_weighting min_snr_5", "min_snr_5"),
         ("--timestep_sampling random", "random"),
         ("--noise_candidates 0", "0"),
@@ -197,6 +202,23 @@ def test_every_field_is_documented():
     assert [name for name in documented if name in {field.name for field in fields(Config)}] == [
         field.name for field in fields(Config)
     ]
+
+
+@pytest.mark.parametrize("train_batch_size", ["auto", 4])
+def test_a_global_batch_is_the_same_on_all_numbers_of_processes_that_divide_it(train_batch_size):
+    config = make_config(global_batch_size=48, train_batch_size=train_batch_size)
+    allowed = []
+    for world_size in range(1, 60):
+        if 48 % (world_size * (1 if train_batch_size == "auto" else 4)):
+            with pytest.raises(ValueError, match=rf"is 48 and .* is {train_batch_size}: {world_size} .* 1, 2, 3, 4, 6"):
+                config.check_world_size(world_size)
+            continue
+        config.check_world_size(world_size)
+        allowed.append(world_size)
+        assert config.global_batch(world_size) == 48
+        assert train_batch_size == "auto" or config.batch_of_rank(world_size) % 4 == 0
+    expected = [1, 2, 3, 4, 6, 12] if train_batch_size == 4 else [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
+    assert allowed == expected
 
 
 def test_the_cifar10_preset_has_the_numbers_of_ho_et_al_2020():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import accelerate
 import pytest
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from tests.arrays import save_images
 from tests.short_run import SHORT_RUN, flags, run_here
@@ -88,6 +90,33 @@ def test_what_launchers_set_by_themselves_is_no_news(monkeypatch):
 def test_what_a_run_cannot_do_is_refused(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name} is '{value}' in the environment.*{message}"):
+        check_environment()
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "settings", "prepare", "message"),
+    [
+        ("FSDP", "fsdp_config: {fsdp_version: 1}", prepare_multi_gpu_env, "FSDP is not supported"),
+        ("FSDP", "fsdp_config: {fsdp_version: 2}", prepare_multi_gpu_env, "FSDP is not supported"),
+        ("DEEPSPEED", "deepspeed_config: {zero_stage: 2}", prepare_deepspeed_cmd_env, "DeepSpeed is not supported"),
+    ],
+)
+def test_what_accelerate_is_configured_for_is_refused(
+    tmp_path, monkeypatch, distributed_type, settings, prepare, message
+):
+    """With the environment that `accelerate launch` makes of its configuration, on one of two machines."""
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        f"distributed_type: {distributed_type}\n{settings}\nnum_machines: 2\nnum_processes: 4\nmachine_rank: 1\n"
+        "main_process_ip: 10.0.0.1\nmain_process_port: 29500\nmixed_precision: 'no'\nuse_cpu: false\n"
+        "compute_environment: LOCAL_MACHINE\n"
+    )
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    arguments = launch._validate_launch_command(arguments)[0]
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as its launcher does
+    made = prepare(arguments)
+    set_all(monkeypatch, made[1] if isinstance(made, tuple) else made)
+    with pytest.raises(ValueError, match=message):
         check_environment()
 
 

@@ -23,6 +23,10 @@ def runtime():
         yield Runtime("no", 1)
 
 
+def config(train_batch_size, **options):
+    return Config(dataset_name="moons", train_batch_size=train_batch_size, **options)
+
+
 class Squares(torch.nn.Module):
     """x^2, which keeps x for its backward pass, and nothing else."""
 
@@ -66,21 +70,23 @@ def test_memory_grows_with_the_images_and_leaves_no_trace(runtime):
 )
 def test_the_largest_batch_that_fits(train_batch_size, of_rank, available, expected):
     memory = Memory(fixed=0.05 * GB, per_image=1 * GB)
-    assert fit_passes(train_batch_size, of_rank, memory, available) == Passes(*expected)
+    assert fit_passes(config(train_batch_size), of_rank, memory, available) == Passes(*expected)
 
 
 def test_what_does_not_fit_is_refused_with_what_does():
     memory = Memory(fixed=1 * GB, per_image=0.5 * GB)
     with pytest.raises(ValueError, match=r"train_batch_size is 64, .* 33\.0 GB, .* 10\.0 GB are free: give "
                        "--train_batch_size 8 --gradient_accumulation_steps 16, which is the same"):  # fmt: skip
-        fit_passes(64, 128, memory, 10 * GB)
+        fit_passes(config(64), 128, memory, 10 * GB)
+    with pytest.raises(ValueError, match=r"give --train_batch_size 8, which is the same global batch"):
+        fit_passes(config(64, global_batch_size=128), 128, memory, 10 * GB)
     for train_batch_size in (64, "auto"):
         with pytest.raises(ValueError, match=r"one image needs about 1\.5 GB, and 1\.0 GB are free"):
-            fit_passes(train_batch_size, 64, memory, 1 * GB)
+            fit_passes(config(train_batch_size), 64, memory, 1 * GB)
 
 
 def test_the_batch_of_a_huge_step_is_found_at_once():
-    assert fit_passes("auto", 3 * 2**60, Memory(0, 1 * GB), 20 * GB) == Passes(16, 3 * 2**56)
+    assert fit_passes(config("auto"), 3 * 2**60, Memory(0, 1 * GB), 20 * GB) == Passes(16, 3 * 2**56)
 
 
 def test_weights_that_leave_no_memory_are_refused_before_they_exist(runtime, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ddpm_pipeline.pixels import height_width
 from training.command_line import parse_dataclass
 from training.data.sizes import check_square
+from training.messages import some
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -94,6 +95,11 @@ class Config:
             times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
             forward passes as memory allows.
         gradient_accumulation_steps: forward passes per step.
+        global_batch_size: images of a step on all processes together, whatever their number, which has to divide it;
+            gradient_accumulation_steps then follows, so a run can go on with more or fewer processes. Default: see
+            train_batch_size.
+        gradient_compression: what processes send of the gradients: none (float32, all of it), or bf16, which is half
+            as many bytes for a slow network, and rounds them to 8 bits.
         max_train_minutes: minutes of training time, after which training ends. Sampling and validation do not count;
             what was trained before a run was resumed does. Default: no limit, or 60 if no other limit is given either.
         max_train_steps: number of steps after which training ends. Of several limits the first that is reached counts.
@@ -207,6 +213,8 @@ class Config:
     input_perturbation: float = 0.0
     train_batch_size: int | Literal["auto"] = "auto"
     gradient_accumulation_steps: int = 1
+    global_batch_size: int | None = None
+    gradient_compression: Literal["none", "bf16"] = "none"
     max_train_minutes: float | None = None
     max_train_steps: int | None = None
     max_train_images: int | None = None
@@ -260,7 +268,7 @@ class Config:
         if self.height_width is not None and self.random_rotate90:
             check_square(*self.height_width)
         at_least_one = (
-            "gradient_accumulation_steps max_train_steps max_train_images logging_steps min_side "
+            "gradient_accumulation_steps global_batch_size max_train_steps max_train_images logging_steps min_side "
             "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "
             "cpu_threads noise_candidates"
         )
@@ -275,9 +283,20 @@ class Config:
                     raise ValueError(f"{name} is {value}: give an integer of at least {least}")
         if self.train_batch_size != "auto" and self.train_batch_size < 1:
             raise ValueError(f'train_batch_size is {self.train_batch_size}: give an integer of at least 1, or "auto"')
-        for name in ("train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) != "auto" and getattr(self, name) > MAX_BATCH:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
+            if getattr(self, name) not in ("auto", None) and getattr(self, name) > MAX_BATCH:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at most {MAX_BATCH:,}")
+        if self.global_batch_size is not None:
+            if self.gradient_accumulation_steps != 1:
+                raise ValueError(
+                    f"global_batch_size is {self.global_batch_size} and gradient_accumulation_steps is "
+                    f"{self.gradient_accumulation_steps}: leave out one of them"
+                )
+            if self.train_batch_size != "auto" and self.global_batch_size % self.train_batch_size:
+                raise ValueError(
+                    f"global_batch_size is {self.global_batch_size} and train_batch_size is {self.train_batch_size}: "
+                    "the second has to divide the first"
+                )
         for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -344,8 +363,24 @@ class Config:
             return None
         return height_width(self.resolution, "resolution")
 
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ValueError if so many processes do not divide global_batch_size into passes of train_batch_size."""
+        if self.global_batch_size is None:
+            return
+        size = 1 if self.train_batch_size == "auto" else self.train_batch_size
+        passes = self.global_batch_size // size
+        if passes % world_size:
+            allowed = [str(n) for n in range(1, passes + 1) if passes % n == 0]
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size} and train_batch_size is {self.train_batch_size}: "
+                f"{world_size} processes do not divide that; start {some(allowed)}, or give a multiple of "
+                f"{world_size * size}"
+            )
+
     def batch_of_rank(self, world_size: int) -> int:
-        """Images of a step on each rank."""
+        """Images of a step on each rank, see `check_world_size`."""
+        if self.global_batch_size is not None:
+            return self.global_batch_size // world_size
         size = -(-GLOBAL_BATCH // world_size) if self.train_batch_size == "auto" else self.train_batch_size
         return size * self.gradient_accumulation_steps
 

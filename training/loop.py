@@ -20,7 +20,7 @@ from training.budget import PARTS, Budget, learning_rate
 from training.config import Config
 from training.hub import during_training
 from training.progress import progress
-from training.run import checkpoint, failures
+from training.run import checkpoint, failures, gradients
 from training.run.failures import ForwardPass
 from training.run.log import Log
 from training.run.record import RunRecord
@@ -103,6 +103,9 @@ def train(run: Run, state: TrainingState) -> bool:
     sums = torch.zeros(2, device=runtime.device)  # of the losses, and their number
     pending: deque[PendingStep] = deque()
     run.unet.train()
+    with failures.explain_out_of_memory(config, run.passes, state.step + 1, state.saved_step):
+        shape = run.data.channels, run.data.height, run.data.width
+        gradients.settle_buckets(run.model, run.unet, shape, run.passes.batch_size, runtime)
     clock.restart()
     logged_at = clock.seconds
     run.stop.in_loop = True
@@ -227,7 +230,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
         first = (i * runtime.world_size + runtime.rank) * batch_size
         index = torch.arange(first, first + batch_size)
         is_last = i == num_passes - 1  # the ranks exchange gradients in the last pass only
-        with failures.explain_out_of_memory(run.passes, state.step + 1, state.saved_step):
+        with failures.explain_out_of_memory(config, run.passes, state.step + 1, state.saved_step):
             x_0, labels = run.batches.batch(state.step, index)
             batch = objective.draw_noised_batch(
                 run.scheduler,

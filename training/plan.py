@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from training.budget import DEFAULT_MINUTES, Budget
 from training.config import GLOBAL_BATCH
 from training.denoiser import FAMILIES
 from training.post_hoc_ema import TRACKED
-from training.run.failures import is_out_of_memory
+from training.run.failures import flags_of_passes, is_out_of_memory
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -167,11 +167,12 @@ def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict
     before = (manifest or {}).get("batch_size")
     if config.train_batch_size == "auto" and before and of_rank % before == 0 and memory.of(before) <= available:
         return Passes(before, of_rank // before)
-    return fit_passes(config.train_batch_size, of_rank, memory, available)
+    return fit_passes(config, of_rank, memory, available)
 
 
-def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Memory, available: float) -> Passes:
+def fit_passes(config: Config, of_rank: int, memory: Memory, available: float) -> Passes:
     """Passes for `of_rank` images of a step, if so many bytes are available; ValueError: see `plan_passes`."""
+    train_batch_size = config.train_batch_size
     if train_batch_size != "auto" and memory.of(train_batch_size) <= available:
         return Passes(train_batch_size, of_rank // train_batch_size)
     fitting = min(of_rank, memory.largest_batch(SAFE * available))
@@ -187,8 +188,8 @@ def fit_passes(train_batch_size: int | Literal["auto"], of_rank: int, memory: Me
     if train_batch_size != "auto":
         raise ValueError(
             f"train_batch_size is {train_batch_size}, which needs about {memory.of(train_batch_size) / 1e9:.1f} GB, "
-            f"and {available / 1e9:.1f} GB are free: give --train_batch_size {best} --gradient_accumulation_steps "
-            f"{of_rank // best}, which is the same global batch"
+            f"and {available / 1e9:.1f} GB are free: give {flags_of_passes(config, best, of_rank // best)}, which is "
+            "the same global batch"
         )
     return Passes(best, of_rank // best)
 

@@ -32,7 +32,7 @@ from training.hub import during_training
 from training.hub.client import HubError
 from training.loop import Run, save_pipeline, train
 from training.progress import quiet_libraries
-from training.run import checkpoint, failures, resume, signals
+from training.run import checkpoint, failures, gradients, resume, signals
 from training.run.best import Best, check_held_out
 from training.run.ema_snapshots import FOLDER as SNAPSHOTS
 from training.run.ema_snapshots import EMASnapshots
@@ -64,6 +64,7 @@ def main(config: Config, stop: StopSignal) -> int:
     device = runtime.device
     output_dir = Path(config.output_dir).expanduser()
     runtime.agree(**config.shared_by_all_processes(), precision=runtime.mixed_precision)
+    config.check_world_size(runtime.world_size)
     lock = None
     with runtime.together():
         if runtime.is_main:
@@ -137,6 +138,8 @@ def main(config: Config, stop: StopSignal) -> int:
     optimizer = make_optimizer(config, unet, runtime.matmul_dtype())
     # Everything is on its device. accelerate's placement on "cpu:0" would copy the weights out of the EMA's memory.
     model = runtime.accelerator.prepare(unet, device_placement=[False])
+    if config.gradient_compression == "bf16" and runtime.world_size > 1:
+        gradients.compress(model)
     if config.compile:
         model = torch.compile(model)
 

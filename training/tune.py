@@ -104,7 +104,9 @@ def choose(
         tuning = default_tuning(runtime.device.type, runtime.dtype)
     if tuning is None:
         runtime.adapt_threads(at_once=True)  # with more threads than free cores nothing could be measured
-        batch_size = config.batch_of_rank(runtime.world_size) // config.gradient_accumulation_steps
+        batch_size = config.train_batch_size
+        if batch_size == "auto":
+            batch_size = config.batch_of_rank(runtime.world_size) // config.gradient_accumulation_steps
         tuning = tune(unet, image_shape, batch_size, runtime, Path(config.cache_dir).expanduser())
     for parameter in unet.parameters():
         if 1 in parameter.shape:

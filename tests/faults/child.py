@@ -29,11 +29,72 @@ TINY = {
 }
 PRELOAD = [
     "accelerate", "datasets", "ddpm_pipeline.pipeline_ddpm", "jsonargparse", "psutil", "torch._dynamo",
-    "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser", "training.run.checkpoint", "yaml",
+    "torch.distributed.run", "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser",
+    "training.run.checkpoint", "yaml",
 ]  # fmt: skip
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(PRELOAD)
+
+
+class Node:
+    """A machine's agent of torchrun, with its processes; `kill` kills them all at once, as a power failure.
+
+    It is torchrun's own agent and rendezvous, but the processes are forked.
+
+    Args:
+        launcher: command line of torchrun, before the script.
+        arguments: command line of train.py.
+        log: file for what all print.
+        machine: a network namespace to run in; None: this one.
+        fault: see `Run`.
+    """
+
+    def __init__(self, launcher, arguments, log, *, machine=None, fault=None):
+        self.log = log
+        log.touch()
+        arguments = [*map(str, launcher)], [*map(str, arguments)], str(log), machine, fault
+        self.agent = context.Process(target=_launch, args=arguments)
+        self.agent.start()
+
+    def wait(self, seconds=120):
+        """The exit code of the agent; None after so many seconds, and then it is killed."""
+        self.agent.join(seconds)
+        code = self.agent.exitcode
+        self.kill()
+        return code
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.agent.pid, signal.SIGKILL)
+        self.agent.join()
+
+
+def _launch(launcher, arguments, log, machine, fault):
+    os.setsid()
+    if machine:
+        from benchmarks import network
+
+        network.enter(machine)
+        os.environ["GLOO_SOCKET_IFNAME"] = network.CABLE
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    config, _, _ = run.config_from_args(run.parse_args([*launcher, str(TRAIN)]))
+    config.start_method = "fork"
+    elastic_launch(config, _work)(arguments, log, fault)
+
+
+def _work(arguments, log, fault):
+    try:
+        _train(arguments, {}, log, int(os.environ["RANK"]), fault=fault, crash_at=None)
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 class Run:

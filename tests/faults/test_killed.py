@@ -3,6 +3,7 @@ of weights, EMA and optimizer state."""
 
 import os
 import random
+import shutil
 import time
 
 import pytest
@@ -129,3 +130,12 @@ def test_a_run_resumes_from_any_step_bit_for_bit(workspace, options):
         workers = {"dataloader_num_workers": 0} if "dataloader_num_workers" in options else {}
         workspace.finish("run", **every_step, **(options | workers), resume_from_checkpoint=start)
         assert {later: workspace.sha256("run", later) for later in range(step, 7)} == expected
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_more_than_two_processes_add_up_gradients_in_the_same_order_when_resumed(workspace, compression):
+    options = {"world_size": 3, "train_batch_size": 1, "max_train_steps": 2, "checkpointing_steps": 1}
+    options |= {"checkpoints_total_limit": 2, "lr_warmup_steps": 0, "gradient_compression": compression}
+    expected = workspace.finish("run", **options)
+    shutil.rmtree(workspace.folder / "run" / "checkpoint-000002")
+    assert workspace.finish("run", **options, resume_from_checkpoint="latest") == expected

@@ -77,9 +77,10 @@ def check_same_run(
         compared.append(("labels with sha256", labels_before[:12], labels_digest[:12]))
     for name, trained, now in compared:
         if _meaning(name, trained) != _meaning(name, now):
+            back = f" (--global_batch_size {trained})" if name == "global batch" else ""
             raise CheckpointError(
-                f"{path} was trained with {name} {trained!r}, but now it is {now!r}: change it back, or start a new "
-                "run in another output_dir"
+                f"{path} was trained with {name} {trained!r}, but now it is {now!r}: change it back{back}, or start a "
+                "new run in another output_dir"
             )
 
 
@@ -91,7 +92,7 @@ def _meaning(setting: str, value: Any) -> Any:
 
 
 @contextmanager
-def explain_out_of_memory(passes: Passes, step: int, saved: int) -> Iterator[None]:
+def explain_out_of_memory(config: Config, passes: Passes, step: int, saved: int) -> Iterator[None]:
     """Turn running out of memory in this context into OutOfMemoryError, which suggests settings that need less.
 
     Args:
@@ -109,10 +110,16 @@ def explain_out_of_memory(passes: Passes, step: int, saved: int) -> Iterator[Non
             advice = "train_batch_size is 1 already: use a smaller resolution or denoiser"
         else:
             advice = (
-                f"use --train_batch_size {batch_size // divisor} --gradient_accumulation_steps "
-                f"{accumulation * divisor}, which needs less and keeps the global batch"
+                f"use {flags_of_passes(config, batch_size // divisor, accumulation * divisor)}, which needs less and "
+                "keeps the global batch"
             )
         raise OutOfMemoryError(f"Out of memory at step {step}: {advice}. {describe_saved(saved)}") from error
+
+
+def flags_of_passes(config: Config, batch_size: int, number: int) -> str:
+    """The flags for so many forward passes of so many images on each rank."""
+    accumulation = "" if config.global_batch_size else f" --gradient_accumulation_steps {number}"
+    return f"--train_batch_size {batch_size}{accumulation}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

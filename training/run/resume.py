@@ -28,7 +28,7 @@ LIMITS = ("max_train_minutes", "max_train_steps", "max_train_images")
 MAY_CHANGE = (
     *LIMITS, "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay",
     "adam_epsilon", "max_grad_norm", "ema_max_decay", "ema_inv_gamma", "ema_power", "variance_type", "loss_weighting",
-    "timestep_sampling", "noise_candidates", "input_perturbation", "deterministic",
+    "timestep_sampling", "noise_candidates", "input_perturbation", "deterministic", "gradient_compression",
 )  # fmt: skip
 
 

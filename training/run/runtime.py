@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddpm_pipeline.cpu import SharedCores, keep_memory
 from training.run.environment import check_environment, launched_precision
+from training.run.gradients import ddp_settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +66,7 @@ class Runtime:
         cpu_only = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
         wait = InitProcessGroupKwargs(timeout=None if mistake is None else PATIENCE_WITH_MISTAKE)
         self.accelerator: Accelerator = Accelerator(
-            mixed_precision=mixed_precision, cpu=cpu_only, kwargs_handlers=[wait]
+            mixed_precision=mixed_precision, cpu=cpu_only, kwargs_handlers=[wait, ddp_settings()]
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
