@@ -45,6 +45,7 @@ class Stream(enum.IntEnum):
     VERTICAL_FLIP = 15
     QUARTER_TURN = 16
     TIMESTEP_SHIFT = 17
+    SHARD_ORDER = 18
 
 
 def key(*numbers: int) -> int:

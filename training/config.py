@@ -24,7 +24,7 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 # Paths, and how a machine decodes the images; those that the images come from may differ if the images do not.
 PER_MACHINE = ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from", "resume_from_checkpoint",
-               "extractor", "cpu_threads", "tune", "dataloader_num_workers")  # fmt: skip
+               "extractor", "cpu_threads", "tune", "dataloader_num_workers", "streaming_cache_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Config:
         dataset_name: "moons" (built in), a local folder of parquet files laid out as on the Hub, or a name on the Hub.
         dataset_config_name: configuration (subset) of the data set on the Hub.
         train_data_dir: folder of image files, searched recursively; use it instead of dataset_name.
+        streaming: dataset_name or train_data_dir is shards: parquet files, tar files (WebDataset) or what
+            `python -m training.data.pack` has written, in a folder, on the Hub, or at a URL such as s3://bucket/folder
+            or https://host/shard-{000..999}.tar; a part of them at a time is on this machine's disk, see docs/data.md.
+        streaming_cache_gb: disk for this part in cache_dir, in units of 10^9 bytes.
         split: split to train on, as in `datasets.load_dataset`; of a folder of images, its folder train, val or test.
         image_column: column of the images in a data set that has several; default: the only one.
         label_column: column of the labels, in a data set or in the metadata.csv of train_data_dir; default: the only
@@ -62,11 +66,12 @@ class Config:
         balance_classes: how often a class is drawn: none (as often as it is in the data), sqrt (by the square root of
             its number of images) or equal.
         background: colour behind transparent pixels, a name or #rrggbb.
-        on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out.
+        on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out. With streaming others
+            of their shard take their place, whatever this is.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
         cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
-            decodes them.
+            decodes them. With streaming, shards that are fetched at once; 0: four.
         denoiser: network: tiny (2 M parameters), small (11 M), base (40 M) or large (119 M), each made for the size of
             the images; "auto", the largest of these that is fast enough here for the length of the run, or that of the
             model in init_from; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on
@@ -166,6 +171,8 @@ class Config:
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     train_data_dir: str | None = None
+    streaming: bool = False
+    streaming_cache_gb: float = 50.0
     split: str = "train"
     image_column: str | None = None
     label_column: str | None = None
@@ -270,7 +277,8 @@ class Config:
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != "auto" and getattr(self, name) > MAX_BATCH:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at most {MAX_BATCH:,}")
-        for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
+        positive = "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes "
+        for name in (positive + "streaming_cache_gb").split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: give a positive number")
@@ -311,6 +319,7 @@ class Config:
             raise ValueError(
                 f"balance_classes is {self.balance_classes!r}, but class_conditional is false: add --class_conditional"
             )
+        self._check_streaming()
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError(f"push_to_hub is true and hub_model_id is {self.hub_model_id!r}: give user/name")
         if not self.push_to_hub and (self.hub_model_id or self.push_to_hub_steps):
@@ -322,6 +331,25 @@ class Config:
             raise ValueError(
                 f"ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: give at most ddpm_num_steps, "
                 f"{self.ddpm_num_steps}"
+            )
+
+    def _check_streaming(self) -> None:
+        place = self.dataset_name or self.train_data_dir or ""
+        if not self.streaming:
+            if "://" in place:
+                raise ValueError(f"the data is {place!r}: a URL needs --streaming")
+            return
+        if place == "moons":
+            raise ValueError("streaming is true, but the moons are drawn and have no shards: leave it out")
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}: it is for folders of images, and streaming is true"
+                )
+        if self.balance_classes != "none":
+            raise ValueError(
+                f"balance_classes is {self.balance_classes!r}, but streaming is true, which has a part of the images "
+                "at hand: give none"
             )
 
     @property
