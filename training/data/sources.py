@@ -72,7 +72,8 @@ def hub_dataset(
         paths = sorted([*local.rglob("*.parquet"), *local.glob("README.md")])  # README.md may define configs and splits
         if not any(path.suffix == ".parquet" for path in paths):
             raise ValueError(
-                f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give train_data_dir"
+                f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give "
+                "train_data_dir, if it has tar files or packed shards, add --streaming"
             )
         broken = [path.relative_to(local).as_posix() for path in paths if not path.exists()]
         if broken:

@@ -217,6 +217,7 @@ class ShardStream:
         """End the threads."""
         self.images.cache.stopped.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._fetched.clear()  # a failed one refers to what has waited for it, and so to all of the run
 
 
 # ---- The data set ----------------------------------------------------------------------------------------------------
