@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ddpm_pipeline.objective import Loss
     from training.data.batches import Batches
     from training.data.image_set import ImageSet
-    from training.data.streaming import ShardStream
+    from training.data.shard_stream import ShardStream
     from training.ema import FlatEMA
     from training.plan import Passes
     from training.run.best import Best

@@ -12,8 +12,9 @@ import torch
 from tests.data.shard_files import add, as_arrays, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores, streaming
 from training.data.shard_order import ShardOrder
+from training.data.shard_stream import ShardStream
 from training.data.stores import ShardError
-from training.data.streaming import ShardStream, load_streamed_split
+from training.data.streaming import load_streamed_split
 
 COUNTS = [7, 5, 9, 6]
 WRITERS = {"parquet": write_tables, "webdataset": write_tars, "packed": write_packed}
@@ -30,8 +31,7 @@ def load(tmp_path, log, monkeypatch):
     monkeypatch.setattr(stores, "PATIENCE", 1.0)
 
     def load(place, validation_split="none", **options):
-        options = {"image_column": None, "label_column": None, "center_crop": True, "background": "white"} | options
-        options = {"min_side": 1, "cache_gb": 1, "cache_dir": tmp_path / "cache"} | options
+        options = {"cache_dir": tmp_path / "cache"} | options
         return load_streamed_split(validation_split, dataset_name=str(place), log=log.append, **options)
 
     return load

@@ -19,7 +19,7 @@ from ddpm_pipeline.transfer import to_device
 from training.data.sizes import check_square
 
 if TYPE_CHECKING:
-    from training.data.streaming import ShardStream
+    from training.data.shard_stream import ShardStream
 
 MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 

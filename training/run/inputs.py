@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from training.data.batches import Batches, Labels
 from training.data.classes import Classes, find_classes
 from training.data.shard_order import ShardOrder
+from training.data.shard_stream import FETCHES, ShardStream
 from training.data.sizes import Rule
 from training.data.split import DataSplit, load_data_split
-from training.data.streaming import FETCHES, ShardStream, load_streamed_split
+from training.data.streaming import load_streamed_split
 
 if TYPE_CHECKING:
     from training.config import Config
