@@ -12,19 +12,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.server
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project, so that `benchmarks` and `training` are found
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.common import RESULTS, ROOT, machine, write_json  # noqa: E402
@@ -38,8 +43,7 @@ from training.data.streaming import load_streamed_split  # noqa: E402
 from training.denoiser import find_network, make_denoiser  # noqa: E402
 
 BATCH = 64
-WINDOW = 2048  # images of a group in `speed`: so small that each round fetches one
-COPIES = 20  # of the 50,000 images
+PER_SHARD, NUM_SHARDS, WINDOW = 256, 16, 512  # of `speed`: groups of two shards, so that each round fetches one
 
 
 def main() -> None:
@@ -49,6 +53,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/streaming"), help="folder for what is made")
     parser.add_argument("--rounds", type=int, default=6, help="of speed; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes that pack; default: %(default)s")
+    parser.add_argument("--copies", type=int, default=20, help="of 50,000 images to pack; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=100, help="of training on a million; default: %(default)s")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     result = {"speed": speed, "resume": resume, "million": million}[args.part](args)
@@ -60,26 +66,26 @@ def main() -> None:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of one group each, which fetch the next one meanwhile; neither kind is always the first."""
-    packed = args.work / "packed"
+    """Rounds of one group each, which fetch the next one meanwhile; neither kind is always the first.
+
+    The cache holds two groups, so that each shard is fetched anew in every epoch.
+    """
+    tables, packed, cache_dir = args.work / "tables", args.work / "packed", args.work / "cache"
+    if not tables.is_dir():
+        split_table(args.data, tables)
     if not (packed / "manifest.json").exists():
         shutil.rmtree(packed, ignore_errors=True)
-        run_script("-m", "training.data.pack", args.data, packed, "--images_per_shard=1024")
-    tables = args.work / "tables"
-    if not tables.is_dir():
-        split_table(args.data, tables, rows=1024)
-    cache_dir = args.work / "cache"
-    mapped = load_data_split("none", dataset_name=str(args.data), cache_dir=cache_dir)
+        run_script("-m", "training.data.pack", tables, packed, f"--images_per_shard={PER_SHARD}")
+    mapped = load_data_split("none", dataset_name=str(tables), cache_dir=cache_dir)
     step = make_step(Batches(mapped.data.images, batch_size=BATCH, seed=0, device=torch.device("cpu")))
     results = []
     with serving(tables) as url:
-        for name, place in (
-            ("packed shards on disk", str(packed)),
-            ("parquet over HTTP", f"{url}/{{000..048}}.parquet"),
-        ):
-            shutil.rmtree(cache_dir / "streamed", ignore_errors=True)
-            streamed = load_streamed_split("none", dataset_name=place, cache_gb=1, cache_dir=cache_dir / "streamed")
+        pattern = f"{url}/{{000..{NUM_SHARDS - 1:03}}}.parquet"
+        for name, place in (("packed shards on disk", str(packed)), ("parquet over HTTP", pattern)):
+            shutil.rmtree(args.work / "streamed", ignore_errors=True)
+            streamed = load_streamed_split("none", dataset_name=place, cache_dir=args.work / "streamed")
             images: Any = streamed.data.images
+            images.cache = replace(images.cache, limit=2 * WINDOW * (3 * 32 * 32 + 1))
             stream = ShardStream(images, ShardOrder(images.counts, streamed.train_indices, 0, WINDOW), BATCH)
             batches = Batches(images, batch_size=BATCH, seed=0, stream=stream, device=torch.device("cpu"))
             results.append(compare(name, step, make_step(batches), stream, args.rounds))
@@ -117,18 +123,21 @@ def compare(
     for call in (peer, ours):
         call(0)
     rates: dict[str, list[float]] = {"peer": [], "ours": []}
+    cpu_seconds: dict[str, list[float]] = {"peer": [], "ours": []}  # of all threads: the same on a busy machine
     waited = stream.seconds_waited  # for the first group, at the start of a run
     for i in range(rounds):
         for which in ("peer", "ours") if i % 2 else ("ours", "peer"):
             call = peer if which == "peer" else ours
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             for number in range(steps * i + 1, steps * (i + 1) + 1):
                 call(number)
             rates[which].append(steps * BATCH / (time.perf_counter() - started))
+            cpu_seconds[which].append(time.process_time() - cpu_started)
     comparison = Comparison(name, "images/s", rates["peer"], rates["ours"], target=0.95, peer_is="memory-mapped")
     seconds = sum(steps * BATCH / rate for rate in rates["ours"])
     stalls = stream.seconds_waited - waited
     return comparison.as_dict() | {
+        "ratio_of_processor_time": round(median(cpu_seconds["peer"]) / median(cpu_seconds["ours"]), 3),
         "ratios": [round(ratio, 3) for ratio in comparison.ratios],
         "seconds_waited_at_the_start": round(waited, 2),
         "share_of_time_waited": round(stalls / seconds, 4),
@@ -161,14 +170,14 @@ def serve(folder: str) -> None:
     server.serve_forever()
 
 
-def split_table(data: Path, folder: Path, rows: int) -> None:
-    """The training split in parquet files of this many images: 000.parquet, 001.parquet, ..."""
+def split_table(data: Path, folder: Path) -> None:
+    """The first training images in small parquet files: 000.parquet, 001.parquet, ..."""
     from pyarrow import parquet
 
     folder.mkdir()
     table = parquet.read_table(next(data.rglob("train-*.parquet")))
-    for i in range(-(-len(table) // rows)):
-        parquet.write_table(table.slice(i * rows, rows), folder / f"{i:03}.parquet")
+    for i in range(NUM_SHARDS):
+        parquet.write_table(table.slice(i * PER_SHARD, PER_SHARD), folder / f"{i:03}.parquet")
 
 
 # ---- Exact resume ----------------------------------------------------------------------------------------------------
@@ -229,29 +238,52 @@ def run_script(*command: Any) -> None:
 
 
 def million(args: argparse.Namespace) -> dict[str, Any]:
-    """CIFAR-10's training images COPIES times, packed and trained on."""
-    source, packed = args.work / "million", args.work / "million-packed"
-    source.mkdir(exist_ok=True)
-    for i in range(COPIES):
-        file = source / f"train-{i:05}-of-{COPIES:05}.parquet"
-        if not file.exists():
-            shutil.copy(next(args.data.rglob("train-*.parquet")), file)
-    cache_dir = args.work / "million-cache"
-    result: dict[str, Any] = {"images": 50_000 * COPIES, "workers": args.workers, "source_gb": gigabytes(source)}
-    if not (packed / "manifest.json").exists():
-        result["packing"] = measured(
-            "-m", "training.data.pack", source, packed, f"--num_workers={args.workers}", f"--cache_dir={cache_dir}",
-            folder=packed,
-        )  # fmt: skip
+    """CIFAR-10's training images, `copies` times, packed; then a million packed images trained on.
+
+    With fewer than 20 copies the packed shards are repeated up to a million images: what training takes is the same.
+    """
+    source, packed, cache_dir = args.work / "million", args.work / "million-packed", args.work / "million-cache"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir()
+    for i in range(args.copies):
+        shutil.copy(next(args.data.rglob("train-*.parquet")), source / f"train-{i:05}-of-{args.copies:05}.parquet")
+    result: dict[str, Any] = {"packed_images": 50_000 * args.copies, "workers": args.workers}
+    result["source_gb"] = gigabytes(source)
+    shutil.rmtree(packed, ignore_errors=True)
+    result["packing"] = measured(
+        "-m", "training.data.pack", source, packed, f"--num_workers={args.workers}", f"--cache_dir={cache_dir}",
+        folder=packed,
+    )  # fmt: skip
     result["packed_gb"] = gigabytes(packed)
+    images = repeat_shards(packed, 1_000_000)
     shutil.rmtree(args.work / "million-run", ignore_errors=True)
-    result["training_100_steps"] = measured(
-        "training/train.py", f"--dataset_name={packed}", "--streaming", "--denoiser=tiny", "--max_train_steps=100",
-        "--validation_steps=0", "--save_images_steps=0", "--num_sample_images=4", "--ddpm_num_inference_steps=2",
-        "--tune=off", "--report_to=none", f"--cache_dir={cache_dir}", f"--output_dir={args.work / 'million-run'}",
-        folder=cache_dir,
+    result["training"] = {"images": images, "steps": args.steps, "batch": BATCH, "packed_gb": gigabytes(packed)}
+    result["training"] |= measured(
+        "training/train.py", f"--dataset_name={packed}", "--streaming", "--denoiser=tiny",
+        f"--max_train_steps={args.steps}", "--validation_steps=0", "--save_images_steps=0", "--num_sample_images=1",
+        "--ddpm_num_inference_steps=1", "--tune=off", "--report_to=none", f"--cache_dir={cache_dir}",
+        f"--output_dir={args.work / 'million-run'}", folder=cache_dir,
     )  # fmt: skip
     return result
+
+
+def repeat_shards(packed: Path, least: int) -> int:
+    """Copy the training shards of a packed data set until there are at least so many images; returns their number."""
+    file = packed / "manifest.json"
+    manifest = json.loads(file.read_text())
+    train = manifest["splits"]["train"]
+    own, number = list(train["shards"]), train["images"]
+    times = -(-least // number)
+    for copy in range(1, times):
+        for shard in own:
+            name = f"copy-{copy:02}-{shard['name']}"
+            shutil.copy(packed / shard["name"], packed / name)
+            train["shards"].append(shard | {"name": name})
+    if times > 1:
+        np.save(packed / train["labels"], np.tile(np.load(packed / train["labels"]), times))
+        train["images"] = times * number
+        file.write_text(json.dumps(manifest))
+    return int(train["images"])
 
 
 def measured(*command: Any, folder: Path) -> dict[str, float]:
@@ -264,6 +296,7 @@ def measured(*command: Any, folder: Path) -> dict[str, float]:
     started = time.monotonic()
     most_memory = most_private = most_disk = 0.0
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    processor_before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     run = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment)
     while run.poll() is None:
         memory, private = 0, 0
@@ -278,6 +311,7 @@ def measured(*command: Any, folder: Path) -> dict[str, float]:
         sys.exit(f"it ended with exit code {run.returncode}")
     return {
         "seconds": round(time.monotonic() - started),
+        "processor_seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - processor_before),
         "peak_memory_gb": round(most_memory / 1e9, 2),
         "peak_private_memory_gb": round(most_private / 1e9, 2),
         "peak_disk_gb": round(most_disk, 2),
