@@ -48,6 +48,7 @@ class Stream(enum.IntEnum):
     TIMESTEP_LOG_SNR = 18
     NOISE_CANDIDATE = 19
     INPUT_PERTURBATION = 20
+    SHARD_ORDER = 21
 
 
 def key(*numbers: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -12,20 +11,19 @@ from typing import Any, Literal
 
 from ddpm_pipeline.pixels import height_width
 from training.command_line import parse_dataclass
-from training.data.sizes import check_square
+from training.config_checks import check
 from training.messages import some
 
 CONFIGS = Path(__file__).parent / "configs"
 
 GLOBAL_BATCH = 64  # images of a step, if no batch size is given
-MAX_BATCH = 2**20  # images; far above any that is of use
 
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 # Paths, and how a machine decodes the images; those that the images come from may differ if the images do not.
 PER_MACHINE = ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "init_from", "resume_from_checkpoint",
-               "extractor", "cpu_threads", "tune", "dataloader_num_workers")  # fmt: skip
+               "extractor", "cpu_threads", "tune", "dataloader_num_workers", "streaming_cache_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,10 @@ class Config:
         dataset_name: "moons" (built in), a local folder of parquet files laid out as on the Hub, or a name on the Hub.
         dataset_config_name: configuration (subset) of the data set on the Hub.
         train_data_dir: folder of image files, searched recursively; use it instead of dataset_name.
+        streaming: dataset_name or train_data_dir is shards: parquet files, tar files (WebDataset) or what
+            `python -m training.data.pack` has written, in a folder, on the Hub, or at a URL such as s3://bucket/folder
+            or https://host/shard-{000..999}.tar; a part of them at a time is on this machine's disk, see docs/data.md.
+        streaming_cache_gb: disk for this part in cache_dir, in units of 10^9 bytes.
         split: split to train on, as in `datasets.load_dataset`; of a folder of images, its folder train, val or test.
         image_column: column of the images in a data set that has several; default: the only one.
         label_column: column of the labels, in a data set or in the metadata.csv of train_data_dir; default: the only
@@ -63,11 +65,12 @@ class Config:
         balance_classes: how often a class is drawn: none (as often as it is in the data), sqrt (by the square root of
             its number of images) or equal.
         background: colour behind transparent pixels, a name or #rrggbb.
-        on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out.
+        on_bad_image: unreadable images: "stop" names the first and exits, "skip" leaves them out. With streaming others
+            of their shard take their place, whatever this is.
         min_side: shortest allowed side of an image in pixels; a smaller image counts as unreadable.
         cache_dir: folder for decoded images, extracted features, classifiers and what tuning found.
         dataloader_num_workers: processes that decode the images if they are not in cache_dir yet; 0: the main process
-            decodes them.
+            decodes them. With streaming, shards that are fetched at once; 0: four.
         denoiser: network: tiny (2 M parameters), small (11 M), base (40 M) or large (119 M), each made for the size of
             the images; "auto", the largest of these that is fast enough here for the length of the run, or that of the
             model in init_from; ddpm-cifar10 (35.7 M); or that of another model: the folder of a pipeline, its name on
@@ -178,6 +181,8 @@ class Config:
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     train_data_dir: str | None = None
+    streaming: bool = False
+    streaming_cache_gb: float = 50.0
     split: str = "train"
     image_column: str | None = None
     label_column: str | None = None
@@ -261,100 +266,7 @@ class Config:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                f"dataset_name is {self.dataset_name!r} and train_data_dir is {self.train_data_dir!r}: give one of them"
-            )
-        if self.height_width is not None and self.random_rotate90:
-            check_square(*self.height_width)
-        at_least_one = (
-            "gradient_accumulation_steps global_batch_size max_train_steps max_train_images logging_steps min_side "
-            "num_sample_images ddpm_num_steps ddpm_num_inference_steps checkpointing_steps checkpoints_total_limit "
-            "cpu_threads noise_candidates"
-        )
-        at_least_zero = (
-            "dataloader_num_workers lr_warmup_steps save_images_steps push_to_hub_steps validation_steps "
-            "validation_samples"
-        )
-        for names, least in ((at_least_one, 1), ("num_validation_images", 2), (at_least_zero, 0)):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and value < least:
-                    raise ValueError(f"{name} is {value}: give an integer of at least {least}")
-        if self.train_batch_size != "auto" and self.train_batch_size < 1:
-            raise ValueError(f'train_batch_size is {self.train_batch_size}: give an integer of at least 1, or "auto"')
-        for name in ("train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
-            if getattr(self, name) not in ("auto", None) and getattr(self, name) > MAX_BATCH:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at most {MAX_BATCH:,}")
-        if self.global_batch_size is not None:
-            if self.gradient_accumulation_steps != 1:
-                raise ValueError(
-                    f"global_batch_size is {self.global_batch_size} and gradient_accumulation_steps is "
-                    f"{self.gradient_accumulation_steps}: leave out one of them"
-                )
-            if self.train_batch_size != "auto" and self.global_batch_size % self.train_batch_size:
-                raise ValueError(
-                    f"global_batch_size is {self.global_batch_size} and train_batch_size is {self.train_batch_size}: "
-                    "the second has to divide the first"
-                )
-        for name in "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes".split():
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: give a positive number")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "label_dropout", "dropout", "input_perturbation"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}: give a number in [0, 1)")
-        if self.guide_snapshot is not None and not 1 / 64 <= self.guide_snapshot <= 1 / 2:
-            raise ValueError(
-                f"guide_snapshot is {self.guide_snapshot}: give a share of the run from 1/64 to 1/2, such as 0.125"
-            )
-        if self.input_perturbation and self.variance_type == "learned_range":
-            raise ValueError(
-                f"input_perturbation is {self.input_perturbation} and variance_type is 'learned_range', which would "
-                "learn the variance of perturbed inputs: leave out one of them"
-            )
-        if not 0 <= self.adam_weight_decay < math.inf:
-            raise ValueError(f"adam_weight_decay is {self.adam_weight_decay}: give a number of at least 0")
-        self.trackers  # noqa: B018  raises if report_to is wrong
-        if self.resume_from_checkpoint == "":  # an unset variable of a shell script must not start a new run
-            raise ValueError('resume_from_checkpoint is "": give "latest", "auto" or a checkpoint folder')
-        for name in ("output_dir", "cache_dir", "train_data_dir", "dataset_name", "denoiser", "init_from"):
-            if getattr(self, name) == "":
-                raise ValueError(f'{name} is "": give a name')
-        if self.validation_samples == 1:
-            raise ValueError("validation_samples is 1: give at least 2, or 0 for none")
-        if self.validation_samples and (self.validation_steps == 0 or self.validation_split == "none"):
-            raise ValueError(
-                f"validation_samples is {self.validation_samples}, but validation_steps is {self.validation_steps} and "
-                f"validation_split is {self.validation_split!r}, so there is no validation: set validation_samples to 0"
-            )
-        if self.keep_best and (self.validation_steps == 0 or self.validation_split == "none"):
-            cause = "validation_steps is 0" if self.validation_steps == 0 else 'validation_split is "none"'
-            raise ValueError(
-                f"keep_best is {self.keep_best!r}, but {cause}, so there is no validation: leave out one of them"
-            )
-        if self.keep_best == "kernel_distance" and not self.validation_samples:
-            raise ValueError(
-                "keep_best is 'kernel_distance', but validation_samples is 0: give how many images to sample at each "
-                "validation, such as 256"
-            )
-        if self.balance_classes != "none" and not self.class_conditional:
-            raise ValueError(
-                f"balance_classes is {self.balance_classes!r}, but class_conditional is false: add --class_conditional"
-            )
-        if self.push_to_hub and not self.hub_model_id:
-            raise ValueError(f"push_to_hub is true and hub_model_id is {self.hub_model_id!r}: give user/name")
-        if not self.push_to_hub and (self.hub_model_id or self.push_to_hub_steps):
-            raise ValueError(
-                f"hub_model_id is {self.hub_model_id!r} and push_to_hub_steps is {self.push_to_hub_steps}, but "
-                "push_to_hub is false: add --push_to_hub"
-            )
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
-            raise ValueError(
-                f"ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: give at most ddpm_num_steps, "
-                f"{self.ddpm_num_steps}"
-            )
+        check(self)
 
     @property
     def height_width(self) -> tuple[int, int] | None:

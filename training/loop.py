@@ -18,6 +18,7 @@ from torch import Tensor
 
 from training.budget import PARTS, Budget, learning_rate
 from training.config import Config
+from training.data.stores import ShardError
 from training.hub import during_training
 from training.progress import progress
 from training.run import checkpoint, failures, gradients
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from ddpm_pipeline.objective import Loss
     from ddpm_pipeline.timesteps import ImportanceSampling
     from training.data.batches import Batches
-    from training.data.cache import ImageSet
+    from training.data.image_set import ImageSet
+    from training.data.shard_stream import ShardStream
     from training.ema import FlatEMA
     from training.plan import Passes
     from training.run.best import Best
@@ -115,6 +117,18 @@ def train(run: Run, state: TrainingState) -> bool:
     while budget.share(state.step) < 1 and not stopping:
         runtime.adapt_threads()
 
+        # ---- Images of a data set in shards, once for each group of shards
+        if run.batches.stream is not None and run.batches.stream.begins_group(state.step):
+            try:
+                stopping = not wait_for_shards(run, run.batches.stream, state.step)
+            except ShardError as error:
+                read_outcomes(run, state, pending)
+                save_checkpoint(run, state)
+                raise ShardError(f"{error}. {failures.describe_saved(state.saved_step)}") from error
+            if stopping:
+                read_outcomes(run, state, pending)
+                break
+
         # ---- Loss, gradients, optimizer, EMA
         rate = learning_rate(config, budget, state.step + 1)
         loss, passes = accumulate_gradients(run, state)
@@ -155,6 +169,7 @@ def train(run: Run, state: TrainingState) -> bool:
                     images_per_second=images_per_second,
                     ema_decay=run.ema.decay_at(state.step),
                     skipped=state.skipped,
+                    **({} if run.batches.stream is None else {"data_wait": run.batches.stream.seconds_waited}),
                 )
             bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_second:.0f}")
             bar.seconds_left = seconds_left(run, state, run.record.global_batch / images_per_second)
@@ -197,6 +212,24 @@ def train(run: Run, state: TrainingState) -> bool:
     run.stop.in_loop = False
     bar.close()
     return stopping
+
+
+def wait_for_shards(run: Run, stream: ShardStream, step: int) -> bool:
+    """Wait for the shards of a step, on all ranks. Returns False on all if a signal came on one.
+
+    Raises:
+        ShardError: on all ranks, if one cannot have a shard.
+    """
+    with run.runtime.together():
+        is_ready = stream.wait(step, run.stop.requested)
+    (stopping,) = run.runtime.any(not is_ready)
+    return not stopping
+
+
+def read_outcomes(run: Run, state: TrainingState, pending: deque[PendingStep]) -> None:
+    """Read the outcomes of the steps that are outstanding."""
+    while pending:
+        check_outcome(run, state, pending.popleft())
 
 
 def validate(run: Run, state: TrainingState, bar: Any) -> None:

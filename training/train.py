@@ -4,8 +4,8 @@ Order: config, runtime, data, model, EMA, optimizer, resume, loop, save. A step 
 EMA are float32; autocast is around the network alone. Every random number is a function of (seed, step, index in the
 global batch), for dropout of (seed, step, rank), so a resumed run continues bit for bit.
 
-Exit codes: 0 done; 1 a non-finite loss or gradient, out of memory or disk full; 2 a mistake in the command or the data;
-3 the Hub failed; 143 stopped by a signal.
+Exit codes: 0 done; 1 a non-finite loss or gradient, out of memory, disk full, or a shard that cannot be read; 2 a
+mistake in the command or the data; 3 the Hub failed; 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ddpm_pipeline.cpu import importing
 from ddpm_pipeline.files import remove
 from training.budget import Budget, with_learning_rate
 from training.config import Config, parse
+from training.data.stores import ShardError
 from training.hub import during_training
 from training.hub.client import HubError
 from training.loop import Run, save_pipeline, train
@@ -192,7 +193,10 @@ def main(config: Config, stop: StopSignal) -> int:
         for warning in plan.length_warnings(steps * inputs.global_batch, len(inputs.split.train_indices), rate, config):
             runtime.print(warning)
     first_step = state.step
-    interrupted = train(run, state)
+    try:
+        interrupted = train(run, state)
+    finally:
+        inputs.batches.close()
     if interrupted:
         if state.saved_step == state.step:
             runtime.print(f"stopped by a signal: checkpoint after step {state.step} written. To continue: "
@@ -207,6 +211,8 @@ def main(config: Config, stop: StopSignal) -> int:
     if state.step > first_step:
         skipped = f", {state.skipped} skipped" if state.skipped else ""
         runtime.print(f"trained {state.step - first_step} steps in {duration(state.clock.seconds)}{skipped}")
+        if inputs.batches.stream is not None:
+            runtime.print(f"waited {duration(inputs.batches.stream.seconds_waited)} for shards")
 
     # ---- Save --------------------------------------------------------------------------------------------------------
     if best.weights_before(state.step) is not None:
@@ -350,6 +356,9 @@ if __name__ == "__main__":
     try:
         with StopSignal() as stop:
             code = main(config, stop)
+    except ShardError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        code = 1
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         code = 2

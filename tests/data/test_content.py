@@ -98,7 +98,7 @@ def test_a_large_file_is_known_by_its_ends_and_samples(tmp_path, monkeypatch):
 def test_the_key_of_a_hub_data_set_has_its_commit(load, monkeypatch, tmp_path):
     keys = set()
     for commit in ("aaaa", "bbbb", "bbbb"):
-        monkeypatch.setattr(sources, "_commit", lambda *_, commit=commit: commit)
+        monkeypatch.setattr(sources, "hub_commit", lambda *_, commit=commit: commit)
         source = sources.hub_dataset("user/cats", None, "train", index_dir=tmp_path)
         keys.add(str(source.identity))
     assert len(keys) == 2
@@ -168,7 +168,7 @@ def test_a_disk_that_refuses_is_named(folder, load, cache_dir, monkeypatch, numb
 
 def test_too_little_room_is_said_before_decoding(folder, load, monkeypatch):
     bmp(folder / "1.bmp", 100)
-    monkeypatch.setattr(disk, "_free", lambda path: 63)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 63)
     with pytest.raises(disk.CacheError, match=r"need 64 bytes, 63 are free.*--cache_dir"):
         load()
 

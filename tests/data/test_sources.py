@@ -122,7 +122,7 @@ def test_a_data_set_that_does_not_exist_is_named(load, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    monkeypatch.setattr(sources, "_commit", lambda *_: None)
+    monkeypatch.setattr(sources, "hub_commit", lambda *_: None)
     with pytest.raises(ValueError, match=r"dataset_name is 'nobody/nothing'.*does not load from the Hub: Dataset"):
         load(dataset_name="nobody/nothing")
 

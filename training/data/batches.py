@@ -7,6 +7,7 @@ and one process or four see the same global batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from ddpm_pipeline import rng
 from ddpm_pipeline.pixels import from_pixels
 from ddpm_pipeline.transfer import to_device
 from training.data.sizes import check_square
+
+if TYPE_CHECKING:
+    from training.data.shard_stream import ShardStream
 
 MAX_ON_DEVICE = 4 * 2**30  # bytes; a data set of up to this size is copied to the accelerator once
 
@@ -64,6 +68,7 @@ class Batches:
         random_vertical_flip: flip half of the images vertically, at random.
         random_rotate90: turn each image by 0, 1, 2 or 3 quarter turns, at random.
         labels: of the images; None: they have none.
+        stream: of images in shards, which have another order, see shard_order.py; None: they are in one array.
         device: of the returned batches.
     Raises:
         ValueError: quarter turns of images that are not square.
@@ -80,9 +85,10 @@ class Batches:
         random_vertical_flip: bool = False,
         random_rotate90: bool = False,
         labels: Labels | None = None,
+        stream: ShardStream | None = None,
         device: torch.device,
     ) -> None:
-        self._images, self._labels = images, labels
+        self._images, self._labels, self.stream = images, labels, stream
         self._train_indices = np.arange(len(images)) if train_indices is None else train_indices
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._random_flip, self._random_vertical_flip = random_flip, random_vertical_flip
@@ -98,7 +104,7 @@ class Batches:
             self._draws = draws_per_epoch(np.array([len(images) for images in self._classes]), labels.balance)
             self._epoch_length = int(self._draws.sum())
         self._on_device: Tensor | None = None
-        if device.type != "cpu" and images.nbytes <= MAX_ON_DEVICE:
+        if device.type != "cpu" and images.nbytes <= MAX_ON_DEVICE and stream is None:
             self._on_device = torch.from_numpy(np.array(images)).to(device)
 
     def indices(self, step: int, index: Tensor) -> np.ndarray:
@@ -112,7 +118,11 @@ class Batches:
         epochs, within = np.divmod(position, self._epoch_length)
         indices = np.empty_like(position)
         for epoch in np.unique(epochs).tolist():
-            indices[epochs == epoch] = self._shuffled(epoch)[within[epochs == epoch]]
+            in_epoch = within[epochs == epoch]
+            if self.stream is not None:
+                indices[epochs == epoch] = self.stream.order.indices(epoch, in_epoch)
+            else:
+                indices[epochs == epoch] = self._shuffled(epoch)[in_epoch]
         return indices
 
     def batch(self, step: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +132,8 @@ class Batches:
             (b, C, H, W) float32 in [-1, 1], and (b,) int64, or None if the images have no labels.
         """
         indices, labels = self.indices(step, index), None
+        if self.stream is not None:
+            indices = self.stream.readable(indices)
         if self._on_device is not None:
             pixels = self._on_device[to_device(torch.from_numpy(indices), self._device)]
         else:
@@ -131,6 +143,11 @@ class Batches:
             labels = torch.from_numpy(self._labels.labels[indices]).masked_fill(dropped, self._labels.num_classes)
             labels = to_device(labels, self._device)
         return self._augmented(from_pixels(pixels), step, to_device(index, self._device)), labels
+
+    def close(self) -> None:
+        """End what fetches images in the background."""
+        if self.stream is not None:
+            self.stream.close()
 
     def _augmented(self, x_0: Tensor, step: int, index: Tensor) -> Tensor:
         """The images flipped and turned. How is independent for each operation, step and index."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar
@@ -31,9 +31,19 @@ from typing import IO, Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from ddpm_pipeline.decode import Payload, Target, background_values, decode, failure_reason, parse_colour, read_header
+from ddpm_pipeline.decode import (
+    Header,
+    Payload,
+    Target,
+    background_values,
+    decode,
+    failure_reason,
+    parse_colour,
+    read_header,
+)
 from training.data.disk import create_folder, flush_to_disk, needs_space
 from training.data.folder import image_folder
+from training.data.image_set import ImageSet, open_cache
 from training.data.sizes import LARGEST, Rule, nearest_size, proposed_size
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset
 from training.messages import some
@@ -46,75 +56,6 @@ T = TypeVar("T")
 
 class UnreadableImagesError(ValueError):
     """Some images cannot be read; the message names the first of them, each with the reason."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """The images of one data set, all of one shape."""
-
-    images: np.ndarray  # (N, C, H, W) uint8 or uint16, memory-mapped read-only
-    source: str  # where they come from, for the log and the card; the part before the first ";" identifies the data set
-    skipped: tuple[str, ...]  # "name: reason" of each unreadable image that was left out
-    names_file: Path  # names.txt
-    splits: tuple[str, ...] = ()  # all splits of the data set; empty for a folder of images
-    digest: str = ""  # sha256 of the pixels, their shape and their dtype
-    label_order: tuple[str, ...] | None = None  # of the labels in names.txt; None: they are sorted
-
-    def name(self, i: int) -> str:
-        """The name of image i: its path in the folder, or its row in the table."""
-        with open(self.names_file, encoding="ascii") as lines:
-            return str(json.loads(next(islice(lines, i, None)))[0])
-
-    @cached_property
-    def _labels(self) -> list[Any]:
-        """The label of each image, None where it has none."""
-        with open(self.names_file, encoding="ascii") as lines:
-            return [label[0] if label else None for _, *label in map(json.loads, lines)]
-
-    @cached_property
-    def _distinct_labels(self) -> list[Any]:
-        """In the order of the data set, or sorted."""
-        distinct = set(self._labels) - {None}
-        if self.label_order is not None:
-            return [label for label in self.label_order if label in distinct]
-        return sorted(distinct, key=lambda label: (isinstance(label, str), label))
-
-    def class_names(self) -> tuple[str, ...]:
-        """The labels that images have, as text."""
-        return tuple(map(str, self._distinct_labels))
-
-    def labels(self) -> np.ndarray | None:
-        """(N,) int64, indices into `class_names`, or the number of them for an image without a label.
-
-        None if all images have the same.
-        """
-        numbers = {label: i for i, label in enumerate([*self._distinct_labels, None])}
-        labels = np.array([numbers[label] for label in self._labels])
-        return labels if len(labels) and (labels != labels[0]).any() else None
-
-    def label_names(self) -> list[str | None]:
-        """The label of each image as text, None where it has none."""
-        return [None if label is None else str(label) for label in self._labels]
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    @property
-    def channels(self) -> int:
-        return self.images.shape[1]
-
-    @property
-    def height(self) -> int:
-        return self.images.shape[2]
-
-    @property
-    def width(self) -> int:
-        return self.images.shape[3]
-
-    @property
-    def max_value(self) -> int:
-        """The value of white: 255 or 65535."""
-        return int(np.iinfo(self.images.dtype).max)
 
 
 @dataclass(frozen=True)
@@ -206,7 +147,7 @@ def load_images(
         raise ValueError(f"image_column is {image_column!r}: it is for a data set with columns, leave it out")
     if label_column is not None and dataset_name == "moons":
         raise ValueError(f"label_column is {label_column!r}: the moons have no labels, leave it out")
-    source = _find_source(
+    source = find_source(
         dataset_name, dataset_config_name, split, train_data_dir, size, cache_dir, image_column, label_column,
         include=include, exclude=exclude, follow_links=follow_links, split_folders=split_folders,
     )  # fmt: skip
@@ -221,26 +162,7 @@ def load_images(
             create_folder(folder, partial(write_moons, source))
         else:
             create_folder(folder, partial(write_decoded, source, settings, num_workers))
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="ascii"))
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        notes = [meta["source"], *(() if isinstance(source, Moons) else source.notes)]  # of the folder as it is now
-        if meta.get("max") is not None and meta["max"] * 10 <= np.iinfo(images.dtype).max:
-            notes.append(
-                f"no pixel is brighter than {meta['max']} of {np.iinfo(images.dtype).max}, if these are masks or have "
-                "fewer bits, scale them to the whole range"
-            )
-        return ImageSet(
-            images,
-            "; ".join(notes),
-            tuple(meta["skipped"]),
-            folder / "names.txt",
-            tuple(meta["splits"]),
-            digest=meta["digest"],
-            label_order=None if meta["label_order"] is None else tuple(meta["label_order"]),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the cache {folder} is damaged ({error}): delete it") from error
+    return open_cache(folder, () if isinstance(source, Moons) else source.notes)  # of the folder as it is now
 
 
 def cache_key(source: Source | Moons, settings: DecodeSettings) -> str:
@@ -249,7 +171,7 @@ def cache_key(source: Source | Moons, settings: DecodeSettings) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _find_source(
+def find_source(
     dataset_name: str | None,
     config: str | None,
     split: str,
@@ -291,7 +213,7 @@ def _find_source(
 def write_moons(moons: Moons, folder: Path, scratch: Path) -> dict[str, Any]:
     images = progress(moons.images(), "drawing moons", moons.count, unit=" images")
     needs_space(folder, moons.count * moons.size[0] * moons.size[1])
-    _, digest, _ = _write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
+    _, digest, _ = write_array(folder / "images.npy", images, (1, *moons.size), "uint8")
     names = "".join(f'["moon {i}"]\n' for i in range(moons.count))
     (folder / "names.txt").write_text(names, encoding="ascii")
     meta = {"source": moons.description, "skipped": [], "splits": list(NUM_MOONS), "digest": digest}
@@ -308,8 +230,8 @@ def write_decoded(
     """
     records = source.open(scratch)
     with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
-        headers = _read_headers(records, settings.min_side, pool)
-        target = _choose_target(headers, settings)
+        headers = read_headers(records, settings.min_side, pool)
+        target = choose_target(headers, settings)
         # An image that fails to decode leaves no gap, because images are written one after the other.
         unreadable = dict(headers.unreadable)
         items = (item for item in _numbered(records) if item[0] not in headers.unreadable)
@@ -318,7 +240,7 @@ def write_decoded(
         needs_space(folder, (records.count - len(unreadable)) * math.prod(shape) * np.dtype(target.dtype).itemsize)
         with open(folder / "names.txt", "w", encoding="ascii") as names_file:
             images = _readable(attempts, unreadable, names_file, records.labels)
-            count, digest, max_value = _write_array(folder / "images.npy", images, shape, target.dtype)
+            count, digest, max_value = write_array(folder / "images.npy", images, shape, target.dtype)
 
     skipped = [line for _, line in sorted(unreadable.items())]
     if skipped and (settings.on_bad_image == "stop" or not count):
@@ -365,23 +287,26 @@ class Headers:
     num_animated: int = 0
     unreadable: dict[int, str] = field(default_factory=dict)  # index: "name: reason"
 
+    def add(self, name: str, header: Header) -> None:
+        self.sizes[header.height, header.width] += 1
+        self.first_with.setdefault(header.channels, name)
+        self.bits = max(self.bits, header.bits)
+        self.num_narrowed += header.narrowed
+        self.num_animated += header.animated
 
-def _read_headers(records: Records, min_side: int, pool: Executor | None) -> Headers:
+
+def read_headers(records: Records, min_side: int, pool: Executor | None) -> Headers:
     headers = Headers()
     work = partial(read_header, min_side=min_side)
     for i, name, header, reason in _attempts(work, _numbered(records), pool, records.count, "reading headers"):
         if header is None:
             headers.unreadable[i] = f"{name}: {reason}"
         else:
-            headers.sizes[header.height, header.width] += 1
-            headers.first_with.setdefault(header.channels, name)
-            headers.bits = max(headers.bits, header.bits)
-            headers.num_narrowed += header.narrowed
-            headers.num_animated += header.animated
+            headers.add(name, header)
     return headers
 
 
-def _choose_target(headers: Headers, settings: DecodeSettings) -> Target:
+def choose_target(headers: Headers, settings: DecodeSettings) -> Target:
     """The size, channels and bits that all images are decoded to.
 
     Raises:
@@ -470,7 +395,7 @@ def _readable(
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_array(
+def write_array(
     path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int], dtype: str
 ) -> tuple[int, str, int]:
     """Write images to a .npy file. Returns their number, their digest and the largest value.

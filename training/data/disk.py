@@ -80,7 +80,7 @@ def writing(cache_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            problem = f"the disk is full, {_free(cache_dir):,} bytes are free: make room, or "
+            problem = f"the disk is full, {free_bytes(cache_dir):,} bytes are free: make room, or "
         elif error.errno in NOT_WRITABLE:
             problem = f"it cannot be written ({error.strerror}): "
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -101,15 +101,15 @@ def _concerns(error: OSError, cache_dir: Path) -> bool:
 
 def needs_space(folder: Path, num_bytes: int) -> None:
     """Raise CacheError if there is no room for num_bytes in the temporary `folder`, before anything is decoded."""
-    free = _free(folder)
+    free = free_bytes(folder)
     if free < num_bytes:
         raise CacheError(
             f"cache_dir is '{folder.parents[1]}': the decoded images need {num_bytes:,} bytes, {free:,} are free: make "
-            "room, or give another --cache_dir"
+            "room, give another --cache_dir, or pack them and train with --streaming, which needs less"
         )
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

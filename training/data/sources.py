@@ -72,7 +72,8 @@ def hub_dataset(
         paths = sorted([*local.rglob("*.parquet"), *local.glob("README.md")])  # README.md may define configs and splits
         if not any(path.suffix == ".parquet" for path in paths):
             raise ValueError(
-                f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give train_data_dir"
+                f"dataset_name is {name!r}: this folder has no parquet file; if it has image files, give "
+                "train_data_dir, if it has tar files or packed shards, add --streaming"
             )
         broken = [path.relative_to(local).as_posix() for path in paths if not path.exists()]
         if broken:
@@ -80,7 +81,7 @@ def hub_dataset(
         files = [(path.relative_to(local).as_posix(), stat_of(path.stat())) for path in paths]
         content: str | None = hash_content(local, files, index_dir)
     else:
-        content = revision = _commit(name, index_dir)
+        content = revision = hub_commit(name, index_dir)
     known_as = local.resolve().name if local.is_dir() else name
     description = f"data set {known_as}"
     description += f", config {config}" if config else ""
@@ -92,7 +93,7 @@ def hub_dataset(
     )
 
 
-def _commit(name: str, index_dir: Path) -> str | None:
+def hub_commit(name: str, index_dir: Path) -> str | None:
     """The current commit of a data set on the Hub; without a connection the last that was seen; None: not known."""
     from huggingface_hub import HfApi, constants
 
@@ -139,7 +140,7 @@ def _open_dataset(
         raise ValueError(f"{settings}: {problem}: {error}") from error
 
     features = dict(table.features)
-    images = _image_column(name, features, image_column)
+    images = image_column_of(name, features, image_column)
     labels, class_names = _labels(table, label_column)
     splits = tuple(str(split) for split in table.info.splits or ())
     table = table.select_columns([images])
@@ -158,29 +159,44 @@ def _open_dataset(
 
 def _labels(table: Any, chosen: str | None) -> tuple[list[Any] | None, tuple[str, ...] | None]:
     """The labels of a data set, and their order: of the chosen column, or the only one of classes, or none."""
+    column = label_column_of(dict(table.features), chosen)
+    return (None, None) if column is None else label_values(table.features[column], table[column])
+
+
+def label_column_of(features: dict[str, Any], chosen: str | None) -> str | None:
+    """The column of labels: the chosen one, or the only one of classes or called label; None: there is none.
+
+    Raises:
+        ValueError: there is no column of the chosen name.
+    """
     import datasets
 
-    columns = [
-        column
-        for column, feature in table.features.items()
-        if isinstance(feature, datasets.ClassLabel) or column == "label"
-    ]
-    if chosen is not None:
-        if chosen not in table.features:
-            allowed = some(columns or list(table.features))
-            raise ValueError(f"label_column is {chosen!r}: the data set has no such column: give {allowed}")
-        columns = [chosen]
-    if len(columns) != 1:
-        return None, None
-    (column,) = columns
-    if not isinstance(table.features[column], datasets.ClassLabel):
-        return [json_label(label) for label in table[column]], None
-    names = tuple(table.features[column].names)
+    columns = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel) or name == "label"]
+    if chosen is None:
+        return columns[0] if len(columns) == 1 else None
+    if chosen not in features:
+        allowed = some(columns or list(features))
+        raise ValueError(f"label_column is {chosen!r}: the data set has no such column: give {allowed}")
+    return chosen
+
+
+def label_values(feature: Any, values: Iterable[Any]) -> tuple[list[Any], tuple[str, ...] | None]:
+    """The labels in a column of this feature, None where there is none, and the order of its classes."""
+    import datasets
+
+    if not isinstance(feature, datasets.ClassLabel):
+        return [json_label(label) for label in values], None
+    names = tuple(feature.names)
     # -1 is "no label", as in a test split whose labels are secret.
-    return [names[label] if label is not None and 0 <= label < len(names) else None for label in table[column]], names
+    return [names[label] if label is not None and 0 <= label < len(names) else None for label in values], names
 
 
-def _image_column(name: str, features: dict[str, Any], chosen: str | None) -> str:
+def image_column_of(name: str, features: dict[str, Any], chosen: str | None) -> str:
+    """The column of images: the chosen one, or the only one.
+
+    Raises:
+        ValueError: there is none, or there are several and none is chosen.
+    """
     import datasets
 
     columns = [

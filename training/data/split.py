@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from training.data.cache import ImageSet, load_images
+from training.data.cache import load_images
+from training.data.image_set import ImageSet
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "test")  # the first of them that a data set has is held out
 HELD_OUT_EVERY, MAX_HELD_OUT = 20, 1000  # without such a split: one image in 20, at most 1000
@@ -39,6 +40,16 @@ class DataSplit:
     held_out_source: str  # where the held-out set comes from, for the log, the run record and the report
     held_out_set: ImageSet  # which the held-out images are in
     held_out_indices: np.ndarray  # (M,) int64, which of them
+    num_train: int | None = None  # how many images the model is trained on, if `data` is a sample of them
+
+    @property
+    def num_train_images(self) -> int:
+        """How many images the model is trained on."""
+        return len(self.train_indices) if self.num_train is None else self.num_train
+
+    def in_memory(self) -> DataSplit:
+        """This split with images that can be read all at once: of a streamed one a sample, see streaming.py."""
+        return self
 
     @property
     def train_images(self) -> np.ndarray:

@@ -12,8 +12,10 @@ import numpy as np
 
 from training.config import Config
 from training.data.classes import Classes
-from training.data.split import DataSplit, evenly_spaced, load_data_split, splits_to_hold_out
+from training.data.shards import is_sharded
+from training.data.split import DataSplit, evenly_spaced, splits_to_hold_out
 from training.evaluation.samples import Model
+from training.run.inputs import load_prepared_split
 from training.run.record import data_set
 
 SMALLEST_BASELINE = 6  # density and coverage need five nearest neighbours of every image
@@ -85,22 +87,24 @@ def load_split(config: DataConfig, model: Model) -> DataSplit:
         settings |= {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
         settings |= {"split": "train", "image_column": None, "label_column": None}
         settings |= {"include": None, "exclude": None, "split_folders": True}
+        settings["streaming"] &= is_sharded(config.dataset_name or config.train_data_dir or "")
         if config.dataset_name in (None, "moons"):  # a folder and the moons have no configurations and no such splits
             settings["dataset_config_name"] = None
             if settings["validation_split"] != "none":
                 settings["validation_split"] = None
     elif not (settings["dataset_name"] or settings["train_data_dir"]):
         raise ValueError("it is not known what this model was trained on: give --dataset_name or --train_data_dir")
-    names = "dataset_name dataset_config_name train_data_dir split image_column label_column include exclude "
-    names += "follow_links split_folders center_crop background on_bad_image min_side"
     size = model.pipe.unet.config.sample_size
-    options = {name: settings[name] for name in names.split()}
-    options["resolution"] = size if isinstance(size, int) else tuple(size)
-    options["cache_dir"] = Path(config.cache_dir).expanduser()
-    # A run without validation was trained on every image of the data.
-    split = load_data_split(settings["validation_split"] if settings["validation_steps"] != 0 else "none", **options)
+    options: dict[str, Any] = {
+        "resolution": size if isinstance(size, int) else tuple(size),
+        "cache_dir": Path(config.cache_dir).expanduser(),
+        "log": print,
+    }
+    split = load_prepared_split(settings, **options)
     if "test" in splits_to_hold_out(split.data.splits, settings["split"]):
-        split = load_data_split("test", **options)
+        used = {"validation_split": "test", "validation_steps": None}
+        split = load_prepared_split(settings | used, **options)
+    split = split.in_memory()
     channels = model.pipe.unet.config.in_channels
     if split.data.channels != channels:
         raise ValueError(
@@ -112,7 +116,7 @@ def load_split(config: DataConfig, model: Model) -> DataSplit:
 def was_trained_on(model: Model, split: DataSplit) -> bool:
     """Whether the model was trained on these images, as far as its run record tells."""
     record = model.record
-    if record is None or record.num_images != len(split.train_indices):
+    if record is None or record.num_images != split.num_train_images:
         return False
     return data_set(record.source) == data_set(split.data.source)
 

@@ -20,7 +20,7 @@ from training.run.record import data_set
 if TYPE_CHECKING:
     from training.config import Config
     from training.data.batches import Batches
-    from training.data.cache import ImageSet
+    from training.data.image_set import ImageSet
     from training.plan import Passes
 
 

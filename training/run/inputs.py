@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.data.batches import Batches, Labels
 from training.data.classes import Classes, find_classes
+from training.data.shard_order import ShardOrder
+from training.data.shard_stream import FETCHES, ShardStream
 from training.data.sizes import Rule
 from training.data.split import DataSplit, load_data_split
+from training.data.streaming import load_streamed_split
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -40,7 +44,7 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
     Raises:
         ValueError: as load_images, find_classes and Runtime.agree.
     """
-    split = runtime.in_turn(lambda: load_split(config, size_rule))
+    split = runtime.in_turn(lambda: load_split(config, size_rule, runtime.print))
     data = split.data
     classes, labels, num_class_embeds = None, None, None
     if config.class_conditional:
@@ -60,6 +64,16 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
     if classes is not None:
         runtime.print(str(classes))
     global_batch = config.global_batch(runtime.world_size)
+    stream = None
+    if config.streaming:
+        images: Any = data.images
+        order = ShardOrder(images.counts, split.train_indices, config.seed)
+        turn = runtime.rank % runtime.processes_per_node, runtime.processes_per_node
+        stream = ShardStream(images, order, global_batch, config.dataloader_num_workers or FETCHES, turn)
+        runtime.print(
+            f"streaming: {order.group_size} of {len(images.counts)} shards at a time, about "
+            f"{order.group_size * len(images) / len(images.counts):,.0f} images are shuffled together"
+        )
     batches = Batches(
         data.images,
         train_indices=split.train_indices,
@@ -69,31 +83,38 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
         random_vertical_flip=config.random_vertical_flip,
         random_rotate90=config.random_rotate90,
         labels=labels,
+        stream=stream,
         device=runtime.device,
     )
     return Inputs(split, classes, batches, global_batch, num_class_embeds)
 
 
-def load_split(config: Config, size_rule: Rule) -> DataSplit:
+def load_split(config: Config, size_rule: Rule, log: Callable[[str], None]) -> DataSplit:
     """The images to train on and the held-out images."""
-    return load_data_split(
-        config.validation_split if config.validation_steps != 0 else "none",
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        split=config.split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        include=config.include,
-        exclude=config.exclude,
-        follow_links=config.follow_links,
-        split_folders=config.split_folders,
+    return load_prepared_split(
+        config.as_dict(),
         resolution=config.height_width,
         size_rule=size_rule,
-        center_crop=config.center_crop,
-        background=config.background,
-        on_bad_image=config.on_bad_image,
-        min_side=config.min_side,
         cache_dir=Path(config.cache_dir).expanduser(),
         num_workers=config.dataloader_num_workers,
+        log=log,
     )
+
+
+def load_prepared_split(
+    settings: Mapping[str, Any], *, log: Callable[[str], None], num_workers: int = 0, **options: Any
+) -> DataSplit:
+    """The images of a run.
+
+    Args:
+        settings: the fields of its Config.
+        options: resolution, size_rule and cache_dir, as of load_images.
+    """
+    names = "dataset_name dataset_config_name train_data_dir split image_column label_column center_crop background "
+    options |= {name: settings[name] for name in (names + "min_side").split()}
+    # A run without validation is trained on every image of the data.
+    held_out = settings["validation_split"] if settings["validation_steps"] != 0 else "none"
+    if settings["streaming"]:
+        return load_streamed_split(held_out, cache_gb=settings["streaming_cache_gb"], log=log, **options)
+    options |= {name: settings[name] for name in "include exclude follow_links split_folders on_bad_image".split()}
+    return load_data_split(held_out, num_workers=num_workers, **options)

@@ -70,10 +70,11 @@ class Validator:
         if self._num_samples and self._validation.num_images and runtime.is_main:
             from ddpm_pipeline.features import make_extractor
 
+            of_training = split.in_memory()
             self._extractor = make_extractor(
                 config.extractor,
-                images=split.train_images,
-                labels=split.train_labels(),
+                images=of_training.train_images,
+                labels=of_training.train_labels(),
                 cache_dir=self._feature_cache,
                 device=runtime.device,
             )

@@ -1,0 +1,167 @@
+"""Packing: the pixels, labels and splits of the files, whole or continued, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.shard_files import as_arrays, pixels_of, write_tables
+from training.data import pack
+from training.data.cache import load_images
+from training.data.pack import PackConfig
+
+
+class InThisProcess:
+    """In place of a pool of processes, each of which takes seconds to start."""
+
+    def __init__(self, *args):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, work, *args):
+        result = work(*args)
+        return type("Done", (), {"result": lambda self: result})()
+
+    def map(self, work, items, chunksize=1):
+        return map(work, items)
+
+    def shutdown(self, **options):
+        pass
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "ProcessPoolExecutor", InThisProcess)
+
+    def run(source, **options):
+        options = {"min_side": 1, "images_per_shard": 4, "cache_dir": str(tmp_path / "cache")} | options
+        return pack.pack(PackConfig(str(source), str(tmp_path / "packed"), **options))
+
+    return run
+
+
+def write_folder(folder, count=10):
+    for i in range(count):
+        path = folder / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels_of(i)).save(path)
+
+
+def packed(tmp_path, split="train"):
+    """The images and labels by NumPy alone."""
+    manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
+    of_split = manifest["splits"][split]
+    images = np.concatenate([np.load(tmp_path / "packed" / shard["name"]) for shard in of_split["shards"]])
+    labels = of_split["labels"] and np.load(tmp_path / "packed" / of_split["labels"])
+    return images, labels, manifest
+
+
+def test_a_folder_is_packed_with_its_labels(tmp_path, run):
+    write_folder(tmp_path / "set")
+    assert "3 x 8 x 8 uint8; train: 10 images in 3 shards" in run(tmp_path / "set", resolution=8)
+    images, labels, manifest = packed(tmp_path)
+    assert (images == as_arrays([0, 2, 4, 6, 8, 1, 3, 5, 7, 9])).all()
+    assert labels.tolist() == [0] * 5 + [1] * 5 and manifest["class_names"] == ["a", "b"]
+    assert not list((tmp_path / "packed").glob(".*"))
+
+
+def test_tables_are_packed_with_all_splits(tmp_path, run):
+    write_tables(tmp_path / "set", [5, 4])
+    write_tables(tmp_path / "set", [3], split="test")
+    assert "train: 9 images in 3 shards, test: 3 images in 1 shards" in run(tmp_path / "set", resolution=8)
+    for split, count in (("train", 9), ("test", 3)):
+        images, labels, manifest = packed(tmp_path, split)
+        assert (images == as_arrays(range(count))).all()
+        assert labels.tolist() == [i % 3 for i in range(count)] and manifest["class_names"] == ["0", "1", "2"]
+
+
+def test_pixels_are_those_that_training_without_shards_has(tmp_path, run):
+    write_folder(tmp_path / "set")
+    run(tmp_path / "set", resolution="12x16", center_crop=False)
+    data = load_images(
+        train_data_dir=tmp_path / "set", resolution="12x16", center_crop=False, cache_dir=tmp_path / "cache"
+    )
+    assert (packed(tmp_path)[0] == data.images).all()
+
+
+def test_the_size_is_one_that_a_network_can_halve(tmp_path, run):
+    write_tables(tmp_path / "set", [3], side=28)
+    assert "3 x 32 x 32" in run(tmp_path / "set")
+
+
+def test_unreadable_images_are_named_or_left_out(tmp_path, run):
+    write_folder(tmp_path / "set")
+    (tmp_path / "set" / "a" / "02.png").write_bytes(b"no image")
+    content = (tmp_path / "set" / "b" / "07.png").read_bytes()
+    (tmp_path / "set" / "b" / "07.png").write_bytes(content[:80])  # its header can be read
+    with pytest.raises(ValueError, match=r"1 of 10 images cannot be read(.|\n)*a/02.png: not an image"):
+        run(tmp_path / "set", resolution=8)
+    assert "8 images in 3 shards" in run(tmp_path / "set", resolution=8, on_bad_image="skip")
+    images, labels, manifest = packed(tmp_path)
+    assert (images == as_arrays([0, 4, 6, 8, 1, 3, 5, 9])).all() and labels.tolist() == [0] * 4 + [1] * 4
+    assert [line.partition(":")[0] for line in manifest["splits"]["train"]["skipped"]] == ["a/02.png", "b/07.png"]
+
+
+def test_an_interrupted_packing_continues_with_the_same_bytes(tmp_path, run, monkeypatch):
+    write_folder(tmp_path / "set")
+    run(tmp_path / "set", resolution=8)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
+    (tmp_path / "packed").rename(tmp_path / "whole")
+    written, write_shard = [], pack.write_shard
+
+    def write_two(path, items, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_shard(path, items, **options)
+
+    monkeypatch.setattr(pack, "write_shard", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "set", resolution=8)
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+    monkeypatch.setattr(pack, "write_shard", write_shard)
+    with pytest.raises(ValueError, match="another packing was interrupted, of other images or with other settings"):
+        run(tmp_path / "set", resolution=16)
+    decoded = []
+    monkeypatch.setattr(
+        pack, "decode_checked", lambda *args, **options: decoded.append(1) or pack_decode(*args, **options)
+    )
+    (tmp_path / "packed" / "train-00001.npy").write_bytes(b"cut off by a power cut")
+    run(tmp_path / "set", resolution=8)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == expected
+    assert len(decoded) == 4 + 2  # the first shard is kept
+
+
+pack_decode = pack.decode_checked
+
+
+def test_what_is_refused(tmp_path, run, monkeypatch):
+    with pytest.raises(ValueError, match="moons"):
+        run("moons")
+    with pytest.raises(ValueError, match="images_per_shard is 0"):
+        PackConfig("a", "b", images_per_shard=0)
+    write_folder(tmp_path / "set")
+    monkeypatch.setattr(pack, "free_bytes", lambda folder: 1000)
+    with pytest.raises(ValueError, match="its shards need 1,920 bytes, 1,000 are free"):
+        run(tmp_path / "set", resolution=8)
+    monkeypatch.undo()
+    monkeypatch.setattr(pack, "ProcessPoolExecutor", InThisProcess)
+    run(tmp_path / "set", resolution=8)
+    with pytest.raises(ValueError, match="has packed shards already"):
+        run(tmp_path / "set", resolution=8)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pack, "ProcessPoolExecutor", InThisProcess)
+    write_folder(tmp_path / "set")
+    arguments = [str(tmp_path / "set"), str(tmp_path / "packed"), "--resolution=8", f"--cache_dir={tmp_path / 'cache'}"]
+    assert pack.main(arguments) == 0
+    assert "10 images in 1 shards" in capsys.readouterr().out
+    assert pack.main(arguments) == 2
+    assert "packed shards already" in capsys.readouterr().err

@@ -1,0 +1,298 @@
+"""STORES: files on this machine or behind a URL: which there are, parts of them, copies of them, with patience.
+
+http(s) is read with the standard library, everything else (hf://, s3://, gs://, ...) by fsspec. A request that fails is
+made again, at longer and longer intervals, until PATIENCE is over. A file that does not exist is not waited for.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import os
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PATIENCE = 300.0  # seconds from the first failure of a request until the last attempt
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+TIMEOUT = 30.0  # seconds without a byte after which a request has failed
+BLOCK = 2**20  # bytes read at a time
+NOT_FOUND = (404, 410)  # codes of HTTP
+LATER = (408, 425, 429)  # codes of HTTP below 500 that ask to come back
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class ShardError(ValueError):
+    """A shard, or the list of them, cannot be read; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file and what tells it from another one of the same name.
+
+    Args:
+        url: where it is: a path on this machine or a URL.
+        name: its path below the place that was searched, with slashes.
+        size: bytes.
+        version: changes with the content: an etag, a hash or a time, as the store has it; may be empty.
+    """
+
+    url: str
+    name: str
+    size: int
+    version: str = ""
+
+
+def is_remote(place: str) -> bool:
+    return "://" in place
+
+
+def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None = None) -> T:
+    """The result of `work`, which is tried again while the store does not answer.
+
+    Args:
+        name: of the file, for messages.
+        stopped: once it is set, there is no further attempt.
+    Raises:
+        ShardError: the file does not exist, or PATIENCE is over.
+    """
+    started, pause = None, FIRST_PAUSE
+    while True:
+        try:
+            return work()
+        except (OSError, http.client.HTTPException) as error:
+            now = time.monotonic()
+            started = now if started is None else started
+            if _is_final(error):
+                raise ShardError(f"{name} cannot be read: {_reason(error)}") from error
+            if now + pause - started > PATIENCE or (stopped is not None and stopped.is_set()):
+                raise ShardError(
+                    f"{name} cannot be read, tried for {now - started:.0f} seconds, last: {_reason(error)}"
+                ) from error
+        (stopped or threading.Event()).wait(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _is_final(error: Exception) -> bool:
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code < 500 and error.code not in LATER
+    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        error = error.reason if isinstance(error.reason, Exception) else error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# ---- Which files there are -------------------------------------------------------------------------------------------
+
+
+def list_files(place: str) -> list[StoredFile]:
+    """All files below a folder, or those that a pattern such as `shard-{000..999}.tar` names, by name.
+
+    Raises:
+        ValueError: nothing can be listed there.
+        ShardError: the store does not answer, or a file of the pattern does not exist.
+    """
+    if RANGE.search(place):
+        start = place[: place.index("{")].rfind("/") + 1  # of what differs
+        return stat_all([(url, url[start:]) for url in expand(place)])
+    if not is_remote(place):
+        root = Path(place)
+        paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+        names = [path.relative_to(root).as_posix() if path != root else path.name for path in paths]
+        return [stat(str(path), name) for path, name in zip(paths, names) if not _is_hidden(name)]
+    if _is_http(place):
+        raise ValueError(
+            f"{place} cannot be listed: give the address of a packed folder, of an index.json, or of all shards as in "
+            "https://host/shard-{000..999}.tar"
+        )
+    filesystem, path = _filesystem(place)
+
+    def find() -> Any:
+        filesystem.invalidate_cache()
+        return filesystem.find(path, detail=True)
+
+    found = patiently(place, find)
+    files = []
+    for full, info in sorted(found.items()):
+        name = full.removeprefix(path.rstrip("/") + "/") if full != path else full.rpartition("/")[2]
+        if not _is_hidden(name):
+            files.append(StoredFile(filesystem.unstrip_protocol(full), name, int(info["size"]), _version(info)))
+    return files
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def expand(pattern: str) -> Iterator[str]:
+    """shard-{08..10}.tar is shard-08.tar, shard-09.tar and shard-10.tar."""
+    match = RANGE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+
+
+def stat_all(urls_and_names: list[tuple[str, str]]) -> list[StoredFile]:
+    """What is known of each of these files, asked for in parallel."""
+    return in_parallel(lambda pair: stat(*pair), urls_and_names)
+
+
+def in_parallel(work: Callable[[Any], T], items: list[Any], threads: int = 16) -> list[T]:
+    """`work` on all items, in order; an error ends it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def stat(url: str, name: str) -> StoredFile:
+    """Size and version of a file."""
+
+    def ask() -> StoredFile:
+        if not is_remote(url):
+            status = os.stat(url)
+            return StoredFile(url, name, status.st_size, f"{status.st_mtime_ns}")
+        if _is_http(url):
+            with _request(url, method="HEAD") as answer:
+                version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+                return StoredFile(url, name, int(answer.headers["Content-Length"] or 0), version)
+        filesystem, path = _filesystem(url)
+        info = filesystem.info(path)
+        return StoredFile(url, name, int(info["size"]), _version(info))
+
+    return patiently(url, ask)
+
+
+def _version(info: dict[str, Any]) -> str:
+    keys = ("ETag", "etag", "sha256", "blob_id", "md5", "LastModified", "last_modified", "updated", "mtime", "created")
+    return next((str(info[key]) for key in keys if info.get(key)), "")
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(url: str, start: int = 0, end: int | None = None) -> bytes:
+    """The bytes [start, end) of a file; one attempt. OSError if there are fewer."""
+    if not is_remote(url):
+        with open(url, "rb") as file:
+            file.seek(start)
+            content = file.read() if end is None else file.read(end - start)
+    elif _is_http(url):
+        headers = {} if (start, end) == (0, None) else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        with _request(url, headers) as answer:
+            content = answer.read()
+            if headers and answer.status != 206:  # a server that knows no ranges sends all
+                content = content[start:end]
+    else:
+        filesystem, path = _filesystem(url)
+        content = bytes(filesystem.cat_file(path, start=start, end=end))
+    if end is not None and len(content) < end - start:
+        raise OSError(f"only {len(content)} of {end - start} bytes came")
+    return content
+
+
+def read_optional(url: str) -> bytes | None:
+    """A whole file; None if it does not exist."""
+    try:
+        return patiently(url, lambda: read(url))
+    except ShardError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def download(file: StoredFile, to: Path, stopped: threading.Event | None = None) -> None:
+    """Copy a file to this machine; one attempt.
+
+    Raises:
+        OSError: the connection ended early.
+        ShardError: `stopped` was set.
+    """
+    if not _is_http(file.url):
+        if is_remote(file.url):
+            filesystem, path = _filesystem(file.url)
+            filesystem.get_file(path, str(to))
+        else:
+            shutil.copyfile(file.url, to)
+        return
+    with _request(file.url) as answer, open(to, "wb") as target:
+        expected = answer.headers["Content-Length"]
+        while block := answer.read(BLOCK):
+            if stopped is not None and stopped.is_set():
+                raise ShardError(f"{file.name} is not read: the run ends")
+            target.write(block)
+        if expected is not None and target.tell() < int(expected):
+            raise OSError(f"only {target.tell()} of {expected} bytes came")
+
+
+class RemoteFile(io.RawIOBase):
+    """A file that is read by ranges, for readers that need a few of them."""
+
+    def __init__(self, file: StoredFile) -> None:
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._file.size)
+        if end <= self._position:
+            return 0
+        content = patiently(self._file.url, lambda: read(self._file.url, self._position, end))
+        buffer[: len(content)] = content
+        self._position = end
+        return len(content)
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _request(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
+    # Content-Length must be that of the file, not of a compressed copy.
+    headers = {"User-Agent": "ddpm_pipeline", "Accept-Encoding": "identity"} | (headers or {})
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code in NOT_FOUND:
+            raise FileNotFoundError(f"the server has no such file ({error})") from error
+        raise
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:  # the library of this protocol is not installed, or there is none
+        raise ValueError(f"{url} cannot be read: {error}") from error
