@@ -60,7 +60,9 @@ def test_a_calibrated_table_is_used_if_it_is_of_this_model():
     save_tables(pipe.scheduler, pipe.unet, [Table(timesteps, timesteps, [[0.5, 0.5], [0.5, 0.6], [0.0, 1.0]])])
     calibrated = model(pipe)
     (picture,) = last(calibrated.generate(FOUR, 1, eta=1.0, table=calibrated.tables[0]))
-    assert np.array_equal(pixels(picture), np.asarray(pipe(seeds=[5], num_inference_steps=3, calibrated=True).images[0]))
+    assert np.array_equal(
+        pixels(picture), np.asarray(pipe(seeds=[5], num_inference_steps=3, calibrated=True).images[0])
+    )
     (plain,) = last(calibrated.generate(FOUR, 1, eta=1.0))
     assert not np.array_equal(pixels(picture), pixels(plain))
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_classes_and_guidance():
     expected = pipe(seeds=[5], num_inference_steps=4, class_labels=1, guidance_scale=2.0).images[0]
     assert np.array_equal(pixels(picture), np.asarray(expected))
     with pytest.raises(ValueError, match="class is 3"):
-        last(classes.generate(Sampling(class_label=3), 1, eta=1.0))
+        last(classes.generate(Sampling(steps=4, class_label=3), 1, eta=1.0))
 
 
 def test_interpolation_ends_in_its_images_and_comes_as_a_gif():

@@ -73,7 +73,7 @@ def trajectory(moments: Sequence[Moment], texts: Texts) -> str:
 def _viewer(frames: Sequence[tuple[str, str]], first: int, texts: Texts, extra: str = "") -> str:
     """Frames, (label, HTML), of which a slider selects the one that is shown."""
     shown = "".join(
-        f'<div class="demo-pictures demo-frame" data-label="{escape(label)}"{"" if i == first else " hidden"}>{html}</div>'
+        f'<div class="demo-pictures demo-frame" data-label="{escape(label)}"{" hidden" * (i != first)}>{html}</div>'
         for i, (label, html) in enumerate(frames)
     )
     label = escape(frames[first][0])

@@ -34,7 +34,7 @@ MAX_UPLOAD_BYTES = 10 * 2**20
 MAX_UPLOAD_PIXELS = 2**24
 TIME_LIMIT = 120.0  # seconds of one job
 STRIP_LENGTH = 9  # images of an interpolation
-BALANCE_TOLERANCE = 0.02  # of the distance ratio: a quarter of the bisections that the default takes, and not to be seen
+BALANCE_TOLERANCE = 0.02  # of the distance ratio: a smaller error cannot be seen
 MAX_FRAMES = 40  # of a trajectory that are kept
 
 

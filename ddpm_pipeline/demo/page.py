@@ -25,7 +25,12 @@ PREVIEW_EVERY = 4  # steps of sampling between two previews
 DEFAULT_STEPS = 25
 DEFAULT_NUMBER = 4
 
-text = gr.I18n(en=TEXTS["en"], zh=TEXTS["zh"], **{"zh-CN": TEXTS["zh"], "zh-TW": TEXTS["zh"]})
+TRANSLATIONS = gr.I18n(
+    **{
+        locale: {f"demo.{key}": value for key, value in TEXTS[language].items()}
+        for locale, language in (("en", "en"), ("zh", "zh"), ("zh-CN", "zh"), ("zh-TW", "zh"))
+    }
+)
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 
 
@@ -35,11 +40,16 @@ def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool =
     page.launch(
         server_name=host, server_port=port, share=share, prevent_thread_lock=not block, quiet=True, show_error=False,
         max_file_size=MAX_UPLOAD_BYTES, footer_links=[], ssr_mode=False, pwa=False, mcp_server=False,
-        enable_monitoring=False, state_session_capacity=100, i18n=text,
+        enable_monitoring=False, state_session_capacity=100, i18n=TRANSLATIONS,
         theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
         css=(HERE / "demo.css").read_text(), head=f"<script>{(HERE / 'demo.js').read_text()}</script>",
     )  # fmt: skip
     return page
+
+
+def text(key: str) -> Any:
+    """A text that the browser looks up in its language. With a prefix, since gradio has texts of its own."""
+    return TRANSLATIONS(f"demo.{key}")
 
 
 def make_page(model: Model) -> gr.Blocks:
@@ -236,7 +246,9 @@ def _told(model: Model, job: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 yield values
         except TimeUpError:
-            raise gr.Error(_texts(request)["too_long"].format(seconds=model.time_limit), print_exception=False) from None
+            raise gr.Error(
+                _texts(request)["too_long"].format(seconds=model.time_limit), print_exception=False
+            ) from None
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from None
 

@@ -27,13 +27,14 @@ TEXTS: dict[str, dict[str, str]] = {
         "run_trajectory": "Follow the image",
         "brush": "Brush width, in pixels of the model",
         "clear": "Clear the mask",
-        "paint": "Paint over what is to be filled in: with the mouse or a finger, or with the arrow keys and the space bar.",
+        "paint": "Paint over what is to be filled in: with the mouse or a finger, "
+        "or with the arrow keys and the space bar.",
         "results": "Results",
         "help_generate": "Each image depends on its seed alone: the same seed and settings give it again.",
         "help_interpolate": "The images between two images, along a path through the noise that leads to them.",
         "help_repair": "What is painted is sampled anew, so that it fits the rest. The rest stays as it is.",
-        "help_trajectory": "An image is noised step by step, and another one is sampled from the noise. Without an image of "
-        "your own only the second half is shown.",
+        "help_trajectory": "An image is noised step by step, and another one is sampled from the noise. Without an image "
+        "of your own only the second half is shown.",
         "sampling": "Sampling, t = {t}",
         "x_t": "x_t, the noisy image",
         "x_0_pred": "x_0_pred, the predicted image",
