@@ -1,4 +1,5 @@
 """The pipeline's methods on the command line: `python -m ddpm_pipeline COMMAND MODEL ...`, image files in and out.
+One command, `demo`, serves a web page instead.
 
 Exit codes: 0 success; 2 an error in the arguments, the model or the images.
 """

@@ -109,7 +109,7 @@ def _interpolate_tab(model: Model) -> None:
         with gr.Column(scale=1, min_width=280):
             with gr.Row():
                 first, second = _image_input(model, "first", 1), _image_input(model, "second", 2)
-            settings = _settings(model, guided=False)
+            settings = _settings(model, sampled=False)
             balance = gr.Checkbox(True, label=text("balance"))
             button = gr.Button(text("run_interpolate"), variant="primary")
         output = _output()
@@ -129,10 +129,10 @@ def _repair_tab(model: Model) -> None:
             gr.Markdown(text("paint"), elem_id="demo-paint")
             gr.HTML(figures.painter(model.height, model.width))
             smaller = min(model.height, model.width)
-            brush = gr.Slider(
-                1, smaller // 2, max(1, smaller // 5), step=1, label=text("brush"), elem_id="demo-brush"
-            )  # read in the browser, by demo.js
-            del brush
+            gr.Slider(  # read in the browser, by demo.js
+                1, max(2, smaller // 2), max(1, smaller // 5), step=1, label=text("brush"), elem_id="demo-brush",
+                interactive=True,
+            )  # fmt: skip
             clear = gr.Button(text("clear"))
             settings = _settings(model)
             number = _number_of_images(DEFAULT_NUMBER)
@@ -181,17 +181,23 @@ def _trajectory_tab(model: Model) -> None:
 # ---- Parts of a tab --------------------------------------------------------------------------------------------------
 
 
-def _settings(model: Model, guided: bool = True) -> list[Any]:
-    """The inputs of `Sampling`, in its order; those that the model has no use for are invisible."""
+def _settings(model: Model, sampled: bool = True) -> list[Any]:
+    """The inputs of `Sampling`, in its order; those that the model has no use for are invisible.
+
+    Args:
+        sampled: with noise, which has a seed, and with guidance.
+    """
     return [
-        gr.Number(0, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES),
+        gr.Number(
+            0, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES, visible=sampled
+        ),
         gr.Slider(1, model.max_steps, min(DEFAULT_STEPS, model.max_steps), step=1, label=text("steps")),
         gr.Dropdown(
             [(name, i) for i, name in enumerate(model.class_names)] or [("-", 0)], value=0, label=text("class"),
             visible=bool(model.class_names),
         ),
-        gr.Slider(0, 8, 1, step=0.1, label=text("guidance"), visible=guided and model.takes_guidance),
-        gr.Slider(0, 4, 1, step=0.1, label=text("autoguidance"), visible=guided and model.takes_autoguidance),
+        gr.Slider(0, 8, 1, step=0.1, label=text("guidance"), visible=sampled and model.takes_guidance),
+        gr.Slider(0, 4, 1, step=0.1, label=text("autoguidance"), visible=sampled and model.takes_autoguidance),
     ]  # fmt: skip
 
 

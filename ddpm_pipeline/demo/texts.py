@@ -33,8 +33,8 @@ TEXTS: dict[str, dict[str, str]] = {
         "help_generate": "Each image depends on its seed alone: the same seed and settings give it again.",
         "help_interpolate": "The images between two images, along a path through the noise that leads to them.",
         "help_repair": "What is painted is sampled anew, so that it fits the rest. The rest stays as it is.",
-        "help_trajectory": "An image is noised step by step, and another one is sampled from the noise. Without an image "
-        "of your own only the second half is shown.",
+        "help_trajectory": "An image is noised step by step, and another one is sampled from the noise. Without an "
+        "image of your own only the second half is shown.",
         "sampling": "Sampling, t = {t}",
         "x_t": "x_t, the noisy image",
         "x_0_pred": "x_0_pred, the predicted image",
