@@ -190,7 +190,7 @@ def check(args: argparse.Namespace) -> None:
 def serve_demo(args: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
     if not 0 <= args.port <= 65535:
-        raise ValueError(f"--port is {args.port}: give a number from 0 to 65535, 0 for any that is free")
+        raise ValueError(f"--port is {args.port}: give a number from 0 to 65535, 0 for a free one from 7860 on")
     try:
         from .demo.page import serve
     except ModuleNotFoundError as error:

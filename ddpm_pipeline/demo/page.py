@@ -35,10 +35,10 @@ FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 
 
 def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool = False, block: bool = True) -> Any:
-    """Serve the page until it is stopped; with `block` off, return at once what has a method `close`."""
+    """Serve the page until it is stopped, at a free port from 7860 on if port is 0; with `block` off, return at once what has a method `close`."""
     page = make_page(model)
     page.launch(
-        server_name=host, server_port=port, share=share, prevent_thread_lock=not block, quiet=True, show_error=False,
+        server_name=host, server_port=port or None, share=share, prevent_thread_lock=not block, show_error=False,
         max_file_size=MAX_UPLOAD_BYTES, footer_links=[], ssr_mode=False, pwa=False, mcp_server=False,
         enable_monitoring=False, state_session_capacity=100, i18n=TRANSLATIONS,
         theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
