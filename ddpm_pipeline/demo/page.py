@@ -35,7 +35,11 @@ FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 
 
 def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool = False, block: bool = True) -> Any:
-    """Serve the page until it is stopped, at a free port from 7860 on if port is 0; with `block` off, return at once what has a method `close`."""
+    """Serve the page until it is stopped; with `block` off, return at once what has a method `close`.
+
+    Args:
+        port: 0 for a free one from 7860 on.
+    """
     page = make_page(model)
     page.launch(
         server_name=host, server_port=port or None, share=share, prevent_thread_lock=not block, show_error=False,
