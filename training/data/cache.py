@@ -346,7 +346,7 @@ class Attempt(NamedTuple, Generic[T]):
 
 
 def _numbered(records: Records) -> Iterator[tuple[int, str, Payload]]:
-    return ((i, name, payload) for i, (name, payload) in enumerate(records.payloads()))
+    return ((i, name, payload) for i, (name, payload) in enumerate(records.payloads(range(records.count))))
 
 
 def _attempts(
