@@ -30,20 +30,21 @@ import numpy as np
 
 from ddpm_pipeline import rng
 from ddpm_pipeline.decode import Payload, Target, parse_colour
-from ddpm_pipeline.files import replacing
+from ddpm_pipeline.files import replacing, sha256_of
 from ddpm_pipeline.pixels import height_width
 from training.command_line import parse_dataclass
 from training.data.cache import (
     DecodeSettings,
     UnreadableImagesError,
+    attempt,
     cache_key,
     choose_target,
     find_source,
     read_headers,
 )
 from training.data.disk import free_bytes
-from training.data.shard_cache import attempt, decode_checked, sha256_of
-from training.data.shard_order import shuffled
+from training.data.image_set import in_order
+from training.data.shard_cache import decode_checked
 from training.data.shards import MANIFEST, PACKED_FORMAT
 from training.data.sources import Moons, Records
 from training.data.split import HELD_OUT_SPLITS
@@ -230,7 +231,7 @@ def _pack_split(
     Images are mixed, because training shuffles within a few shards only, and data sets are often sorted by class.
     """
     number = -(-records.count // config.images_per_shard)
-    order = shuffled(rng.key(0, rng.Stream.SHARD_ORDER), records.count).tolist()
+    order = rng.permutation(rng.key(0, rng.Stream.SHARD_ORDER), records.count).tolist()
     payloads = iter(records.payloads(order))
     found: list[dict[str, Any]] = []
     waiting: deque[Future[dict[str, Any]]] = deque()
@@ -262,8 +263,7 @@ def _pack_split(
         kept = [config.images_per_shard * i + row for i, entry in enumerate(found) for row in entry["rows"]]
         labels = [records.labels[order[i]] for i in kept]
         distinct = set(labels) - {None}
-        order = records.class_names or sorted(distinct, key=lambda label: (isinstance(label, str), label))
-        own = [str(label) for label in order if label in distinct]
+        own = [str(label) for label in in_order(distinct, records.class_names)]
         names = (names or []) + [name for name in own if name not in (names or [])]
         numbers = {name: i for i, name in enumerate(names)}
         labels_name = f"{split}-labels.npy"

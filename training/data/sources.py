@@ -31,9 +31,8 @@ class Records:
     """The images of an opened source."""
 
     count: int
-    payloads: Callable[
-        [Sequence[int]], Iterable[tuple[str, Payload]]
-    ]  # (name, encoded image) of those with these numbers
+    # (name, encoded image) of the images with these numbers
+    payloads: Callable[[Sequence[int]], Iterable[tuple[str, Payload]]]
     labels: Sequence[Any] | None = None  # one for each image, None where it has none
     class_names: tuple[str, ...] | None = None  # the labels in the order of the data set; None: they have no order
     splits: tuple[str, ...] = ()  # all splits of the data set

@@ -148,9 +148,8 @@ class Validation:
         self._index = torch.arange(self.num_images)[rank::world_size]
         # Evenly spaced over all timesteps, in random order, so that no image gets only small or only large ones.
         pairs = self.num_images * TIMESTEPS_PER_IMAGE
-        random_bits = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs))
         evenly_spaced_t = ((torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps).long()
-        order = random_bits.argsort(stable=True).argsort()
+        order = rng.permutation(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), pairs).argsort()
         self._t = evenly_spaced_t[order].view(self.num_images, TIMESTEPS_PER_IMAGE)
 
     @torch.no_grad()
