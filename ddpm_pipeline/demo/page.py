@@ -4,22 +4,29 @@ One job runs at a time, the others wait in a queue of bounded length. Nothing is
 """
 
 import io
+import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
 from torch import Tensor
 
 from ..arguments import MAX_SEED
 from . import figures
+from .gate import Gate
 from .jobs import MAX_IMAGES, MAX_UPLOAD_BYTES, Model, Progress, Sampling, TimeUpError
 from .texts import TEXTS, language_of
 
 HERE = Path(__file__).parent
 MAX_WAITING = 20  # jobs in the queue; further ones are refused
+MAX_SESSIONS = 100  # visits whose results and settings are remembered
 KEEP_FILES = 3600  # seconds that an uploaded image stays on the disk
 PREVIEW_EVERY = 4  # steps of sampling between two previews
 DEFAULT_STEPS = 25
@@ -34,21 +41,37 @@ TRANSLATIONS = gr.I18n(
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 
 
-def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool = False, block: bool = True) -> Any:
-    """Serve the page until it is stopped; with `block` off, return at once what has a method `close`.
+def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> None:
+    """Serve the page until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
         port: 0 for a free one from 7860 on.
     """
-    page = make_page(model)
-    page.launch(
-        server_name=host, server_port=port or None, share=share, prevent_thread_lock=not block, show_error=False,
-        max_file_size=MAX_UPLOAD_BYTES, footer_links=[], ssr_mode=False, pwa=False, mcp_server=False,
-        enable_monitoring=False, state_session_capacity=100, i18n=TRANSLATIONS,
-        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
-        css=(HERE / "demo.css").read_text(), head=f"<script>{(HERE / 'demo.js').read_text()}</script>",
-    )  # fmt: skip
-    return page
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which deletes the uploads
+    with serving(model, host, port, share) as page:
+        page.block_thread()
+
+
+@contextmanager
+def serving(model: Model, host: str = "127.0.0.1", port: int = 0, share: bool = False) -> Iterator[gr.Blocks]:
+    """Serve the page, `page.local_url`, in the background. At the end the uploads are deleted."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-demo-", ignore_cleanup_errors=True) as folder:
+        # gradio reads these now: where uploads are, and how many jobs it remembers for a page on how long they took
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_MAX_EVENTS": "1"}
+        os.environ |= {"GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # jobs between two of its tables
+        page = make_page(model)
+        try:
+            page.launch(
+                server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, show_error=False,
+                max_file_size=MAX_UPLOAD_BYTES, footer_links=[], ssr_mode=False, pwa=False, mcp_server=False,
+                enable_monitoring=False, run_history=False, state_session_capacity=MAX_SESSIONS, i18n=TRANSLATIONS,
+                app_kwargs={"middleware": [Middleware(Gate, folder=Path(folder))]},
+                theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+                css=(HERE / "demo.css").read_text(), head=f"<script>{(HERE / 'demo.js').read_text()}</script>",
+            )  # fmt: skip
+            yield page
+        finally:
+            page.close(verbose=False)
 
 
 def text(key: str) -> Any:
@@ -58,7 +81,6 @@ def text(key: str) -> Any:
 
 def make_page(model: Model) -> gr.Blocks:
     page = gr.Blocks(title=f"{model.name} - ddpm_pipeline", analytics_enabled=False, delete_cache=(60, KEEP_FILES))
-    page.GRADIO_CACHE = tempfile.mkdtemp(prefix="ddpm-demo-")  # its name is in the address of an upload
     with page:
         gr.Markdown(f"# {model.name}")
         with gr.Tabs():
@@ -72,6 +94,7 @@ def make_page(model: Model) -> gr.Blocks:
                     gr.Markdown(text(f"help_{name}"))
                     tab(model)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    page._queue.pending_messages_per_session.max_size = MAX_SESSIONS  # results that nobody fetches would stay
     return page
 
 
@@ -155,7 +178,8 @@ def _repair_tab(model: Model) -> None:
         return "" if path is None else figures.uri(model.preview(_read(model, path, _texts(request))))
 
     image.change(
-        _told(model, show), image, under_mask, api_visibility="private", concurrency_id="device"
+        _told(model, show), image, under_mask, api_name="show", api_visibility="private", concurrency_id="previews",
+        concurrency_limit=1,
     ).then(None, under_mask, None, js="(uri) => { ddpmDemo.setImage(uri); }", api_visibility="private")  # fmt: skip
     clear.click(None, None, None, js="() => { ddpmDemo.clear(); }", api_visibility="private")
     in_browser = "(path, mask, ...others) => [path, ddpmDemo.mask(), ...others]"
@@ -225,6 +249,8 @@ def _image_input(model: Model, label: str, seed: int) -> Any:
             label=text(label), type="filepath", image_mode=None, sources=["upload", "clipboard"], format="png",
             height=200, elem_classes="demo-upload", buttons=[],
         )  # fmt: skip
+        # the path of the file as it was uploaded: gradio would decode it
+        image.preprocess = lambda payload: None if payload is None else payload.path
         with gr.Row():
             number = gr.Number(seed, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES)
         button = gr.Button(text("draw"), size="sm")
@@ -241,7 +267,7 @@ def _on_click(button: Any, model: Model, job: Callable[..., Any], inputs: Any, o
     """Run a job at a click; all jobs of the page share one worker. A second click waits for the first."""
     button.click(
         _told(model, job), inputs, output, js=js, concurrency_id="device", concurrency_limit=1,
-        trigger_mode="once", api_visibility="private", show_progress="minimal",
+        trigger_mode="once", api_name=job.__name__, api_visibility="private", show_progress="minimal",
     )  # fmt: skip
 
 
