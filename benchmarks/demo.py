@@ -135,7 +135,7 @@ class Load:
         visitor = Visitor(self.address)
         settings = [seed, STEPS, 0, 1, 1]
         if name == "generate":
-            return visitor.run("generate", NUMBER, 1, None, *settings)
+            return visitor.run("generate", NUMBER, 1, -1, *settings)
         file = visitor.upload(self._uploaded(seed))
         visitor.run("show", file)
         bits = "".join("01"[bit] for bit in self.mask.ravel().astype(int))

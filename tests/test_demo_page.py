@@ -71,7 +71,7 @@ def test_visitors_at_once_get_their_own_images(address):
     def visit(seed):
         visitor = Visitor(address)
         if seed % 2:
-            shown[seed] = visitor.run("generate", 2, 0.5, None, seed, 4, 0, 1, 1)
+            shown[seed] = visitor.run("generate", 2, 0.5, -1, seed, 4, 0, 1, 1)
         else:
             shown[seed] = visitor.run("repair", visitor.upload(png(seed)), "1" * 32 + "0" * 32, 2, seed, 4, 0, 1, 1)
 
@@ -163,14 +163,14 @@ def test_errors_of_the_server_are_not_shown(address, model, monkeypatch, capfd):
 
     monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(RuntimeError, match=r"^None$"):
-        Visitor(address).run("generate", 1, 1, None, *FOUR_STEPS)
+        Visitor(address).run("generate", 1, 1, -1, *FOUR_STEPS)
     assert "/secret/path" in capfd.readouterr().err
 
 
 def test_a_job_ends_when_its_time_is_up(address, model, monkeypatch):
     monkeypatch.setattr(model, "time_limit", -1.0)
     with pytest.raises(RuntimeError, match="took longer than -1 seconds"):
-        Visitor(address).run("generate", 1, 1, None, *FOUR_STEPS)
+        Visitor(address).run("generate", 1, 1, -1, *FOUR_STEPS)
 
 
 def test_one_job_runs_and_the_queue_is_bounded(address, model, monkeypatch):
@@ -185,8 +185,8 @@ def test_one_job_runs_and_the_queue_is_bounded(address, model, monkeypatch):
     visitor = Visitor(address)
     codes = []
     while len(codes) < 1 or not running:  # the first one leaves the queue
-        codes.append(join(address, visitor, "generate", 1, 1, None, *FOUR_STEPS)[0]) if not codes else time.sleep(0.01)
-    codes += [join(address, visitor, "generate", 1, 1, None, *FOUR_STEPS)[0] for _ in range(page.MAX_WAITING + 1)]
+        codes.append(join(address, visitor, "generate", 1, 1, -1, *FOUR_STEPS)[0]) if not codes else time.sleep(0.01)
+    codes += [join(address, visitor, "generate", 1, 1, -1, *FOUR_STEPS)[0] for _ in range(page.MAX_WAITING + 1)]
     assert codes == [200] * (page.MAX_WAITING + 1) + [503] and len(running) == 1
     go.set()
 

@@ -25,9 +25,10 @@ def _download(picture: Picture, texts: Texts, shown: str = "PNG", kind: str = "p
     )
 
 
-def _figure(picture: Picture, alt: str, texts: Texts) -> str:
-    caption = f"<figcaption>{escape(alt)} {_download(picture, texts)}</figcaption>"
-    return f"<figure>{_image(picture.png, alt)}{caption}</figure>"
+def _figure(picture: Picture, alt: str, texts: Texts, after: str = "", says: bool = True) -> str:
+    """A picture with its download, and HTML after it; `says` in words under the picture too what it is."""
+    caption = f"{escape(alt)} " * says + _download(picture, texts) + after
+    return f"<figure>{_image(picture.png, alt)}<figcaption>{caption}</figcaption></figure>"
 
 
 def progress(now: Progress, texts: Texts) -> str:
@@ -52,12 +53,12 @@ def gallery(pictures: Sequence[Picture], seed: int, texts: Texts) -> str:
 
 def strip(strip: Strip, texts: Texts) -> str:
     """The images between two images, with a slider, and the GIF."""
-    number = len(strip.pictures)
+    number, gif = len(strip.pictures), f" {_download(strip.gif, texts, 'GIF', 'gif')}"
     frames = []
     for i, (picture, weight) in enumerate(zip(strip.pictures, strip.weights)):
         label = texts["between"].format(i=i + 1, n=number, weight=f"{weight:.3f}")
-        frames.append((label, _figure(picture, label, texts)))
-    return _viewer(frames, number // 2, texts, _download(strip.gif, texts, "GIF", "gif"))
+        frames.append((label, _figure(picture, label, texts, after=gif, says=False)))
+    return _viewer(frames, number // 2, texts)
 
 
 def trajectory(moments: Sequence[Moment], texts: Texts) -> str:
@@ -70,7 +71,7 @@ def trajectory(moments: Sequence[Moment], texts: Texts) -> str:
     return _viewer(frames, len(frames) - 1, texts)
 
 
-def _viewer(frames: Sequence[tuple[str, str]], first: int, texts: Texts, extra: str = "") -> str:
+def _viewer(frames: Sequence[tuple[str, str]], first: int, texts: Texts) -> str:
     """Frames, (label, HTML), of which a slider selects the one that is shown."""
     shown = "".join(
         f'<div class="demo-pictures demo-frame" data-label="{escape(label)}"{" hidden" * (i != first)}>{html}</div>'
@@ -81,7 +82,7 @@ def _viewer(frames: Sequence[tuple[str, str]], first: int, texts: Texts, extra: 
         f'<input type="range" min="0" max="{len(frames) - 1}" value="{first}" aria-label="{escape(texts["position"])}" '
         f'aria-valuetext="{label}" oninput="ddpmDemo.show(this)">'
     )
-    return f'<div class="demo-viewer demo-results"><p><output>{label}</output></p>{slider}{shown}<p>{extra}</p></div>'
+    return f'<div class="demo-viewer demo-results"><p><output>{label}</output></p>{slider}{shown}</div>'
 
 
 def painter(height: int, width: int) -> str:

@@ -112,16 +112,16 @@ def _generate_tab(model: Model) -> None:
                     scale != 1 for scale in table.guidance[:2]) else "") for table in model.tables
             ]  # fmt: skip
             table = gr.Dropdown(
-                [("-", None), *((name, i) for i, name in enumerate(tables))], value=None, label=text("calibrated"),
+                [("-", -1), *((name, i) for i, name in enumerate(tables))], value=-1, label=text("calibrated"),
                 visible=bool(tables),
             )  # fmt: skip
             button = gr.Button(text("run_generate"), variant="primary")
         output = _output()
 
-    def generate(request: gr.Request, number: int, eta: float, table: int | None, *settings: Any) -> Iterator[str]:
+    def generate(request: gr.Request, number: int, eta: float, table: int, *settings: Any) -> Iterator[str]:
         texts = _texts(request)
         sampling = _sampling(*settings)
-        chosen = None if table is None else model.tables[table]
+        chosen = None if table == -1 else model.tables[table]
         for i, now in enumerate(model.generate(sampling, number, eta, chosen)):
             if not isinstance(now, Progress):
                 yield figures.gallery(now, sampling.seed, texts)

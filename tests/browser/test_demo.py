@@ -86,8 +86,8 @@ def test_interpolate(opened):
     before = label.inner_text()
     slider.press("ArrowRight")
     assert label.inner_text() != before and tab.locator(".demo-frame:visible").count() == 1
-    assert json.loads(download(page, tab.locator(".demo-frame:visible a")).text["settings"])["weight"] == 0.625
-    assert download(page, tab.locator("a[download$=gif]")).is_animated
+    assert json.loads(download(page, tab.locator(".demo-frame:visible a").first).text["settings"])["weight"] == 0.625
+    assert download(page, tab.locator(".demo-frame:visible a[download$=gif]")).is_animated
 
 
 def test_repair(opened, gray):
