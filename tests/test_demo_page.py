@@ -129,12 +129,6 @@ def test_a_job_takes_no_other_files_than_uploads(address, path):
     assert status(address, "/gradio_api/queue/join", b"{", **{"Content-Type": "application/json"})[0] == 400
 
 
-def test_gradio_decodes_no_image(address, monkeypatch):
-    """It would decode the address below, with all formats of Pillow and no limit."""
-    file = Visitor(address).upload(png(100)) | {"url": "data:image/png;base64,AAAA"}
-    assert Visitor(address).run("show", file).startswith("data:image/png;base64,")
-
-
 def test_what_is_too_large_is_refused(address, monkeypatch):
     visitor = Visitor(address)
     assert join(address, visitor, "repair", None, "0" * gate.MAX_JOB_BYTES)[0] == 413

@@ -126,7 +126,7 @@ class Model:
         else:
             arguments |= {**table.guidance._asdict(), "num_inference_steps": len(table.timesteps), "calibrated": True}
         self._start()
-        steps = self.pipe.trajectory(seeds=seeds, **arguments)
+        steps: Any = self.pipe.trajectory(seeds=seeds, **arguments)
         for step in steps:
             if not hasattr(step, "images"):
                 predicted = None if step.x_0_pred is None else _grid_png(step.x_0_pred)
@@ -140,7 +140,7 @@ class Model:
         }  # fmt: skip
         weights = np.linspace(0, 1, STRIP_LENGTH).round(4).tolist()
         self._start()
-        fused = self.pipe.fuse(a, b, weights, output_type="latent", **arguments)
+        fused: Any = self.pipe.fuse(a, b, weights, output_type="latent", **arguments)
         pictures = [
             self._picture(image, f"interpolation-{i:02d}.png", {"method": "fuse", "weight": weight} | arguments)
             for i, (image, weight) in enumerate(zip(fused.images, weights))
@@ -155,8 +155,8 @@ class Model:
         seeds = self._seeds(sampling, number)
         arguments = self._arguments(sampling)
         self._start()
-        x_0 = self.pipe.inpaint(image, mask, seeds=seeds, output_type="latent", **arguments).images
-        return self._pictures(x_0, "inpaint", seeds, arguments)
+        repaired: Any = self.pipe.inpaint(image, mask, seeds=seeds, output_type="latent", **arguments)
+        return self._pictures(repaired.images, "inpaint", seeds, arguments)
 
     def trajectory(self, image: Tensor | None, sampling: Sampling) -> Iterator[Progress | list[Moment]]:
         """The reverse process, after the forward process of an image, (1, C, H, W), if there is one."""

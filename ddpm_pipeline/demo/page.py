@@ -143,8 +143,8 @@ def _interpolate_tab(model: Model) -> None:
 
     def interpolate(request: gr.Request, a: str | None, b: str | None, balance: bool, *settings: Any) -> str:
         texts = _texts(request)
-        images = [_read(model, path, texts) for path in (a, b)]
-        return figures.strip(model.interpolate(*images, _sampling(*settings), balance), texts)
+        image_a, image_b = (_read(model, path, texts) for path in (a, b))
+        return figures.strip(model.interpolate(image_a, image_b, _sampling(*settings), balance), texts)
 
     _on_click(button, model, interpolate, [first, second, balance, *settings], output)
 

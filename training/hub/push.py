@@ -14,7 +14,7 @@ from training.hub.check import check_loading, describe_differences
 from training.hub.client import HubClient, HubError
 from training.hub.files import CARD, MODEL, SPACE, RepoKind, digest, list_files
 from training.hub.space import stage_space
-from training.hub.stage import stage
+from training.hub.stage import check_private_text, stage
 from training.messages import some
 from training.run.record import RunRecord
 
@@ -65,6 +65,7 @@ def publish(
             check_tag(repo, revision_tag, title)
         if space is not None:
             stage_space(folder, demo, space_id=space, repo_id=repo_id, tag=tag)
+            check_private_text(demo, Path(run))
         log(describe_differences(check_loading(folder)))
         if repo is None:  # only now: nothing is created for a run that cannot be published
             repo = read_repo_state(hub, MODEL, create_repo(hub, MODEL, repo_id, private=private))
@@ -130,6 +131,7 @@ def show(
         log((folder / CARD).read_text(encoding="utf-8"))
         if space is not None:
             stage_space(folder, demo, space_id=space, repo_id=repo_id, tag=tag)
+            check_private_text(demo, Path(run))
             _show_files(demo, f"the Space {space}", log)
             for name in (CARD, "app.py", "requirements.txt"):
                 log((demo / name).read_text(encoding="utf-8"))

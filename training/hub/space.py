@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.exit(main(["demo", "$repo_id", "--revision", "$tag", "--host", "0.0.0.0", "--port", "0"]))
 ''')
 README = Template("""---
-title: $title
+title: "$title"
 sdk: gradio
 sdk_version: $gradio
 python_version: "$python"
