@@ -72,5 +72,5 @@ clean:
 	touch $@
 
 .venv/test.stamp: .venv/torch.stamp setup.cfg pyproject.toml
-	$(PIP) -e ".[train,eval,ode,test]"
+	$(PIP) -e ".[train,eval,ode,demo,test]"
 	touch $@
