@@ -131,6 +131,7 @@ class Load:
             except (OSError, RuntimeError) as error:
                 self.seen["failed"] += 1
                 self.errors.append(f"{name} {seed}: {error!r}")
+                time.sleep(1)
 
     def _visit(self, name: str, seed: int) -> str:
         visitor = Visitor(self.address)
@@ -192,6 +193,8 @@ def measure(address: str, pipe: Any, server: int, visitors: int, minutes: float)
     while any(thread.is_alive() for thread in threads):
         memory.append(process.memory_info().rss / 1e6)
         time.sleep(1)
+    if not load.seconds:
+        sys.exit(f"no job has ended: {load.errors[0]}")
     return {
         "visitors": visitors,
         "minutes": round((time.monotonic() - started) / 60, 1),

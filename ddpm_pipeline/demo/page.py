@@ -67,6 +67,7 @@ def serving(model: Model, host: str = "127.0.0.1", port: int = 0, share: bool = 
                 enable_monitoring=False, run_history=False, state_session_capacity=MAX_SESSIONS, i18n=TRANSLATIONS,
                 app_kwargs={"middleware": [Middleware(Gate, folder=Path(folder))]},
                 theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
+                _frontend=False,  # else it gives up if the page takes three seconds, as on a busy machine
                 css=(HERE / "demo.css").read_text(), head=f"<script>{(HERE / 'demo.js').read_text()}</script>",
             )  # fmt: skip
             yield page
