@@ -48,6 +48,12 @@ def test_the_images_of_a_group_are_those_of_its_shards():
         assert order.groups(position - 1, position)[1] == group
 
 
+def test_the_groups_of_epochs_are_others():
+    order = make()
+    first_groups = {tuple(sorted(order.shards(order.groups(45 * epoch, 45 * epoch)[0]))) for epoch in range(6)}
+    assert len(first_groups) > 1
+
+
 def test_shards_without_training_images_are_never_needed():
     order = make(held_out=range(7))  # all of the first
     assert all(0 not in order.shards(group) for group in order.groups(0, 200))
