@@ -11,6 +11,7 @@ import torch
 
 from tests.data.shard_files import add, as_arrays, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores, streaming
+from training.data.shard_cache import ShardCache
 from training.data.shard_order import ShardOrder
 from training.data.shard_stream import ShardStream
 from training.data.stores import ShardError
@@ -249,7 +250,7 @@ def decoded(tmp_path):
     return sum(path.stat().st_size for path in tmp_path.glob("cache/*/*.npy") if path.name != "images.npy")
 
 
-def test_the_cache_is_bounded_and_the_least_recently_used_go(tmp_path, load):
+def test_the_cache_is_bounded(tmp_path, load):
     write_tables(tmp_path / "set", [6] * 12)
     image = 3 * 8 * 8
     limit = 5 * (6 * image + 128)
@@ -264,6 +265,28 @@ def test_the_cache_is_bounded_and_the_least_recently_used_go(tmp_path, load):
         largest = max(largest, decoded(tmp_path))
     stream.close()
     assert 3 * 6 * image < largest <= limit
+
+
+def test_what_was_not_used_for_longest_goes(tmp_path, load):
+    write_tables(tmp_path / "set", [6] * 5)
+    cache = load(tmp_path / "set").data.images.cache
+    object.__setattr__(cache, "limit", 4 * (6 * 3 * 8 * 8 + 128))
+    for shard in (3, 1, 2, 3, 0):
+        cache.open(shard)
+    cache.make_room([4])
+    assert [shard for shard in range(5) if cache.path(shard).exists()] == [0, 2, 3]
+
+
+def test_the_next_group_is_fetched_meanwhile(tmp_path, load):
+    write_tables(tmp_path / "set", [6] * 12)
+    stream = stream_of(load(tmp_path / "set"))
+    assert stream.wait(0)
+    following = stream.order.shards(stream.order.after(stream.order.groups(0, 0)[0]))
+    started = time.monotonic()
+    while not all(stream.images.cache.path(shard).exists() for shard in following):
+        assert time.monotonic() - started < 60
+        time.sleep(0.01)
+    stream.close()
 
 
 def test_a_bound_that_is_too_small_is_refused_with_the_bytes(tmp_path, load, monkeypatch):
@@ -347,6 +370,22 @@ def test_a_dead_server_is_an_error_with_the_name_of_the_shard(tmp_path, load):
             stream.wait(0)
         server.dead.clear()
         stream.close()
+
+
+def test_what_could_not_be_fetched_is_not_tried_again(tmp_path, load, monkeypatch):
+    write_tables(tmp_path / "set", [6] * 4)
+    stream = stream_of(load(tmp_path / "set"))
+    tried = []
+
+    def fail(cache, shard):
+        tried.append(shard)
+        raise ShardError("gone")
+
+    monkeypatch.setattr(ShardCache, "fetch", fail)
+    with pytest.raises(ShardError, match="gone"):
+        stream.wait(0)
+    stream.close()
+    assert len(tried) == len(set(tried))
 
 
 def test_waiting_ends_when_the_run_is_to_end(tmp_path, load, monkeypatch):
