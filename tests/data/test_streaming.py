@@ -230,6 +230,23 @@ def test_what_can_be_read_of_a_truncated_shard_is_used(tmp_path, load, log):
     assert len(split.data) == 9 and "1 damaged shards left out: train-00001-of-00003.parquet" in split.data.source
 
 
+def test_images_that_are_lost_after_the_shards_were_counted_are_unreadable(tmp_path, load, log):
+    write_tars(tmp_path / "tars", [4, 6])
+    write_tables(tmp_path / "tables", [4, 6])
+    splits = [load(tmp_path / "tars"), load(tmp_path / "tables")]
+    cut_off(tmp_path / "tars" / "001.tar", 3 * 2048 + 600)  # in the fourth image, of six
+    write_tables(tmp_path / "shorter", [4, 3])
+    (table,) = (tmp_path / "tables").glob("*-00001-*")
+    table.write_bytes((tmp_path / "shorter" / table.name).read_bytes())
+    for split in splits:
+        stream = stream_of(split)
+        assert stream.readable(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 4, 4]
+        assert (split.data.images[np.arange(7)] == as_arrays(range(7))).all()
+        stream.close()
+    assert "3 of 6 images of 001.tar" in log[0] and "row 4: unexpected end of data" in log[0]
+    assert "3 of 6 images of train-00001-of-00002.parquet" in log[1] and "row 4: missing" in log[1]
+
+
 def test_a_packed_shard_with_other_pixels_is_refused(tmp_path, load):
     write_packed(tmp_path / "set", [4, 6])
     path = tmp_path / "set" / "train-00001.npy"
@@ -409,6 +426,16 @@ def test_a_file_that_is_gone_is_not_waited_for(tmp_path, load, monkeypatch):
         pytest.raises(ShardError, match=r"00002-of.* cannot be read.*no such file"),
     ):
         load(f"{server.url}/train-{{00000..00002}}-of-00002.parquet")
+
+
+@pytest.mark.usefixtures("load")  # with little patience
+def test_a_server_that_refuses_is_not_asked_again(tmp_path):
+    with serving(tmp_path) as server:
+        server.code = 403
+        server.dead.set()
+        with pytest.raises(ShardError, match=r"a.tar cannot be read: HTTP Error 403"):
+            stores.patiently("a.tar", lambda: stores.read(f"{server.url}/a.tar"))
+        assert server.requests == ["/a.tar"]
 
 
 def test_batches_are_the_images_of_their_indices(tmp_path, load):
