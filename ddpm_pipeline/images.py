@@ -220,19 +220,16 @@ def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def to_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance that `fuse` balances in: a function, or one of features, by an extractor or by its name or file.
-
-    Extractors are not among the bundled files: as remote code, a name needs the package ddpm_pipeline.
-    """
+    """The distance that `fuse` balances in: a function, or that of an extractor of features or of its name or file."""
     if isinstance(distance, (str, os.PathLike)):
-        try:
-            features = importlib.import_module("ddpm_pipeline.features")
-        except ImportError:
+        if not __name__.endswith(".images"):  # remote code, which is one file
             raise ValueError(
-                f"distance is {str(distance)!r}, which needs the package ddpm_pipeline: install it, or give a function"
-            ) from None
+                f"distance is {str(distance)!r}, but this pipeline is remote code, which has no extractors: give a "
+                "function of two batches of images, or an extractor"
+            )
+        make_extractor = importlib.import_module(".features", __package__).make_extractor
         try:
-            distance = features.make_extractor(str(distance), device=device)
+            distance = make_extractor(str(distance), device=device)
         except ValueError as error:
             raise ValueError(str(error).replace("extractor is", "distance is", 1)) from None
     distance = getattr(distance, "squared_distance", distance)

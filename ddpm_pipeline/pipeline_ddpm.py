@@ -262,8 +262,8 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
             output_type, return_dict: as in a call.
             eta: for path="noise", as in a call; 1 by default.
             distance: d, a function from two batches (B, C, H, W) in [-1, 1] to (B,); by default the mean squared
-                difference of the pixels. Or an extractor, or its name or file as for `make_extractor` of the package,
-                such as "facebook/dinov2-small": the mean squared difference of its features.
+                difference of the pixels. Or an extractor, or (not in remote code) its name or file as for
+                `make_extractor`, such as "facebook/dinov2-small": the mean squared difference of its features.
             class_labels: for a network with classes, one for all: a number or a name.
             fixed_point_iterations: of the inversion, see `invert`.
             tolerance: of the distance ratio, with balance.

@@ -263,7 +263,7 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
         ({"fit_extractor": "classifier"}, "fit_extractor is 'classifier': give a .th or .pt file"),
         ({"fit_extractor": "nowhere.pt"}, "fit_extractor is 'nowhere.pt': give a .th or .pt file"),
         (
-            {"fit_extractor": "user/model", "extractor": "user/model"},
+            {"fit_extractor": "user/model", "extractor": "user/model", "compare": "true"},
             "extractor and fit_extractor are both 'user/model'",
         ),
     ],

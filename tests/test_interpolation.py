@@ -1,7 +1,6 @@
 """Interpolation: spherical means, distance-balanced weights, and `fuse` against closed forms of Gaussian data."""
 
 import math
-import sys
 import warnings
 
 import numpy as np
@@ -89,7 +88,7 @@ class LeftHalf(torch.nn.Module):
         return x[:, :, :, :4].flatten(1)
 
 
-def test_balance_in_features_of_a_file_or_an_extractor(tmp_path, monkeypatch):
+def test_balance_in_features_of_a_file_or_an_extractor(tmp_path):
     pipe, x_0 = gaussian_pipe(), gaussian_images(2)
     file = tmp_path / "left.pt"
     with warnings.catch_warnings():
@@ -107,9 +106,6 @@ def test_balance_in_features_of_a_file_or_an_extractor(tmp_path, monkeypatch):
         assert fused.distance_ratios[0] == pytest.approx(to_a / (to_a + to_b), abs=1e-5)
     with pytest.raises(ValueError, match=r"^distance is '.*none\.pt', but this file does not exist"):
         fuse(tmp_path / "none.pt")
-    monkeypatch.setitem(sys.modules, "ddpm_pipeline.features", None)  # as remote code where the package is not
-    with pytest.raises(ValueError, match="which needs the package ddpm_pipeline"):
-        fuse(file)
 
 
 def test_bisection_on_steep_and_discontinuous_paths():
