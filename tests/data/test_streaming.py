@@ -1,6 +1,7 @@
 """Images from shards: the pixels that Pillow and NumPy read, from any store, damaged or not, within a bound of disk."""
 
 import json
+import math
 import threading
 import time
 
@@ -111,6 +112,8 @@ def test_images_of_other_sizes_get_that_of_most(tmp_path, load):
     [
         ("nowhere", {}, "no shards in"),
         ("empty", {}, "there are no shards in"),
+        ("set/a-{3..1}.tar", {}, r"\{3..1\} counts down"),
+        ("set/a-{1..3}.tar", {}, "a-1.tar cannot be read: No such file"),
         ("set", {"split": "test"}, "split is 'test': give train"),
         ("set", {"validation_split": "test"}, "validation_split is 'test'"),
         ("set", {"resolution": 16}, "resolution is 16x16 and the images are packed at 8x8"),
@@ -247,6 +250,19 @@ def test_images_that_are_lost_after_the_shards_were_counted_are_unreadable(tmp_p
     assert "3 of 6 images of train-00001-of-00002.parquet" in log[1] and "row 4: missing" in log[1]
 
 
+@pytest.mark.parametrize("blocks", range(13))
+def test_a_tar_file_that_is_cut_anywhere_is_named(tmp_path, load, blocks):
+    """Three images and labels of one block and its header each, and two blocks of zeros at the end."""
+    write_tars(tmp_path / "set", [2, 3])
+    path = tmp_path / "set" / "001.tar"
+    assert path.read_bytes()[12 * 512 :] == bytes(path.stat().st_size - 12 * 512)
+    assert "damaged" not in load(tmp_path / "set").data.source
+    path.write_bytes(path.read_bytes()[: 512 * blocks])
+    assert "1 tar files are damaged" in load(tmp_path / "set").data.source
+    path.write_bytes(path.read_bytes() + bytes(100))
+    assert "1 tar files are damaged" in load(tmp_path / "set").data.source
+
+
 def test_a_packed_shard_with_other_pixels_is_refused(tmp_path, load):
     write_packed(tmp_path / "set", [4, 6])
     path = tmp_path / "set" / "train-00001.npy"
@@ -309,7 +325,7 @@ def test_the_next_group_is_fetched_meanwhile(tmp_path, load):
 def test_a_bound_that_is_too_small_is_refused_with_the_bytes(tmp_path, load, monkeypatch):
     monkeypatch.setattr(ShardOrder.__init__, "__defaults__", (12,))
     write_tables(tmp_path / "set", [6] * 12)
-    with pytest.raises(ValueError, match=r"streaming_cache_gb is 1e-06: two groups of 2 shards need 4,608 bytes"):
+    with pytest.raises(ValueError, match=r"_gb is 1e-06: two groups of 2 of the 12 shards need 4,608 bytes"):
         load(tmp_path / "set", cache_gb=1e-6)
     monkeypatch.setattr(streaming, "free_bytes", lambda folder: 100)
     with pytest.raises(ValueError, match=r"need up to 13,824 bytes, 100 are free"):
@@ -423,9 +439,40 @@ def test_a_file_that_is_gone_is_not_waited_for(tmp_path, load, monkeypatch):
     write_tables(tmp_path / "set", [6] * 2)
     with (
         serving(tmp_path / "set") as server,
-        pytest.raises(ShardError, match=r"00002-of.* cannot be read.*no such file"),
+        pytest.raises(ValueError, match=r"00002-of.* cannot be read.*no such file") as caught,
     ):
         load(f"{server.url}/train-{{00000..00002}}-of-00002.parquet")
+    assert not isinstance(caught.value, ShardError)  # a mistake in the command
+
+
+def test_waiting_is_announced_once(tmp_path, load, monkeypatch, capsys):
+    monkeypatch.setattr(stores, "_warned_at", -math.inf)
+    with serving(tmp_path) as server:
+        server.dead.set()
+        for name in "ab":
+            with pytest.raises(ShardError):
+                stores.patiently(f"{name}.tar", lambda: stores.read(f"{server.url}/a.tar"))
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: a.tar cannot be read: HTTP Error 503: Service Unavailable; it is tried again for 1 seconds"
+    ]
+
+
+def test_a_signal_ends_waiting_in_threads(monkeypatch):
+    """SIGTERM raises SystemExit in the main thread, here a thread that is ahead of the others does."""
+    monkeypatch.setattr(stores, "_warned_at", math.inf)
+
+    def refuse():
+        raise ConnectionRefusedError("refused")
+
+    def waits(item, stopped):
+        if item:
+            raise SystemExit(143)
+        stores.patiently("a.tar", refuse, stopped)
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        stores.in_parallel(waits, [True, False])
+    assert time.monotonic() - started < 60  # patience is 300 seconds
 
 
 @pytest.mark.usefixtures("load")  # with little patience
