@@ -1,0 +1,223 @@
+"""The exported web page: the network as ONNX beside torch, the samplers beside the pipeline, the page in a browser."""
+
+import functools
+import json
+import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_pipeline import DDPMScheduler, interpolation, web_export
+from ddpm_pipeline.__main__ import main
+from ddpm_pipeline.calibrated import Table, save_tables
+from tests.models import tiny_pipe
+
+onnx = pytest.importorskip("onnx", reason="needs the extra web")
+
+NOISY = Table([19, 12, 4], [19, 11, 4], [[0.9, 0.2], [0.7, 0.5, -0.2], [0.1, 0.9, 0.2, -0.1]], noise=(0.3, 0.1, 0.0))
+ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+def small_pipe(**options):
+    """With attention, clipping, 20 timesteps and a calibrated sampler of 3 steps that adds noise."""
+    pipe = tiny_pipe(3, size=16, **ATTENTION, attention_head_dim=2, **options)
+    save_tables(pipe.scheduler, pipe.unet, [NOISY])
+    return pipe
+
+
+# ---- Without a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
+def test_the_samplers_give_the_images_of_the_pipeline(prediction_type, rescale_betas_zero_snr):
+    if rescale_betas_zero_snr and prediction_type == "epsilon":
+        pytest.skip("x_0 does not follow from the noise where there is no signal")
+    scheduler = DDPMScheduler(
+        20,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+    )
+    pipe = small_pipe(scheduler=scheduler)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    calls = [{"calibrated": True, "num_inference_steps": 3}, {"eta": 0.0, "num_inference_steps": 7}]
+    for sampler, options in zip(web_export.make_samplers(pipe, 7), calls):
+        generator = torch.Generator().manual_seed(5)
+        expected = pipe(latents=noise, generator=generator, output_type="latent", **options).images
+        generator = torch.Generator().manual_seed(5)
+        x_t, predictions = noise, []
+        for step in sampler["steps"]:  # the formula of `sampler_to_json`
+            with torch.no_grad():
+                output = pipe.unet(x_t, step["network_t"]).sample
+            x_0_pred = (step["prediction"][0] * x_t + step["prediction"][1] * output).clamp(-1, 1)
+            predictions = [x_0_pred, *predictions]
+            x_t = sum(c * image for c, image in zip(step["coefficients"], [x_t, *predictions]))
+            if step["noise"]:
+                x_t = x_t + step["noise"] * torch.randn(x_t.shape, generator=generator)
+        assert (x_t.clamp(-1, 1) - expected).abs().max() < 1e-4
+    assert [sampler["is_deterministic"] for sampler in web_export.make_samplers(pipe, 7)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheduler": DDPMScheduler(20, thresholding=True)}, "thresholding=True"),
+        ({"channels": 2}, "2 channels"),
+        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+    ],
+)
+def test_a_model_that_the_page_cannot_sample_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        web_export.export_web(tiny_pipe(**options), tmp_path / "out", title="x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_content_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no exported page"):
+        web_export.check_folder_of_page(tmp_path)
+    web_export.check_folder_of_page(tmp_path / "new")
+    with pytest.raises(ValueError, match="does not exist"):
+        web_export.check_folder_of_page(tmp_path / "no" / "new")
+
+
+def test_the_package_is_checked(tmp_path):
+    (tmp_path / "a.tgz").write_bytes(b"abc")
+    # sha512 of "abc": FIPS 180-2, appendix C.1
+    right = "sha512-3a81oZNherrMQXNJriBBMRLm+k6JqX6iCp7u5ktV05ohkpkqJ0/BqDa6PCOj/uu9RU1EI2Q86A4qmslPpUyknw=="
+    web_export.check_integrity(tmp_path / "a.tgz", right)
+    with pytest.raises(ValueError, match="it is damaged"):
+        web_export.check_integrity(tmp_path / "a.tgz")
+    (tmp_path / "package.json").write_text('{"name": "onnxruntime-web", "version": "1.0.0"}')
+    with pytest.raises(ValueError, match=r"onnxruntime-web 1\.0\.0: give"):
+        web_export.check_package(tmp_path)
+    with pytest.raises(ValueError, match="no npm package"):
+        web_export.check_package(tmp_path / "none")
+
+
+def test_without_npm_the_command_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"there is no npm.*--onnxruntime_web FOLDER"):
+        web_export.fetch_package(tmp_path)
+
+
+# ---- In a browser ----------------------------------------------------------------------------------------------------
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(pipeline, folder) of an exported model with classes."""
+    folder = tmp_path_factory.mktemp("web")
+    pipe = small_pipe(num_class_embeds=2)
+    given = os.environ.get("ONNXRUNTIME_WEB")
+    try:
+        package = Path(given) if given else web_export.fetch_package(folder)
+    except ValueError as error:
+        pytest.skip(f"needs onnxruntime-web, in $ONNXRUNTIME_WEB or from npm: {error}")
+    pipe.save_pretrained(folder / "model")
+    command = ["export", str(folder / "model"), str(folder / "out"), "--web", "--num_inference_steps", "7"]
+    assert main([*command, "--onnxruntime_web", str(package)]) == 0
+    return pipe, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def opened(exported, browser):
+    """The page in the browser, and everything that its console and network reported."""
+    handler = functools.partial(QuietHandler, directory=str(exported[1]))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    context = browser.new_context(locale="en-US")
+    page, reports = context.new_page(), []
+    page.on("console", lambda message: reports.append(message.text))
+    page.on("pageerror", lambda error: reports.append(str(error)))
+    page.on("request", lambda request: reports.append(request.url) if str(server.server_port) not in request.url else 0)
+    page.goto(f"http://127.0.0.1:{server.server_port}/")
+    wait(page)
+    yield page, reports
+    context.close()
+    server.shutdown()
+
+
+def wait(page):
+    page.wait_for_selector("body[data-state=ready], body[data-state=error]", timeout=120_000)
+    assert page.locator("body").get_attribute("data-state") == "ready", page.inner_text("#status")
+
+
+def pixels(page, canvas):
+    """(H, W, 4) of a canvas."""
+    script = "e => [e.width, e.height, ...e.getContext('2d').getImageData(0, 0, e.width, e.height).data]"
+    width, height, *data = page.locator(canvas).first.evaluate(script)
+    return np.array(data).reshape(height, width, 4)
+
+
+def as_pixels(image):
+    """Of x_0, (1, 3, H, W), in [-1, 1]."""
+    return ((image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+
+
+def test_the_networks_are_torchs_and_no_path_is_in_them(exported):
+    _, folder = exported
+    for name in ("float32", "float16"):
+        content = (folder / f"network.{name}.onnx").read_bytes()
+        assert b".py" not in content
+    assert (folder / "network.float32.onnx").stat().st_size < 200_000  # the weights are beside it
+    settings = json.loads((folder / "page.json").read_text())
+    assert settings["networks"][0] == "float32"
+    assert settings["classes"] == ["0"]  # the second one is "no label"
+
+
+@pytest.mark.parametrize(("number", "options"), [(0, {"num_inference_steps": 3}), (1, {"eta": 0.0})])
+def test_the_image_of_a_seed_is_that_of_python(exported, opened, number, options):
+    """With and without noise in the steps: random numbers, network, sampler and pixels are the same."""
+    pipe, (page, _) = exported[0], opened
+    page.select_option("#sampler", index=number)
+    page.fill("#seed", "4000000007")
+    page.press("#seed", "Enter")
+    wait(page)
+    options = {"num_inference_steps": 7, **options}
+    expected = pipe(seeds=[4000000007], class_labels=0, output_type="latent", **options).images
+    found = pixels(page, "#image")
+    assert expected.std() > 0.1
+    assert (found[..., 3] == 255).all()
+    assert np.abs(found[..., :3] - as_pixels(expected)).max() <= 2
+    assert page.locator("#trajectory figure").count() == options["num_inference_steps"]
+    first = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(4000000007))
+    assert np.abs(pixels(page, "#trajectory canvas")[..., :3] - as_pixels(first)).max() <= 1
+
+
+def test_the_slider_goes_along_the_great_circle(exported, opened):
+    pipe, (page, _) = exported[0], opened
+    page.fill("#from", "1")
+    page.fill("#to", "2")
+    latents = [torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    for weight in (0.0, 0.25, 1.0):
+        page.locator("#weight").fill(str(weight))
+        wait(page)
+        latent = interpolation.spherical_mean(torch.stack(latents, 1), torch.tensor([[1 - weight, weight]]))
+        expected = pipe(latents=latent, eta=0.0, num_inference_steps=7, class_labels=0, output_type="latent").images
+        assert np.abs(pixels(page, "#between")[..., :3] - as_pixels(expected)).max() <= 2
+
+
+def test_the_page_speaks_chinese_and_fits_a_phone(opened):
+    page, reports = opened
+    page.click("#language")
+    assert page.locator("html").get_attribute("lang") == "zh"
+    assert page.inner_text("#generate-title") == "\u751f\u6210"
+    page.click("#language")
+    assert page.inner_text("#generate-title") == "Generate"
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "seed-4000000007.png"
+    assert reports == []  # no message in the console, nothing from another host
