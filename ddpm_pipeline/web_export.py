@@ -178,8 +178,8 @@ class ExportedNetwork(nn.Module):
         # a plain copy: the layers of a network that has sampled are our faster ones
         self.unet = UNet2DModel.from_config(unet.config)
         self.unet.load_state_dict(unet.state_dict())
-        self.unet.to(dtype).eval()
         self.dtype, self.channels = dtype, unet.config["in_channels"]
+        self.to(dtype).eval()
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         output = self.unet(x_t.to(self.dtype), t, class_labels=label, return_dict=False)[0]
