@@ -36,6 +36,7 @@ The chapters, one file each:
     loading.py           checks of a saved folder before anything in it is loaded
     objective.py         noised batches, targets and the loss
     loss_weights.py      how much each timestep counts in the loss
+    timesteps.py         which timesteps the images of a batch are noised to
     rng.py               counter-based random numbers, stream ids
     likelihood.py        variational bound, bits per dimension, probability-flow ODE
     fidelity.py          distances between sets of images, precision and recall, copies

@@ -1,5 +1,6 @@
 """FILES: atomic replacement. A file or folder is written under a temporary name and renamed when it is complete."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -29,6 +30,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a write to a full disk does not tell
         raise
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

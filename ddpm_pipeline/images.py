@@ -1,6 +1,5 @@
 """IMAGES: files, PIL images, arrays and tensors in and out. Inside they are (B, C, H, W), floats in [-1, 1]."""
 
-import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -217,31 +216,6 @@ def check_image_size(unet: UNet2DModel, height: int | None, width: int | None, l
 def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of the pixels: (B, C, H, W) twice to (B,)."""
     return (x - y).square().flatten(1).mean(1)
-
-
-def to_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance that `fuse` balances in: a function, or one of features, by an extractor or by its name or file.
-
-    Extractors are not among the bundled files: as remote code, a name needs the package ddpm_pipeline.
-    """
-    if isinstance(distance, (str, os.PathLike)):
-        try:
-            features = importlib.import_module("ddpm_pipeline.features")
-        except ImportError:
-            raise ValueError(
-                f"distance is {str(distance)!r}, which needs the package ddpm_pipeline: install it, or give a function"
-            ) from None
-        try:
-            distance = features.make_extractor(str(distance), device=device)
-        except ValueError as error:
-            raise ValueError(str(error).replace("extractor is", "distance is", 1)) from None
-    distance = getattr(distance, "squared_distance", distance)
-    if not callable(distance):
-        raise ValueError(
-            f"distance is {distance!r}: give a function of two batches of images, or an extractor of features, by "
-            "itself or as for make_extractor"
-        )
-    return distance
 
 
 def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None, images: Any = ()) -> Tensor:

@@ -77,6 +77,11 @@ def integers(key: int, index: Tensor, high: int) -> Tensor:
     return (uniform(key, index) * high).long().to(index.device)
 
 
+def permutation(key: int, count: int) -> Tensor:
+    """A random order of range(count), (count,) int64, on the CPU."""
+    return bits(key, torch.arange(count)).argsort(stable=True)
+
+
 def normal(key: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """N(0, 1) for each index (B,): float32 (B, *shape), by the Box-Muller transform (1958)."""
     size = math.prod(shape)

@@ -89,7 +89,7 @@ def run_in_child(launcher, script, arguments, cwd=None, expected=0):
     Args:
         launcher: arguments of Python before the script, such as `-m torch.distributed.run`.
         script: name of a file in training/, or None if the launcher names a module itself.
-    The process and its children are killed after two minutes.
+    The process and its children are killed after ten minutes: on a busy machine they take long to start.
     """
     child = subprocess.Popen(
         [sys.executable, *launcher, *([str(TRAINING / script)] if script else []), *arguments],
@@ -101,7 +101,7 @@ def run_in_child(launcher, script, arguments, cwd=None, expected=0):
         start_new_session=True,
     )
     try:
-        output, _ = child.communicate(timeout=120)
+        output, _ = child.communicate(timeout=600)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)

@@ -41,8 +41,8 @@ def _check_numbers(config: Config) -> None:
     for name in ("train_batch_size", "gradient_accumulation_steps", "global_batch_size"):
         if getattr(config, name) not in ("auto", None) and getattr(config, name) > MAX_BATCH:
             raise ValueError(f"{name} is {getattr(config, name)}: give at most {MAX_BATCH:,}")
-    positive = "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes "
-    for name in (positive + "streaming_cache_gb").split():
+    positive = "learning_rate adam_epsilon max_grad_norm ema_inv_gamma ema_power max_train_minutes streaming_cache_gb"
+    for name in positive.split():
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: give a positive number")

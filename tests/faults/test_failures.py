@@ -369,7 +369,7 @@ def test_several_processes_on_cpus_form_one_run_without_use_cpu(workspace, undis
 
 def test_fewer_processes_than_requested_is_refused(workspace):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", str(TRAIN)]
-    result = subprocess.run([*command, *workspace.arguments("run")], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, *workspace.arguments("run")], capture_output=True, text=True, timeout=600)
     assert result.returncode
     assert "told to start 2 processes, but 1 started" in result.stderr and "torchrun --nproc-per-node" in result.stderr
     assert not (workspace.folder / "run").exists()

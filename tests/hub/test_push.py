@@ -55,7 +55,7 @@ os._exit(0)
 
 def push_to(hub, home, folder, repos):
     """The result of pushing a folder to each of these repositories, at the same time."""
-    return dict(zip(repos, run_code(hub, home, PUSH, folder, *repos, timeout=120), strict=True))
+    return dict(zip(repos, run_code(hub, home, PUSH, folder, *repos, timeout=600), strict=True))
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def program(script):
 
 def run_child(hub, home, script, *, args=None, **options):
     """The report of a child process that runs this script."""
-    return run_code(hub, home, program(script), json.dumps(args), timeout=120, **options)
+    return run_code(hub, home, program(script), json.dumps(args), timeout=600, **options)
 
 
 # ---- Pushing ---------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class Batches:
         """Indices into `images` in the order of this epoch."""
         if epoch != self._epoch:
             key = rng.key(self._seed, rng.Stream.SAMPLE_ORDER, epoch)
-            shuffled = rng.bits(key, torch.arange(self._epoch_length)).argsort(stable=True).numpy()
+            shuffled = rng.permutation(key, self._epoch_length).numpy()
             self._order = self._train_indices[shuffled] if self._classes is None else self._balanced(epoch, shuffled)
             self._epoch = epoch
         return self._order

@@ -346,7 +346,7 @@ class Attempt(NamedTuple, Generic[T]):
 
 
 def _numbered(records: Records) -> Iterator[tuple[int, str, Payload]]:
-    return ((i, name, payload) for i, (name, payload) in enumerate(records.payloads()))
+    return ((i, name, payload) for i, (name, payload) in enumerate(records.payloads(range(records.count))))
 
 
 def _attempts(
@@ -369,12 +369,19 @@ def _attempts(
 
 def _attempt(work: Callable[[Payload], T], item: tuple[int, str, Payload]) -> Attempt[T]:
     i, name, payload = item
+    return Attempt(i, name, *attempt(work, payload))
+
+
+def attempt(work: Callable[[Payload], T], payload: Payload | Exception) -> tuple[T | None, str]:
+    """The result of `work`, or None and why there is none."""
     try:
+        if isinstance(payload, Exception):
+            raise payload
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Attempt(i, name, work(payload), "")
+            return work(payload), ""
     except Exception as error:  # whatever Pillow raises for a broken file
-        return Attempt(i, name, None, failure_reason(error))
+        return None, failure_reason(error)
 
 
 def _readable(

@@ -137,7 +137,9 @@ def image_folder(
     return Source(
         identity,
         description,
-        lambda scratch: Records(len(names), lambda: ((name, root / name) for name in names), labels, splits=all_splits),
+        lambda scratch: Records(
+            len(names), lambda numbers: ((names[i], root / names[i]) for i in numbers), labels, splits=all_splits
+        ),
         tuple(notes),
     )
 

@@ -39,10 +39,7 @@ class ImageSet:
     @cached_property
     def _distinct_labels(self) -> list[Any]:
         """In the order of the data set, or sorted."""
-        distinct = set(self._labels) - {None}
-        if self.label_order is not None:
-            return [label for label in self.label_order if label in distinct]
-        return sorted(distinct, key=lambda label: (isinstance(label, str), label))
+        return in_order(set(self._labels) - {None}, self.label_order)
 
     def class_names(self) -> tuple[str, ...]:
         """The labels that images have, as text."""
@@ -80,6 +77,13 @@ class ImageSet:
     def max_value(self) -> int:
         """The value of white: 255 or 65535."""
         return int(np.iinfo(self.images.dtype).max)
+
+
+def in_order(labels: set[Any], order: tuple[str, ...] | None) -> list[Any]:
+    """These labels in the order of their data set; None: it has none, numbers before texts."""
+    if order is not None:
+        return [label for label in order if label in labels]
+    return sorted(labels, key=lambda label: (isinstance(label, str), label))
 
 
 def open_cache(folder: Path, notes: Iterable[str]) -> ImageSet:

@@ -7,7 +7,8 @@
     packed/train-00000.npy   (n, C, H, W) uint8 or uint16
     packed/train-labels.npy  (N,) int32, the classes of all images of the split, -1 where there is none
 
-The manifest is written last. A packing that was interrupted continues: shards that are complete are kept.
+The images of a split are mixed, in an order that depends on their number alone. The manifest is written last. A
+packing that was interrupted continues: shards that are complete are kept.
 Exit codes: 0 done; 2 a mistake in the command or the data.
 """
 
@@ -27,20 +28,23 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_pipeline import rng
 from ddpm_pipeline.decode import Payload, Target, parse_colour
-from ddpm_pipeline.files import replacing
+from ddpm_pipeline.files import replacing, sha256_of
 from ddpm_pipeline.pixels import height_width
 from training.command_line import parse_dataclass
 from training.data.cache import (
     DecodeSettings,
     UnreadableImagesError,
+    attempt,
     cache_key,
     choose_target,
     find_source,
     read_headers,
 )
 from training.data.disk import free_bytes
-from training.data.shard_cache import attempt, decode_checked, sha256_of
+from training.data.image_set import in_order
+from training.data.shard_cache import decode_checked
 from training.data.shards import MANIFEST, PACKED_FORMAT
 from training.data.sources import Moons, Records
 from training.data.split import HELD_OUT_SPLITS
@@ -222,9 +226,13 @@ def _refuse(unreadable: list[str], count: int) -> None:
 def _pack_split(
     output: Path, split: str, records: Records, target: Target, config: PackConfig, names: list[str] | None
 ) -> tuple[dict[str, Any], list[str] | None]:
-    """The entry of a split in the manifest, and the names of the classes so far."""
+    """The entry of a split in the manifest, and the names of the classes so far.
+
+    Images are mixed, because training shuffles within a few shards only, and data sets are often sorted by class.
+    """
     number = -(-records.count // config.images_per_shard)
-    payloads = iter(records.payloads())
+    order = rng.permutation(rng.key(0, rng.Stream.SHARD_ORDER), records.count).tolist()
+    payloads = iter(records.payloads(order))
     found: list[dict[str, Any]] = []
     waiting: deque[Future[dict[str, Any]]] = deque()
     work = partial(write_shard, target=target, min_side=config.min_side)
@@ -253,10 +261,9 @@ def _pack_split(
     labels_name = None
     if records.labels is not None:
         kept = [config.images_per_shard * i + row for i, entry in enumerate(found) for row in entry["rows"]]
-        labels = [records.labels[i] for i in kept]
+        labels = [records.labels[order[i]] for i in kept]
         distinct = set(labels) - {None}
-        order = records.class_names or sorted(distinct, key=lambda label: (isinstance(label, str), label))
-        own = [str(label) for label in order if label in distinct]
+        own = [str(label) for label in in_order(distinct, records.class_names)]
         names = (names or []) + [name for name in own if name not in (names or [])]
         numbers = {name: i for i, name in enumerate(names)}
         labels_name = f"{split}-labels.npy"

@@ -18,19 +18,17 @@ import os
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ddpm_pipeline.decode import Payload, Target, decode, failure_reason, read_header
-from ddpm_pipeline.files import replacing
+from ddpm_pipeline.files import replacing, sha256_of
 from training.data import stores
+from training.data.cache import attempt
 from training.data.disk import HOUR, writing
 from training.data.shards import ShardList, packed_array, rows
 from training.data.stores import ShardError
@@ -233,23 +231,6 @@ class ShardCache:
         yield from array
         for row in range(len(array), shard.count):
             yield f"row {row}: the file is cut off"
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def attempt(work: Any, payload: Payload | Exception) -> tuple[Any, str]:
-    """The result of `work`, or None and why there is none."""
-    try:
-        if isinstance(payload, Exception):
-            raise payload
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return work(payload), ""
-    except Exception as error:  # whatever Pillow raises for a broken file
-        return None, failure_reason(error)
 
 
 def decode_checked(payload: Payload, target: Target, min_side: int) -> np.ndarray:

@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ddpm_pipeline import rng
 
@@ -83,7 +82,7 @@ class ShardOrder:
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of this epoch, and where in the epoch each group ends."""
         key = rng.key(self._seed, rng.Stream.SHARD_ORDER, epoch)
-        shards = self._shards[shuffled(key, len(self._shards))]
+        shards = self._shards[rng.permutation(key, len(self._shards)).numpy()]
         ends = np.cumsum(self.bounds[shards + 1] - self.bounds[shards])
         last = np.minimum(np.arange(1, self.num_groups + 1) * self.group_size, len(shards)) - 1
         return shards, ends[last]
@@ -92,9 +91,5 @@ class ShardOrder:
         """The images of a group in their order."""
         parts = [self.train_indices[self.bounds[i] : self.bounds[i + 1]] for i in self.shards(group)]
         images = np.concatenate(parts)
-        return images[shuffled(rng.key(self._seed, rng.Stream.SHARD_ORDER, *group), len(images))]
-
-
-def shuffled(key: int, count: int) -> np.ndarray:
-    """A random permutation of range(count)."""
-    return rng.bits(key, torch.arange(count)).argsort(stable=True).numpy()
+        key = rng.key(self._seed, rng.Stream.SHARD_ORDER, *group)
+        return images[rng.permutation(key, len(images)).numpy()]

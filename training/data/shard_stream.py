@@ -55,6 +55,10 @@ class ShardedImages:
             images[chosen] = self.opened(shard)[0][indices[chosen] - self.starts[shard]]
         return images
 
+    def indices_in(self, shards: Collection[int]) -> np.ndarray:
+        """All images of these shards."""
+        return np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in shards])
+
     def shards_of(self, indices: np.ndarray) -> np.ndarray:
         """The shard that each of these images is in."""
         return np.searchsorted(self.starts, indices, side="right") - 1

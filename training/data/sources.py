@@ -31,7 +31,8 @@ class Records:
     """The images of an opened source."""
 
     count: int
-    payloads: Callable[[], Iterable[tuple[str, Payload]]]  # (name, encoded image) of each; every call starts again
+    # (name, encoded image) of the images with these numbers
+    payloads: Callable[[Sequence[int]], Iterable[tuple[str, Payload]]]
     labels: Sequence[Any] | None = None  # one for each image, None where it has none
     class_names: tuple[str, ...] | None = None  # the labels in the order of the data set; None: they have no order
     splits: tuple[str, ...] = ()  # all splits of the data set
@@ -147,12 +148,13 @@ def _open_dataset(
     if isinstance(features[images], datasets.Image):
         table = table.cast_column(images, datasets.Image(decode=False))  # decode.py decodes, as for folders
 
-    def payloads() -> Iterator[tuple[str, Payload]]:
-        cells = (cell for batch in table.iter(256) for cell in batch[images])
-        for i, cell in enumerate(cells):
-            data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
-            file = Path(path) if path else None
-            yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
+    def payloads(numbers: Sequence[int]) -> Iterator[tuple[str, Payload]]:
+        for start in range(0, len(numbers), 256):
+            rows = numbers[start : start + 256]
+            for i, cell in zip(rows, table[rows][images]):
+                data, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+                file = Path(path) if path else None
+                yield f"row {i} ({file.name})" if file else f"row {i}", file if data is None else data
 
     return Records(len(table), payloads, labels, class_names, splits)
 

@@ -62,6 +62,32 @@ class DataSplit:
         return None if labels is None else labels[self.train_indices]
 
 
+def choose_held_out_split(validation_split: str | None, splits: Sequence[str], trained_on: str) -> str | None:
+    """The split to hold out; None: there is none, and images of the training split are held out.
+
+    Raises:
+        ValueError: the data set has no such split.
+    """
+    others = splits_to_hold_out(splits, trained_on)
+    if validation_split is None:
+        return next((name for name in HELD_OUT_SPLITS if name in others), None)
+    if validation_split in others:
+        return validation_split
+    allowed = " or ".join([*others, "none"])
+    raise ValueError(
+        f"validation_split is {validation_split!r}: give {allowed}, the data set has no other split to hold out"
+    )
+
+
+def check_alike(held_out: ImageSet, data: ImageSet, split: str) -> None:
+    """Raise ValueError if the images of this split have other channels, sizes or bits than those to train on."""
+    if held_out.images.shape[1:] != data.images.shape[1:] or held_out.images.dtype != data.images.dtype:
+        raise ValueError(
+            f"split {split!r} has images {held_out.images.shape[1:]} of {held_out.images.dtype}, the training split "
+            f'{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or "none"'
+        )
+
+
 def load_data_split(validation_split: str | None = None, **options: Any) -> DataSplit:
     """The images of `load_images(**options)` to train on, and a held-out set.
 
@@ -76,17 +102,7 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
     if validation_split == "none":
         return DataSplit(data, every_image, data.images[:0], "nothing", data, every_image[:0])
 
-    others = splits_to_hold_out(data.splits, options.get("split", "train"))
-    if validation_split is None:
-        split = next((name for name in HELD_OUT_SPLITS if name in others), None)
-    elif validation_split in others:
-        split = validation_split
-    else:
-        allowed = " or ".join([*others, "none"])
-        raise ValueError(
-            f"validation_split is {validation_split!r}: give {allowed}, the data set has no other split to hold out"
-        )
-
+    split = choose_held_out_split(validation_split, data.splits, options.get("split", "train"))
     if split is None:
         step = max(HELD_OUT_EVERY, -(-len(data) // MAX_HELD_OUT))
         chosen = np.arange(step - 1, len(data), step)
@@ -96,10 +112,6 @@ def load_data_split(validation_split: str | None = None, **options: Any) -> Data
 
     # At the size of the training images, whatever the most common size in this split is.
     held_out = load_images(**options | {"split": split, "resolution": (data.height, data.width)})
-    if held_out.images.shape[1:] != data.images.shape[1:] or held_out.images.dtype != data.images.dtype:
-        raise ValueError(
-            f"split {split!r} has images {held_out.images.shape[1:]} of {held_out.images.dtype}, the training split "
-            f'{data.images.shape[1:]} of {data.images.dtype}: give another validation_split, or "none"'
-        )
+    check_alike(held_out, data, split)
     indices = np.arange(len(held_out))
     return DataSplit(data, every_image, held_out.images, held_out.source, held_out, indices)

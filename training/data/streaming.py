@@ -25,21 +25,21 @@ from ddpm_pipeline.decode import Target, parse_colour, read_header
 from ddpm_pipeline.files import remove, replacing
 from ddpm_pipeline.pixels import height_width
 from training.data import stores
-from training.data.cache import FORMAT, DecodeSettings, Headers, choose_target, write_array
+from training.data.cache import FORMAT, DecodeSettings, Headers, attempt, choose_target, write_array
 from training.data.disk import CacheError, create_folder, free_bytes
 from training.data.image_set import ImageSet, open_cache
-from training.data.shard_cache import ShardCache, attempt
+from training.data.shard_cache import ShardCache
 from training.data.shard_order import ShardOrder
 from training.data.shard_stream import ShardedImages
 from training.data.shards import ShardList, class_names_of, find_shards, labels_of, rows
 from training.data.sizes import Rule, nearest_size
 from training.data.split import (
     HELD_OUT_EVERY,
-    HELD_OUT_SPLITS,
     MAX_HELD_OUT,
     DataSplit,
+    check_alike,
+    choose_held_out_split,
     evenly_spaced,
-    splits_to_hold_out,
 )
 from training.data.stores import ShardError
 from training.messages import some
@@ -135,23 +135,18 @@ def load_streamed_split(
     data = open_shards(found, settings, cache_dir, int(cache_gb * 1e9), log)
     images: Any = data.images
     every_image = np.arange(len(data))
-    others = splits_to_hold_out(found.splits, split)
-    if validation_split not in (None, "none", *others):
-        raise ValueError(
-            f"validation_split is {validation_split!r}: give {' or '.join([*others, 'none'])}, the data set has no "
-            "other split to hold out"
-        )
     if validation_split == "none":
-        nothing = replace_images(data, np.empty((0, *images.shape[1:]), images.dtype))
+        nothing = ImageSet(
+            np.empty((0, *images.shape[1:]), images.dtype), data.source, (), data.names_file, data.splits
+        )
         return StreamedSplit(
             data, every_image, nothing.images, "nothing", nothing, every_image[:0], cache_dir=cache_dir
         )
-    held_out_split = validation_split or next((name for name in HELD_OUT_SPLITS if name in others), None)
+    held_out_split = choose_held_out_split(validation_split, found.splits, split)
     if held_out_split is None:
         # Every 20th image, at most 1000, of a few shards.
         number = min(MAX_HELD_OUT, len(data) // HELD_OUT_EVERY)
-        shards = evenly_spaced(len(images.counts), HELD_OUT_SHARDS)
-        available = np.concatenate([every_image[images.starts[i] : images.starts[i + 1]] for i in shards])
+        available = images.indices_in(evenly_spaced(len(images.counts), HELD_OUT_SHARDS))
         chosen = available[evenly_spaced(len(available), number)]
         held_out = _write_sample(data, chosen, cache_dir, data.source)
         source = f"{number} of {len(data)} images, not trained on" if number else "nothing: too few images"
@@ -161,24 +156,15 @@ def load_streamed_split(
             find(split=held_out_split), replace(settings, size=(data.height, data.width), size_rule="any"), cache_dir,
             int(cache_gb * 1e9), log, images.cache.target,
         )  # fmt: skip
-        if other.images.shape[1:] != images.shape[1:] or other.images.dtype != images.dtype:
-            raise ValueError(
-                f"split {held_out_split!r} has images {other.images.shape[1:]} of {other.images.dtype}, the training "
-                f"split {images.shape[1:]} of {images.dtype}: give another validation_split, or none"
-            )
+        check_alike(other, data, held_out_split)
         of_other: Any = other.images
-        shards = evenly_spaced(len(of_other.counts), SAMPLE_SHARDS)
-        available = np.concatenate([np.arange(of_other.starts[i], of_other.starts[i + 1]) for i in shards])
+        available = of_other.indices_in(evenly_spaced(len(of_other.counts), SAMPLE_SHARDS))
         held_out = _write_sample(
             other, available[evenly_spaced(len(available), MAX_HELD_OUT_SPLIT)], cache_dir, other.source
         )
         source, train_indices = other.source, every_image
     indices = np.arange(len(held_out))
     return StreamedSplit(data, train_indices, held_out.images, source, held_out, indices, cache_dir=cache_dir)
-
-
-def replace_images(data: ImageSet, images: np.ndarray) -> ImageSet:
-    return ImageSet(images, data.source, (), data.names_file, data.splits)
 
 
 def open_shards(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.calibrated import Guidance, Table, find_table, why_not
-from ddpm_pipeline.files import replacing
+from ddpm_pipeline.files import replacing, sha256_of
 from ddpm_pipeline.pixels import to_pixels
 from training.data.classes import Classes
 from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE
@@ -131,7 +131,7 @@ def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
         ValueError: there is no such model, or a run replaced it while it was read.
     """
     file = folder / WEIGHTS_FILE
-    sha256 = _hash_file(file) if file.is_file() else None
+    sha256 = sha256_of(file) if file.is_file() else None
     try:
         pipe: Any = DDPMPipeline.from_pretrained(str(folder), **({"revision": revision} if revision else {}))
     except OSError as error:
@@ -143,7 +143,7 @@ def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
     record = RunRecord.load(folder)
     if sha256 is None:
         sha256 = _hash_weights(pipe.unet.state_dict())
-    elif _hash_file(file) != sha256:
+    elif sha256_of(file) != sha256:
         raise ValueError(f"{folder} was replaced while it was read: run the same command again")
     return Model(pipe, "EMA", sha256, _hash_scheduler(pipe.scheduler), record)
 
@@ -169,11 +169,6 @@ def _load_online(run: Path, ema: Model, step: int) -> Model:
         weights="online",
         sha256=manifest["files"][checkpoint.WEIGHTS]["sha256"],
     )
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_scheduler(scheduler: Any) -> str:

@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ddpm_pipeline.files import sha256_of
 from training.messages import some
 from training.post_hoc_ema import TRACKED
 
@@ -267,7 +268,7 @@ def verify(path: Path) -> dict[str, Any]:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != size or _sha256(file) != digest:
+        if file.stat().st_size != size or sha256_of(file) != digest:
             raise CheckpointError(f"{file} is damaged: its size or sha256 differs from {MANIFEST}")
     return manifest
 
@@ -346,11 +347,6 @@ def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_folder(path: Path) -> None:

@@ -148,9 +148,8 @@ class Validation:
         self._index = torch.arange(self.num_images)[rank::world_size]
         # Evenly spaced over all timesteps, in random order, so that no image gets only small or only large ones.
         pairs = self.num_images * TIMESTEPS_PER_IMAGE
-        random_bits = rng.bits(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), torch.arange(pairs))
         evenly_spaced_t = ((torch.arange(pairs) + 0.5) / max(1, pairs) * scheduler.num_steps).long()
-        order = random_bits.argsort(stable=True).argsort()
+        order = rng.permutation(rng.key(SEED, rng.Stream.VALIDATION_TIMESTEP), pairs).argsort()
         self._t = evenly_spaced_t[order].view(self.num_images, TIMESTEPS_PER_IMAGE)
 
     @torch.no_grad()
@@ -222,7 +221,7 @@ def band_names() -> list[str]:
 
 
 def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Extractor, cache_dir: Path) -> dict[str, float]:
-    """Kernel distance between samples in [-1, 1] and held-out images, with its standard error.
+    """Kernel distance (the estimator of KID) between samples in [-1, 1] and held-out images, with its standard error.
 
     Where it is not defined, for a single held-out image or if all samples are equal, it warns and returns {}.
     """
@@ -232,7 +231,7 @@ def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Extractor,
     sample_features = extract_features(extractor, to_pixels(samples, held_out.dtype))
     held_out_features = extract_features(extractor, held_out, cache_dir=cache_dir)
     try:
-        distance = fidelity.kernel_distance(sample_features, held_out_features, extractor.kernel)
+        distance = fidelity.kernel_distance(sample_features, held_out_features)
     except ValueError as error:
         print(f"WARNING: kernel distance skipped: {error}. Training continues.", file=sys.stderr)
         return {}
