@@ -284,7 +284,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the web page of a model, and say what is in it."""
-    from .web_export import MAX_ERROR, check_folder_of_page, export_web, folder_size
+    from .onnx_network import MAX_ERROR
+    from .web_export import LARGE_PAGE, check_folder_of_page, export_web, folder_size
 
     check_folder_of_page(args.output)
     path = Path(args.model)
@@ -300,7 +301,10 @@ def export(args: argparse.Namespace) -> None:
         print(f"network.{dtype}.onnx differs from torch by {error:.1e} of its output")
     if "float16" not in errors:
         print(f"left out: network.float16.onnx, which differs by more than {MAX_ERROR:g}; float32 is used instead")
-    print(f"{folder_size(args.output) / 1e6:.1f} MB; look at it: python -m http.server -d {args.output}")
+    size = folder_size(args.output)
+    if size > LARGE_PAGE:
+        print(f"a visitor loads {size / 1e6:.0f} MB before the first image: consider a smaller network")
+    print(f"{size / 1e6:.1f} MB; look at it: python -m http.server -d {args.output}")
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

@@ -8,8 +8,7 @@
     onnxruntime/                  ONNX Runtime Web, from npm
     README.md                     makes the folder a static Space of the Hub
 
-The weights are stored once. Rounded to float16 they take half the space, and a page is loaded more often than it is
-made. Both networks are compared with torch's in float32 before the folder is there.
+The networks are compared with torch's before the folder is there: see onnx_network.py.
 """
 
 from __future__ import annotations
@@ -25,22 +24,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
-from torch import Tensor, nn
 
 from .calibrated import Guidance, Table, fitted_tables
 from .files import replacing
 from .images import check_image_size
 from .labels import class_names_of, null_class
+from .onnx_network import write_networks
 from .schedulers import set_schedule
 from .scheduling_ddpm import DDPMScheduler
 from .solver_tables import dpm_solver_table
 
 NUM_INFERENCE_STEPS = 20  # of DDIM, by default: every step takes the visitor's time
-MAX_ERROR = 1e-3  # of a network, relative: see `relative_error`
-STORED_ALONE = 256  # values from which on a tensor is in weights.bin; smaller ones stay in the graph, as they are
+MAX_WEIGHTS = 2e9  # bytes in float32: a tab has 4 GB for WebAssembly, and ONNX Runtime takes twice the weights
+LARGE_PAGE = 15e6  # bytes from which on the command says what a visitor loads
 
 PAGE = Path(__file__).with_name("web")
 PACKAGE = "onnxruntime-web"
@@ -55,6 +53,10 @@ colorFrom: indigo
 colorTo: gray
 sdk: static
 app_file: index.html
+custom_headers:  # with them WebAssembly has several threads
+  cross-origin-embedder-policy: require-corp
+  cross-origin-opener-policy: same-origin
+  cross-origin-resource-policy: cross-origin
 ---
 A diffusion model that draws images in your browser. Made by `python -m ddpm_pipeline export MODEL OUT --web`.
 """
@@ -109,7 +111,7 @@ def export_web(
             "samplers": samplers,
         }
         (new / "page.json").write_text(json.dumps(page), encoding="utf-8")
-        (new / "README.md").write_text(README.format(title=json.dumps(title)), encoding="utf-8")
+        (new / "README.md").write_text(README.format(title=json.dumps(title, ensure_ascii=False)), encoding="utf-8")
     return errors
 
 
@@ -123,6 +125,13 @@ def check_model(unet: UNet2DModel, scheduler: Any) -> None:
         raise ValueError("the scheduler has thresholding=True: the page clips, or does nothing; set it to False")
     if unet.config["in_channels"] not in (1, 3, 4):
         raise ValueError(f"the images have {unet.config['in_channels']} channels: the page shows 1, 3 or 4")
+    if unet.config["sample_size"] is None:
+        raise ValueError("the network has sample_size None: the page has images of one size, in unet/config.json")
+    size = 4 * sum(parameter.numel() for parameter in unet.parameters())
+    if size > MAX_WEIGHTS:
+        raise ValueError(
+            f"the network has {size / 1e9:.1f} GB of weights in float32: a browser has room for {MAX_WEIGHTS / 1e9:.0f}"
+        )
     if unet.config["class_embed_type"] is not None:
         raise ValueError(
             f"class_embed_type is {unet.config['class_embed_type']!r}: the page has numbered classes alone"
@@ -162,127 +171,6 @@ def sampler_to_json(name: str, table: Table, scheduler: DDPMScheduler) -> dict[s
         )
     ]
     return {"name": name, "is_deterministic": not any(noise), "steps": steps}
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------------
-
-
-class ExportedNetwork(nn.Module):
-    """What is exported: the prediction for x_t, float32 in and out, whatever the dtype of the network.
-
-    A learned variance is left out: no sampler of the page uses it.
-    """
-
-    def __init__(self, unet: UNet2DModel, dtype: torch.dtype) -> None:
-        super().__init__()
-        # a plain copy: the layers of a network that has sampled are our faster ones
-        self.unet = UNet2DModel.from_config(unet.config)
-        self.unet.load_state_dict(unet.state_dict())
-        self.dtype, self.channels = dtype, unet.config["in_channels"]
-        self.to(dtype).eval()
-
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        output = self.unet(x_t.to(self.dtype), t, class_labels=label, return_dict=False)[0]
-        return output[:, : self.channels].float()
-
-
-def example_inputs(unet: UNet2DModel, t: int) -> dict[str, Tensor]:
-    """A noise image at index t, (1, C, H, W), float32; t (1,), float32; for a network with classes a label (1,)."""
-    noise = torch.randn(
-        1,
-        unet.config["in_channels"],
-        *check_image_size(unet, None, None, None),
-        generator=torch.Generator().manual_seed(t),
-    )
-    inputs = {"x_t": noise, "t": torch.tensor([float(t)])}
-    if unet.config["num_class_embeds"] is not None:
-        inputs["label"] = torch.zeros(1, dtype=torch.int32)
-    return inputs
-
-
-def write_networks(unet: UNet2DModel, folder: Path) -> dict[str, float]:
-    """Write the networks, compared with torch's, and their weights; their relative errors, by dtype."""
-    reference = ExportedNetwork(unet, torch.float32)
-    models = {"float32": to_onnx(reference), "float16": to_onnx(ExportedNetwork(unet, torch.float16))}
-    return store_networks(models, reference, folder)
-
-
-def store_networks(models: dict[str, Any], reference: ExportedNetwork, folder: Path) -> dict[str, float]:
-    offsets: dict[bytes, int] = {}
-    for name, model in models.items():
-        (folder / f"network.{name}.onnx").write_bytes(separate_weights(model, offsets))
-    (folder / "weights.bin").write_bytes(b"".join(offsets))
-    errors = {name: relative_error(reference, folder / f"network.{name}.onnx") for name in models}
-    if not errors["float32"] <= MAX_ERROR:  # nan too
-        raise ValueError(
-            f"the network as ONNX differs from torch's by {errors['float32']:.1e}, more than {MAX_ERROR:g}"
-        )
-    if not errors["float16"] <= MAX_ERROR:
-        (folder / "network.float16.onnx").unlink()
-        del errors["float16"]
-    return errors
-
-
-def to_onnx(network: ExportedNetwork) -> Any:
-    """The network as an onnx.ModelProto for batches of one image."""
-    inputs = example_inputs(network.unet, 1)
-    program = torch.onnx.export(
-        network, tuple(inputs.values()), dynamo=True, verbose=False, input_names=[*inputs], output_names=["prediction"]
-    )
-    assert program is not None  # it writes a file only if it is given a name
-    return program.model_proto
-
-
-def separate_weights(model: Any, offsets: dict[bytes, int]) -> bytes:
-    """The graph of a model, serialized, whose tensors of many values are float16 in weights.bin.
-
-    Args:
-        offsets: for each tensor in weights.bin, in its order, where it starts; new ones are added. Those that several
-            models have are stored once.
-    """
-    import onnx
-
-    end = sum(map(len, offsets))
-    casts = []
-    for tensor in model.graph.initializer:
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.dtype not in (np.float32, np.float16) or values.size < STORED_ALONE:
-            continue
-        half = values.astype(np.float16).tobytes()
-        if half not in offsets:
-            offsets[half] = end
-            end += len(half)
-        name = tensor.name
-        if values.dtype == np.float32:  # ONNX Runtime does this once, when it loads the network
-            tensor.name = f"{name}.float16"
-            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
-        tensor.ClearField("raw_data")
-        tensor.data_type, tensor.data_location = onnx.TensorProto.FLOAT16, onnx.TensorProto.EXTERNAL
-        for key, value in ("location", "weights.bin"), ("offset", offsets[half]), ("length", len(half)):
-            tensor.external_data.add(key=key, value=str(value))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:], model.graph.value_info[:], model.metadata_props[:], model.graph.metadata_props[:]
-    model.graph.node.extend(nodes)
-    for node in model.graph.node:  # where in the code it comes from, with paths of this machine
-        del node.metadata_props[:]
-        node.doc_string = ""
-    data: bytes = model.SerializeToString()
-    return data
-
-
-def relative_error(network: ExportedNetwork, path: Path) -> float:
-    """Root mean square of ONNX Runtime's output minus torch's, over that of torch's: the largest of three timesteps."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    errors = []
-    for t in (0, 499, 999):
-        inputs = example_inputs(network.unet, t)
-        with torch.no_grad():
-            expected = network(**inputs)
-        (output,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        errors.append(((torch.from_numpy(output) - expected).norm() / expected.norm()).item())
-    return max(errors, key=lambda error: float("inf") if error != error else error)
 
 
 # ---- ONNX Runtime Web ------------------------------------------------------------------------------------------------

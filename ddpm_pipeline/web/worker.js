@@ -15,7 +15,8 @@ async function load() {
     const zipped = (await get("onnxruntime/ort-wasm-simd-threaded.asyncify.wasm.gz")).body;
     const unzipped = new Response(zipped.pipeThrough(new DecompressionStream("gzip")));
     ort.env.wasm.wasmBinary = await unzipped.arrayBuffer();
-    ort.env.wasm.numThreads = 1; // several need headers that a static page cannot set
+    // several threads need headers: README.md asks the Hub for them
+    ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
     ort.env.logLevel = "error";
     const weights = new Uint8Array(await (await get("weights.bin")).arrayBuffer());
     const backend = await start(weights);
