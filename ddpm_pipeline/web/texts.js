@@ -14,7 +14,7 @@ export const TEXTS = {
     another: "Another seed",
     save: "Save as PNG",
     trajectory: "Trajectory",
-    trajectoryHint: "Above, the image x_t at each step, from noise; below, what the network predicts of the end.",
+    trajectoryHint: "Above, the image x_t at each step, starting from noise; below, the image that the network predicts from it.",
     interpolate: "Interpolate",
     interpolateHint: "Between two noises, along the great circle; every point on it leads to an image.",
     from: "First seed",

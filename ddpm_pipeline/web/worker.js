@@ -12,9 +12,7 @@ onmessage = ({ data }) => {
 async function load() {
   try {
     page = await (await get("page.json")).json();
-    const zipped = (await get("onnxruntime/ort-wasm-simd-threaded.asyncify.wasm.gz")).body;
-    const unzipped = new Response(zipped.pipeThrough(new DecompressionStream("gzip")));
-    ort.env.wasm.wasmBinary = await unzipped.arrayBuffer();
+    ort.env.wasm.wasmBinary = await unzip(await get("onnxruntime/ort-wasm-simd-threaded.asyncify.wasm.gz"));
     // several threads need headers: README.md asks the Hub for them
     ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
     ort.env.logLevel = "error";
@@ -31,6 +29,14 @@ async function get(name) {
   const response = await fetch(name);
   if (!response.ok) throw new Error(`${name}: ${response.status}`);
   return response;
+}
+
+/** The bytes of a gzip file, which some servers let the browser unzip on its way. */
+async function unzip(response) {
+  const data = await response.arrayBuffer();
+  const [first, second] = new Uint8Array(data, 0, 2);
+  if (first !== 0x1f || second !== 0x8b) return data;
+  return new Response(new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
 /** A session on WebGPU where there is one that gives the network's numbers, else on WebAssembly. */
