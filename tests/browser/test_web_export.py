@@ -1,5 +1,6 @@
 """The exported web page: the network as ONNX beside torch, the samplers beside the pipeline, the page in a browser."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ddpm_pipeline import DDPMScheduler, interpolation, onnx_network, web_export
 from ddpm_pipeline.__main__ import main
@@ -22,6 +24,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra web")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra web")
 
 NOISY = Table([19, 12, 4], [19, 11, 4], [[0.9, 0.2], [0.7, 0.5, -0.2], [0.1, 0.9, 0.2, -0.1]], noise=(0.3, 0.1, 0.0))
+ONE_BLOCK = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 
 
@@ -132,23 +135,23 @@ def test_without_the_package_the_command_ends_with_2(state, tmp_path, monkeypatc
 # ---- In a browser ----------------------------------------------------------------------------------------------------
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The folder of onnxruntime-web."""
+    given = os.environ.get("ONNXRUNTIME_WEB")
+    try:
+        return Path(given) if given else web_export.fetch_package(tmp_path_factory.mktemp("npm"))
+    except ValueError as error:
+        pytest.skip(f"needs onnxruntime-web, in $ONNXRUNTIME_WEB or from npm: {error}")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(package, tmp_path_factory):
     """(pipeline, folder, its network as onnx.ModelProto) of an exported model with classes and a learned variance."""
     folder = tmp_path_factory.mktemp("web")
     scheduler = DDPMScheduler(20, timestep_spacing="trailing", variance_type="learned_range")
     pipe = small_pipe(scheduler=scheduler, out_channels=6, num_class_embeds=3)
     record_class_names(pipe.unet, ["cat", "dog"])  # the third one is "no label"
-    given = os.environ.get("ONNXRUNTIME_WEB")
-    try:
-        package = Path(given) if given else web_export.fetch_package(folder)
-    except ValueError as error:
-        pytest.skip(f"needs onnxruntime-web, in $ONNXRUNTIME_WEB or from npm: {error}")
     pipe.save_pretrained(folder / "model")
     command = ["export", str(folder / "model"), str(folder / "out"), "--web", "--num_inference_steps", "7"]
     models = []
@@ -159,10 +162,22 @@ def exported(tmp_path_factory):
     return pipe, folder / "out", *models
 
 
-@pytest.fixture(scope="module")
-def opened(exported, browser):
+@contextlib.contextmanager
+def open_page(folder, browser, headers=()):
     """The page in the browser, and everything that its console and network reported."""
-    handler = functools.partial(QuietHandler, directory=str(exported[1]))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def end_headers(self):
+            for name, value in dict(headers).items():
+                self.send_header(name, value)
+            if self.path.endswith(".gz") and headers:
+                self.send_header("Content-Encoding", "gzip")
+            super().end_headers()
+
+    handler = functools.partial(Handler, directory=str(folder))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     context = browser.new_context(locale="en-US")
@@ -175,6 +190,12 @@ def opened(exported, browser):
     yield page, reports
     context.close()
     server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def opened(exported, browser):
+    with open_page(exported[1], browser) as opened:
+        yield opened
 
 
 def wait(page):
@@ -292,3 +313,28 @@ def test_the_page_speaks_chinese_and_fits_a_phone(opened):
     assert download.value.suggested_filename == "seed-4000000007.png"
     of_the_test = "willReadFrequently"  # it reads the canvases again and again
     assert [report for report in reports if of_the_test not in report] == []  # and nothing from another host
+
+
+def test_grey_images_of_a_model_of_2022(package, browser, tmp_path, capsys):
+    """One block, no attention, x_0 predicted; on a server that allows several threads and unzips what it sends."""
+    pipe = tiny_pipe(scheduler=DDPMScheduler(20, prediction_type="sample"), block_out_channels=(4,), **ONE_BLOCK)
+    pipe.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    old = json.loads(file.read_text()) | {"predict_epsilon": False, "timestep_values": None, "tensor_format": "pt"}
+    file.write_text(json.dumps({name: value for name, value in old.items() if name != "prediction_type"}))
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--web", "--title", "Moon: \u6708"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(web_export, "LARGE_PAGE", 1e6)
+        assert main([*command, "--onnxruntime_web", str(package)]) == 0
+    assert "a visitor loads" in capsys.readouterr().out
+    front_matter = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front_matter["sdk"] == "static" and front_matter["title"] == "Moon: \u6708"
+    with open_page(tmp_path / "out", browser, front_matter["custom_headers"]) as (page, reports):
+        assert page.evaluate("self.crossOriginIsolated")
+        assert page.locator("#class-label").is_hidden()
+        assert page.inner_text("#title") == "Moon: \u6708"
+        expected = pipe(seeds=[0], eta=0.0, num_inference_steps=20, output_type="latent").images
+        found = pixels(page, "#image")
+        assert expected.std() > 0.1
+        assert np.abs(found - as_pixels(torch.cat([expected.expand(1, 3, 8, 8), torch.ones(1, 1, 8, 8)], 1))).max() <= 2
+        assert reports == []
