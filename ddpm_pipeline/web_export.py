@@ -38,6 +38,7 @@ from .solver_tables import dpm_solver_table
 
 NUM_INFERENCE_STEPS = 20  # of DDIM, by default: every step takes the visitor's time
 MAX_WEIGHTS = 2e9  # bytes in float32: a tab has 4 GB for WebAssembly, and ONNX Runtime takes twice the weights
+WRITTEN = {"page.json", "README.md", "weights.bin", "network.float32.onnx", "network.float16.onnx"}
 LARGE_PAGE = 15e6  # bytes from which on the command says what a visitor loads
 
 PAGE = Path(__file__).with_name("web")
@@ -140,8 +141,11 @@ def check_model(unet: UNet2DModel, scheduler: Any) -> None:
 
 def check_folder_of_page(folder: Path) -> None:
     """Raise ValueError for a folder with anything but a page that was exported before."""
-    if folder.exists() and not (folder / "page.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or (names and "page.json" not in names):
         raise ValueError(f"{folder} exists, and is no exported page: give a new folder")
+    if others := sorted(names - {path.name for path in PAGE.iterdir()} - WRITTEN):  # as .git of a cloned Space
+        raise ValueError(f"{folder} has {others[0]!r} beside the page, which would be deleted: give a new folder")
     if not folder.parent.is_dir():
         raise ValueError(f"{folder}: the folder {folder.parent} does not exist")
 

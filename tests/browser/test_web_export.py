@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_a_folder_with_other_content_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="is no exported page"):
         web_export.check_folder_of_page(tmp_path)
+    page = tmp_path / "page"
+    shutil.copytree(web_export.PAGE, page)
+    (page / "page.json").write_text("{}")
+    web_export.check_folder_of_page(page)
+    (page / ".git").mkdir()
+    with pytest.raises(ValueError, match=r"has '\.git' beside the page, which would be deleted"):
+        web_export.check_folder_of_page(page)
+    with pytest.raises(ValueError, match="is no exported page"):
+        web_export.check_folder_of_page(tmp_path / "thesis.txt")
     web_export.check_folder_of_page(tmp_path / "new")
     with pytest.raises(ValueError, match="does not exist"):
         web_export.check_folder_of_page(tmp_path / "no" / "new")
