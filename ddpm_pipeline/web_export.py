@@ -222,7 +222,7 @@ def write_runtime(package: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     shutil.copy(package / "dist" / SCRIPT, folder)
     data = (package / "dist" / WASM).read_bytes()
-    (folder / f"{WASM}.gz").write_bytes(gzip.compress(data, 9, mtime=0))
+    (folder / f"{WASM}.gz").write_bytes(gzip.compress(data, 6, mtime=0))
 
 
 def folder_size(folder: Path) -> int:
