@@ -41,6 +41,7 @@ The chapters, one file each:
     likelihood.py        variational bound, bits per dimension, probability-flow ODE
     fidelity.py          distances between sets of images, precision and recall, copies
     features.py          feature extractors for these distances
+    hub_features.py      models of transformers as such extractors, from the Hub or a folder
     classifier.py        a small classifier whose features measure distances
     image_arrays.py      data sets as arrays: checks and chunks
     tensor_cache.py      cached results, named by a hash of what they depend on

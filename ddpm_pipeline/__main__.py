@@ -76,6 +76,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="read each weight as a distance ratio d(first) / (d(first) + d(second)); without it, several images in "
         "the middle may all look like one of the two",
     )
+    fuse.add_argument(
+        "--distance",
+        metavar="EXTRACTOR",
+        help="d compares features instead of pixels: those of a model of transformers, its name on the Hub such as "
+        "facebook/dinov2-small or its folder, or of a .pt file",
+    )
     fuse.add_argument("--fixed_point_iterations", type=int, default=3, help=iterations_help)
     fuse.add_argument(
         "--path",
@@ -190,7 +196,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--columns is {args.columns}: give at least 2")
     if getattr(args, "strip", None) is not None and args.strip < 2:
         raise ValueError(f"--strip is {args.strip}: give at least 2")
-    from .images import check_readable
+    from .cpu import importing
+
+    with importing():
+        from .images import check_readable
 
     for path in (*getattr(args, "images", []), getattr(args, "mask", None), getattr(args, "image", None)):
         if path is not None:
@@ -247,6 +256,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         else:  # fuse rejects these two if they are set, since this path adds no noise
             sampling |= {"seeds": args.seeds, "timestep": args.timestep}
             sampling["fixed_point_iterations"] = args.fixed_point_iterations
+        if args.distance is not None:
+            sampling["distance"] = args.distance
         fused = pipe.fuse(*images, weight=weights, path=args.path, balance=args.balance, **common, **sampling)
         for weight, used, ratio in zip(weights * len(seeds), fused.weights, fused.distance_ratios):
             print(f"weight {weight:g}: interpolation weight {used:.4f}, distance ratio {ratio:.3f}")
