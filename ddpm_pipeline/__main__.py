@@ -134,14 +134,39 @@ def make_parser() -> argparse.ArgumentParser:
             help="take the steps from a calibrated table of the model (by default where there is one for this number)",
         )
     trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
+    add_export(commands)
     return parser
+
+
+def add_export(commands: Any) -> None:
+    """The command that takes no images and writes a folder."""
+    summary = "export the model as a static web page, which samples in the visitor's browser"
+    export = commands.add_parser("export", help=summary, description=summary, allow_abbrev=False)
+    export.add_argument("model", help='folder of a saved pipeline, or name of a model on the Hub, "user/model"')
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to write; an earlier page there is replaced")
+    export.add_argument("--web", action="store_true", required=True, help="as a web page, so far the only kind")
+    export.add_argument(
+        "--num_inference_steps",
+        type=int,
+        help="steps of DDIM (20, or all diffusion timesteps if there are fewer); calibrated steps of the model come "
+        "with it",
+    )
+    export.add_argument("--title", help="of the page (the name of the model)")
+    export.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
+    export.add_argument(
+        "--onnxruntime_web", type=Path, metavar="FOLDER", help="the unpacked npm package; by default npm fetches it"
+    )
+    export.set_defaults(device="cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        check(args)
-        run(load_pipeline(args), args)
+        if args.command == "export":
+            export(args)
+        else:
+            check(args)
+            run(load_pipeline(args), args)
     except (ValueError, OSError) as error:
         message = str(error).replace("class_labels", "--class_label")  # the one flag with another name than in Python
         print(f"ddpm_pipeline {args.command}: {message}", file=sys.stderr)
@@ -266,6 +291,31 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.output)
     else:
         visualize.grid(x_0, columns=len(x_0) if args.command == "fuse" else None).save(args.output)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the web page of a model, and say what is in it."""
+    from .onnx_network import MAX_ERROR
+    from .web_export import LARGE_PAGE, check_folder_of_page, export_web, folder_size
+
+    check_folder_of_page(args.output)
+    path = Path(args.model)
+    name = path.resolve().parent.name if path.name == "pipeline" else path.name
+    errors = export_web(
+        load_pipeline(args),
+        args.output,
+        title=args.title or name,
+        num_inference_steps=args.num_inference_steps,
+        onnxruntime_web=args.onnxruntime_web,
+    )
+    for dtype, error in errors.items():
+        print(f"network.{dtype}.onnx differs from torch by {error:.1e} of its output")
+    if "float16" not in errors:
+        print(f"left out: network.float16.onnx, which differs by more than {MAX_ERROR:g}; float32 is used instead")
+    size = folder_size(args.output)
+    if size > LARGE_PAGE:
+        print(f"a visitor loads {size / 1e6:.0f} MB before the first image: consider a smaller network")
+    print(f"{size / 1e6:.1f} MB; look at it: python -m http.server -d {args.output}")
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

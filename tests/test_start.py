@@ -16,9 +16,10 @@ from tests.short_run import SHORT_RUN, TRAINING, flags, run_in_child
 # U-net and torch's optimizers.)
 NOT_YET = {
     "IPython", "datasets", "ddpm_pipeline.classifier", "ddpm_pipeline.fidelity", "ddpm_pipeline.moons",
-    "ddpm_pipeline.pipeline_ddpm", "diffusers.pipelines.pipeline_utils", "jinja2", "matplotlib", "pandas", "peft",
-    "pyarrow", "sklearn", "tensorboard", "tensorflow", "torch._inductor.compile_fx", "torch.utils.tensorboard",
-    "torchvision", "training.evaluation", "training.hub.push", "transformers", "triton", "wandb",
+    "ddpm_pipeline.pipeline_ddpm", "diffusers.pipelines.pipeline_utils", "jinja2", "matplotlib", "onnx",
+    "onnxruntime", "onnxscript", "pandas", "peft", "pyarrow", "sklearn", "tensorboard", "tensorflow",
+    "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision", "training.evaluation",
+    "training.hub.push", "transformers", "triton", "wandb",
 }  # fmt: skip
 
 # Runs the script; after the first step it writes the names of all modules, and whether garbage is searched, and ends.
