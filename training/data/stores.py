@@ -173,7 +173,7 @@ def stat_all(urls_and_names: list[tuple[str, str]]) -> list[StoredFile]:
         ValueError: one does not exist.
     """
     try:
-        return in_parallel(lambda pair, stopped: stat(*pair, stopped=stopped), urls_and_names)
+        return in_parallel(lambda pair, stopped: stat(pair[0], pair[1], stopped), urls_and_names)
     except ShardError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise ValueError(str(error)) from error
