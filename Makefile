@@ -6,6 +6,7 @@
 # make bench   measure the project beside its peers; with the peer's training script: DIFFUSERS_REPO=path
 # make bench-gpu   test and measure it on a GPU, in eight minutes
 # make docs    build the documentation as a site in build/docs
+# make demo    serve a web page for the moons; train them first if there are none
 # make clean   remove everything the others made, except the runs
 # Each does its own set-up in .venv the first time. It needs Python with venv, and make.
 
@@ -15,7 +16,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 # two set-ups in one environment at the same time would break it
 .NOTPARALLEL:
-.PHONY: moons test browser test-faults lint bench bench-gpu docs clean
+.PHONY: moons test browser test-faults lint bench bench-gpu docs demo clean
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
@@ -48,6 +49,10 @@ docs: .venv/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
 	@echo "The site is in build/docs."
 
+demo: .venv/demo.stamp
+	test -d runs/moons/pipeline || $(MAKE) moons
+	$(BIN)/python -m ddpm_pipeline demo runs/moons/pipeline
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -66,6 +71,10 @@ clean:
 	$(PIP) -e ".[train,docs]"
 	touch $@
 
+.venv/demo.stamp: .venv/torch.stamp setup.cfg pyproject.toml
+	$(PIP) -e ".[train,demo]"
+	touch $@
+
 .venv/test.stamp: .venv/torch.stamp setup.cfg pyproject.toml
-	$(PIP) -e ".[train,eval,ode,web,test]"
+	$(PIP) -e ".[train,eval,ode,demo,web,test]"
 	touch $@

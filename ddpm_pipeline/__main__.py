@@ -1,4 +1,5 @@
 """The pipeline's methods on the command line: `python -m ddpm_pipeline COMMAND MODEL ...`, image files in and out.
+One command, `demo`, serves a web page instead.
 
 Exit codes: 0 success; 2 an error in the arguments, the model or the images.
 """
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 
 NUM_INFERENCE_STEPS = 50  # by default, also where the pipeline's own default is all timesteps
+MODEL = 'folder of a saved pipeline, or name of a model on the Hub, "user/model"'
+REVISION = "tag, branch or commit of a model on the Hub"
+DEVICE = "cpu, cuda, ...; by default an accelerator if there is one"
+DEMO = "serve a web page for a model: generate, interpolate, repair, trajectory (needs the extra demo)"
 SCALES = ("guidance_scale", "autoguidance_scale")
 
 
@@ -31,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         name: str, summary: str, images: str | int | None = None, seeds: bool = True
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        command.add_argument("model", help='folder of a saved pipeline, or name of a model on the Hub, "user/model"')
+        command.add_argument("model", help=MODEL)
         if images is not None:
             command.add_argument("images", type=Path, nargs=images, metavar="IMAGE", help="image of the model's size")
         command.add_argument(
@@ -47,9 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
             help=f"sampling steps ({NUM_INFERENCE_STEPS}, or all diffusion timesteps if there are fewer; in Python, a "
             "call takes all of them)",
         )
-        command.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
+        command.add_argument("--revision", help=REVISION)
         command.add_argument("--class_label", help="name or number of a class, for a class-conditional model")
-        command.add_argument("--device", help="cpu, cuda, ...; by default an accelerator if there is one")
+        command.add_argument("--device", help=DEVICE)
         if seeds:
             command.add_argument("--seeds", type=int, nargs="+", help="one for each image to generate (0)")
             command.add_argument(
@@ -133,6 +138,13 @@ def make_parser() -> argparse.ArgumentParser:
             action=argparse.BooleanOptionalAction,
             help="take the steps from a calibrated table of the model (by default where there is one for this number)",
         )
+    demo = commands.add_parser("demo", help=DEMO, description=DEMO, allow_abbrev=False)
+    demo.add_argument("model", help=MODEL)
+    demo.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s: this machine alone)")
+    demo.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+    demo.add_argument("--share", action="store_true", help="make a public address through the servers of gradio")
+    demo.add_argument("--revision", help=REVISION)
+    demo.add_argument("--device", help=DEVICE)
     trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
     add_export(commands)
     return parser
@@ -142,7 +154,7 @@ def add_export(commands: Any) -> None:
     """The command that takes no images and writes a folder."""
     summary = "export the model as a static web page, which samples in the visitor's browser"
     export = commands.add_parser("export", help=summary, description=summary, allow_abbrev=False)
-    export.add_argument("model", help='folder of a saved pipeline, or name of a model on the Hub, "user/model"')
+    export.add_argument("model", help=MODEL)
     export.add_argument("output", type=Path, metavar="OUT", help="folder to write; an earlier page there is replaced")
     export.add_argument("--web", action="store_true", required=True, help="as a web page, so far the only kind")
     export.add_argument(
@@ -152,7 +164,7 @@ def add_export(commands: Any) -> None:
         "with it",
     )
     export.add_argument("--title", help="of the page (the name of the model)")
-    export.add_argument("--revision", help="tag, branch or commit of a model on the Hub")
+    export.add_argument("--revision", help=REVISION)
     export.add_argument(
         "--onnxruntime_web", type=Path, metavar="FOLDER", help="the unpacked npm package; by default npm fetches it"
     )
@@ -162,6 +174,9 @@ def add_export(commands: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
+        if args.command == "demo":
+            serve_demo(args)
+            return 0
         if args.command == "export":
             export(args)
         else:
@@ -204,6 +219,20 @@ def check(args: argparse.Namespace) -> None:
     for path in (*getattr(args, "images", []), getattr(args, "mask", None), getattr(args, "image", None)):
         if path is not None:
             check_readable(path, "image")
+
+
+def serve_demo(args: argparse.Namespace) -> None:
+    """Serve the page until it is interrupted."""
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port is {args.port}: give a number from 0 to 65535, 0 for a free one from 7860 on")
+    try:
+        from .demo.page import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is not installed: pip install "ddpm-pipeline[demo]"') from None
+    from .demo.jobs import Model
+
+    pipe = load_pipeline(args)
+    serve(Model(pipe, args.model), args.host, args.port, args.share)
 
 
 def _can_be_written(suffix: str, *modes: str) -> bool:

@@ -1,7 +1,8 @@
 """Publish a run on the Hub: `python training/publish.py runs/moons --hub_model_id user/name`.
 
 Exit codes: 0 published; 1 the model does not load in the three ways, nothing was sent; 2 a mistake in the command, or
-the run is incomplete; 3 the Hub refused or failed: the run is unchanged. If the same command can succeed later, it is
+the run is incomplete; 3 the Hub refused or failed: the run is unchanged (with a Space that fails, the model is
+published, and the message says so). If the same command can succeed later, it is
 printed; otherwise the message says what to change. Nothing is created on the Hub for a run that cannot be published.
 """
 
@@ -23,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Publish a run on the Hugging Face Hub.", allow_abbrev=False)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("--hub_model_id", required=True, help='"user/name"; created if it does not exist')
+    parser.add_argument("--space", help='"user/name" of a Space with a demo of the model; created if it does not exist')
     parser.add_argument("--hub_private_repo", action="store_true", help="create the repository as private")
     parser.add_argument("--revision_tag", help="tag of the commit, such as v1; default: made from a hash of the files")
     parser.add_argument(
@@ -41,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.hub_timeout > 0:
         print(f"publish.py: hub_timeout is {args.hub_timeout:g}: give a positive number of seconds", file=sys.stderr)
         return 2
-    options = {"revision_tag": args.revision_tag, "license": args.license, "fp16": args.fp16}
+    options = {
+        "space": args.space, "revision_tag": args.revision_tag, "license": args.license, "fp16": args.fp16
+    }  # fmt: skip
     try:
         if args.dry_run:
             push.show(args.run, args.hub_model_id, **options)

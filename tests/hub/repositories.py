@@ -73,7 +73,7 @@ class Repo:
 
     @property
     def owner(self) -> str:
-        return self.id.split("/")[0]
+        return self.id.removeprefix("spaces/").split("/")[0]
 
     @property
     def head(self) -> Commit:
@@ -118,7 +118,7 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
 
 
 class Repositories:
-    """Repositories of models, with users who own them.
+    """Repositories of models, "user/name", and Spaces, "spaces/user/name", with users who own them.
 
     Args:
         tokens: token: (user, role), role "read" or "write". A user owns the repositories "user/...".
@@ -181,7 +181,12 @@ class Repositories:
         url = urlsplit(target)
         query = parse_qs(url.query)
         # a revision or path is quoted into one part, so parts are unquoted only after the split
-        match method, [unquote(part) for part in url.path.strip("/").split("/")]:
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        if parts[0] == "spaces":  # answered as a model whose owner is called "spaces/user"
+            parts[:2] = [f"spaces/{parts[1]}"]
+        elif parts[:2] == ["api", "spaces"]:
+            parts[1:3] = ["models", f"spaces/{parts[2]}"]
+        match method, parts:
             case "GET", ["api", "whoami-v2"]:
                 return self._whoami(caller)
             case "POST", ["api", "repos", "create"]:
@@ -244,15 +249,18 @@ class Repositories:
         user, role = caller
         if user is None:
             raise Refusal(401, NO_TOKEN)
-        if request.get("type") not in (None, "model"):
-            raise Refusal(501, f"this server stores models only, not {request['type']}")
+        kind = request.get("type") or "model"
+        if kind not in ("model", "space"):
+            raise Refusal(501, f"this server stores models and Spaces only, not {kind}")
+        if kind == "space" and request.get("sdk") != "gradio":
+            raise Refusal(400, "a Space needs an sdk")
         owner = request.get("organization") or user
         if (user, role) != (owner, "write"):
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
-        repo_id = f"{owner}/{request['name']}"
+            raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
+        repo_id = f"{'spaces/' * (kind == 'space')}{owner}/{request['name']}"
         created = {"url": f"{self.url}/{repo_id}", "name": repo_id}
         if repo_id in self._repos:  # with exist_ok the client continues with the url from the refusal
-            raise Refusal(409, "You already created this model repo", **created)
+            raise Refusal(409, f"You already created this {kind} repo", **created)
         self.create(repo_id, private=request.get("visibility") == "private")
         return as_json(created)
 

@@ -40,7 +40,7 @@ def push_folder(repo_id):
     try:
         hub, folder = client.HubClient(10), Path(sys.argv[1])
         push.check_access(hub, repo_id)
-        repo = push.read_repo_state(hub, repo_id)
+        repo = push.read_repo_state(hub, push.MODEL, repo_id)
         push.check_tag(repo, "v1", "a run, step 6")
         commit = push.push(hub, folder, repo, tag="v1", title="a run, step 6")
         return {"error": None, "commit": commit, "seconds": time.monotonic() - start}

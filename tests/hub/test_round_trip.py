@@ -24,7 +24,7 @@ from PIL import Image
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.loading import check_folder
 from tests.arrays import save_images
-from tests.hub.commands import ROOT, run, run_code, start
+from tests.hub.commands import ROOT, publish_all, run, run_code, start
 from tests.hub.repositories import check_card
 from tests.hub.server import TOKENS, Hub
 from tests.models import quiet
@@ -129,30 +129,6 @@ def test_the_card(published):
         assert text in card, text
 
 
-COMMANDS = """
-import contextlib, io, json, os, sys
-from training.hub import files, push
-from training.publish import main
-
-checked = {}
-def check_once(folder, check_loading=push.check_loading):  # the same model need not be checked again
-    model = tuple((folder / name).read_bytes() for name in files.MODEL_FILES)
-    if model not in checked:
-        checked[model] = check_loading(folder)
-    return checked[model]
-push.check_loading = check_once
-
-results = []
-for arguments in json.loads(sys.argv[1]):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(arguments)
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results), flush=True)
-os._exit(0)
-"""
-
-
 @pytest.fixture(scope="module")
 def republished(published):
     """Commands of publish.py, one after the other in one process: exit code, output and errors of each, by name."""
@@ -167,7 +143,7 @@ def republished(published):
         "v2": ("alice/tagged", "--revision_tag", "v2"),
     }
     arguments = [[str(folder), "--hub_model_id", *command] for command in commands.values()]
-    results = run_code(hub, folder.parent / "home", COMMANDS, json.dumps(arguments))
+    results = publish_all(hub, folder.parent / "home", arguments)
     return dict(zip(commands, results)) | {"before": before}
 
 

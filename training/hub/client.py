@@ -74,9 +74,11 @@ class HubClient:
                 self._wait_or_raise(action, error, delay)
         raise AssertionError("the last delay is None")
 
-    def commit(self, repo_id: str, parent: str, title: str, operations: list[Any]) -> str:
+    def commit(self, repo_id: str, repo_type: str, parent: str, title: str, operations: list[Any]) -> str:
         """Make exactly one commit on top of `parent`, even if an answer gets lost.
 
+        Args:
+            repo_type: "model" or "space".
         Returns:
             The hash of the commit.
         Raises:
@@ -86,14 +88,21 @@ class HubClient:
         for delay in (*RETRY_DELAYS, None):
             try:
                 created = self._call_once(
-                    action, self.api.create_commit, repo_id, operations, commit_message=title, parent_commit=parent
+                    action,
+                    self.api.create_commit,
+                    repo_id,
+                    operations,
+                    commit_message=title,
+                    parent_commit=parent,
+                    repo_type=repo_type,
                 )
                 return created.oid
             except self._errors as error:
                 parent_is_stale = _status(error) == 412
                 if not parent_is_stale:
                     self._wait_or_raise(action, error, delay)
-                newest = self.call("read the newest commit", self.api.list_repo_commits, repo_id)[0]
+                commits = self.call("read the newest commit", self.api.list_repo_commits, repo_id, repo_type=repo_type)
+                newest = commits[0]
                 if newest.commit_id != parent:
                     if newest.title == title:  # the commit was made, and the answer got lost
                         return newest.commit_id

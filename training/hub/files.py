@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,32 @@ CARD = "README.md"
 OTHERS = (CARD, "config.yaml", "report.json", "LICENSE")
 PUBLISHED = (*MODEL_FILES, HALF_WEIGHTS, *GUIDE_FILES, HALF_GUIDE_WEIGHTS, *IMAGES, *OTHERS)  # and nothing else
 FORMER_NAMES = {"walk.png": "trajectory.png"}  # of files in runs and repositories from earlier versions
+PACKAGE = "ddpm_pipeline"  # in a Space
+SPACE_FILES = ("app.py", "requirements.txt", CARD, "LICENSE")  # beside the package
+
+
+@dataclass(frozen=True)
+class RepoKind:
+    """A kind of repository on the Hub."""
+
+    type: str  # as the Hub calls it
+    content: str  # what we publish there
+    option: str  # of publish.py, which names it
+    marks: frozenset[str]  # files that tell a repository of ours from others
+    names: frozenset[str]  # of files, and of folders with all in them, that a publication replaces
+
+    def holds(self, name: str) -> bool:
+        """Whether a publication replaces or deletes this file: others stay."""
+        return name in self.names or name.split("/")[0] in self.names
+
+
+MODEL = RepoKind(
+    "model", "a published model", "hub_model_id", frozenset({"model_index.json", REMOTE_CODE}),
+    frozenset({*PUBLISHED, *FORMER_NAMES}),
+)  # fmt: skip
+SPACE = RepoKind(
+    "space", "a demo", "space", frozenset({"app.py", f"{PACKAGE}/__init__.py"}), frozenset({*SPACE_FILES, PACKAGE})
+)
 
 
 def list_files(folder: Path) -> list[str]:

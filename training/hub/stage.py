@@ -109,7 +109,7 @@ def stage(
         tables=tables,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
-    _check_private_text(folder, run)
+    check_private_text(folder, run)
     return tag
 
 
@@ -181,7 +181,7 @@ def _read_report(file: Path, weights: Path, log: Callable[[str], object]) -> dic
     return None
 
 
-def _check_private_text(folder: Path, run: Path) -> None:
+def check_private_text(folder: Path, run: Path) -> None:
     """Raise ValueError if a text file contains a token or a path of this machine."""
     from huggingface_hub import get_token
 
@@ -199,7 +199,7 @@ def _check_private_text(folder: Path, run: Path) -> None:
                 continue
             for what, pattern in private.items():
                 if match := pattern.search(text):
-                    raise ValueError(f"{name} would publish {what}, {match[0]!r}: remove it from the files in {run}")
+                    raise ValueError(f"{name} would publish {what}, {match[0]!r}: remove it first")
 
 
 def _path_pattern(path: Path) -> re.Pattern[str]:
