@@ -138,15 +138,9 @@ def make_parser() -> argparse.ArgumentParser:
             action=argparse.BooleanOptionalAction,
             help="take the steps from a calibrated table of the model (by default where there is one for this number)",
         )
-    demo = commands.add_parser("demo", help=DEMO, description=DEMO, allow_abbrev=False)
-    demo.add_argument("model", help=MODEL)
-    demo.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s: this machine alone)")
-    demo.add_argument("--port", type=int, default=7860, help="(%(default)s)")
-    demo.add_argument("--share", action="store_true", help="make a public address through the servers of gradio")
-    demo.add_argument("--revision", help=REVISION)
-    demo.add_argument("--device", help=DEVICE)
     trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
     add_export(commands)
+    add_demo(commands)
     return parser
 
 
@@ -169,6 +163,17 @@ def add_export(commands: Any) -> None:
         "--onnxruntime_web", type=Path, metavar="FOLDER", help="the unpacked npm package; by default npm fetches it"
     )
     export.set_defaults(device="cpu")
+
+
+def add_demo(commands: Any) -> None:
+    """The command that serves a page until it is stopped."""
+    demo = commands.add_parser("demo", help=DEMO, description=DEMO, allow_abbrev=False)
+    demo.add_argument("model", help=MODEL)
+    demo.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s: this machine alone)")
+    demo.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+    demo.add_argument("--share", action="store_true", help="make a public address through the servers of gradio")
+    demo.add_argument("--revision", help=REVISION)
+    demo.add_argument("--device", help=DEVICE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
