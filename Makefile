@@ -1,5 +1,6 @@
 # make moons   train the built-in moons, calibrate 10 steps, and say where the images are
 # make test    run the tests
+# make browser install Debian's Chromium, which tests/browser need
 # make test-faults   the fault tests, with all their repeats
 # make lint    ruff and mypy
 # make bench   measure the project beside its peers; with the peer's training script: DIFFUSERS_REPO=path
@@ -15,7 +16,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 
 # two set-ups in one environment at the same time would break it
 .NOTPARALLEL:
-.PHONY: moons test test-faults lint bench bench-gpu docs demo clean
+.PHONY: moons test browser test-faults lint bench bench-gpu docs demo clean
 
 moons: .venv/train.stamp
 	$(BIN)/accelerate launch training/train.py
@@ -25,6 +26,9 @@ moons: .venv/train.stamp
 # the tests of one file share what they need, so they stay together
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+browser:
+	command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; }
 
 test-faults: .venv/test.stamp
 	DDPM_FAULTS=full $(BIN)/python -m pytest tests/faults
@@ -72,5 +76,5 @@ clean:
 	touch $@
 
 .venv/test.stamp: .venv/torch.stamp setup.cfg pyproject.toml
-	$(PIP) -e ".[train,eval,ode,demo,test]"
+	$(PIP) -e ".[train,eval,ode,demo,web,test]"
 	touch $@

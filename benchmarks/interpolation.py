@@ -2,7 +2,8 @@
 
 For moons the truth is known: it measures the distance of an interpolated image to the nearest true moon, and its lit
 fraction. With --data it interpolates between images of any data set and measures the distance to the nearest image of
-the set. Writes OUTPUT.json and OUTPUT-*.png.
+the set. With --data and --extractor it compares strips balanced in pixels and in features. Writes OUTPUT.json and
+OUTPUT-*.png.
 """
 
 from __future__ import annotations
@@ -41,13 +42,19 @@ def main() -> None:
     parser.add_argument("pipeline", help="folder of a saved pipeline, or a name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without .json")
     parser.add_argument("--data", help="local data set (parquet) or folder of images, instead of moons")
+    parser.add_argument("--extractor", help="with --data: a .pt file or a model of transformers, for colour images")
     args = parser.parse_args()
+    if args.extractor and not args.data:
+        parser.error("--extractor needs --data")
 
     pipe: Any = DDPMPipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    result = measure_data(pipe, args.data, args.output) if args.data else measure_moons(pipe, args.output)
+    if args.extractor:
+        result = compare_balances(pipe, args.data, args.extractor, args.output)
+    else:
+        result = measure_data(pipe, args.data, args.output) if args.data else measure_moons(pipe, args.output)
     result |= {"minutes": minutes_since(started), "machine": machine()}
     write_json(args.output.with_suffix(".json"), result)
     print(json.dumps(result, indent=2))
@@ -213,11 +220,9 @@ def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dic
     features of a classifier that is trained on the data.
     """
     folder = Path(data)
-    options: dict[str, Any] = {"dataset_name" if any(folder.rglob("*.parquet")) else "train_data_dir": data}
-    images = load_images(**options, resolution=pipe.unet.config.sample_size, on_bad_image="skip", cache_dir=CACHE_DIR)
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))[: 2 * num_pairs]
+    images = load_data(pipe, folder)
     data_set = from_pixels(np.array(images.images))
-    a, b = data_set[chosen].chunk(2)
+    a, b = random_pairs(data_set, num_pairs)
     weights = [0.0, 0.25, 0.5, 0.75, 1.0]
     fused = pipe.fuse(a, b, weights, balance=True, output_type="latent")
     visualize.grid(fused.images, columns=len(weights)).save(png(output, "strips"))
@@ -245,6 +250,57 @@ def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dic
         "endpoint_error": round(squared_pixel_distance(fused.images[::5], a).mean().item(), 4),
         "network_calls": fused.network_calls,
     }
+
+
+def compare_balances(pipe: Any, data: str, which: str, output: Path, num_pairs: int = 4) -> dict[str, Any]:
+    """Strips balanced in pixels, and in the features of an extractor, between the same pairs of images.
+
+    The steps of a strip are the distances between neighbours. It is even in a space if its largest step there is
+    hardly larger than the mean of its steps.
+    """
+    extractor = make_extractor(which)
+
+    def feature_distance(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in (x, y))
+        return extractor.squared_distance(x, y)
+
+    a, b = random_pairs(from_pixels(np.array(load_data(pipe, Path(data)).images)), num_pairs)
+    weights = [i / 6 for i in range(7)]
+    distances = {"pixels": squared_pixel_distance, extractor.name: feature_distance}
+    strips, results = [], {}
+    for name, distance in distances.items():
+        options = {"distance": distance, "num_inference_steps": 25, "output_type": "latent"}
+        fused = pipe.fuse(a, b, weights, balance=True, **options)
+        strip = fused.images.unflatten(0, (num_pairs, len(weights)))
+        strips.append(strip)
+        steps = {}
+        for space, measure in distances.items():
+            each = measure(strip[:, :-1].flatten(0, 1), strip[:, 1:].flatten(0, 1)).view(num_pairs, -1).sqrt()
+            steps[space] = {
+                "mean": [round(step, 4) for step in each.mean(dim=1).tolist()],
+                "largest_over_mean": [round(ratio, 2) for ratio in (each.amax(dim=1) / each.mean(dim=1)).tolist()],
+            }
+        results[f"balanced in {name}"] = {
+            "interpolation_weights": np.round(np.reshape(fused.weights, (num_pairs, -1)), 3).tolist(),
+            "steps": steps,
+            "double_exposures": sum(fused.double_exposures),
+        }
+    rows = torch.stack(strips, dim=1).flatten(0, 2)  # the two strips of a pair below each other
+    visualize.grid(rows, columns=len(weights)).save(png(output, "balances"))
+    return {"data": Path(data).name, "extractor": extractor.name, "results": results}
+
+
+def load_data(pipe: Any, folder: Path) -> Any:
+    """The images of a parquet data set or a folder, at the size of the network."""
+    options: dict[str, Any] = {"dataset_name" if any(folder.rglob("*.parquet")) else "train_data_dir": str(folder)}
+    return load_images(**options, resolution=pipe.unet.config.sample_size, on_bad_image="skip", cache_dir=CACHE_DIR)
+
+
+def random_pairs(data_set: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
+    """Two batches of images."""
+    chosen = torch.randperm(len(data_set), generator=torch.Generator().manual_seed(3))[: 2 * num_pairs]
+    a, b = data_set[chosen].chunk(2)
+    return a, b
 
 
 def squared_distance(x: Tensor, data_set: Tensor, rank: int = 1) -> Tensor:

@@ -41,10 +41,13 @@ The chapters, one file each:
     likelihood.py        variational bound, bits per dimension, probability-flow ODE
     fidelity.py          distances between sets of images, precision and recall, copies
     features.py          feature extractors for these distances
+    hub_features.py      models of transformers as such extractors, from the Hub or a folder
     classifier.py        a small classifier whose features measure distances
     image_arrays.py      data sets as arrays: checks and chunks
     tensor_cache.py      cached results, named by a hash of what they depend on
     moons.py             the built-in data set: moons with a phase that can be measured
+    web_export.py        a model as a static web page, which samples in the browser
+    onnx_network.py      a U-net as ONNX, compared with torch's
     cpu.py               memory and threads of a process on a CPU
     transfer.py          copies to a device that the host does not wait for
     files.py             atomic replacement of files and folders

@@ -81,6 +81,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="read each weight as a distance ratio d(first) / (d(first) + d(second)); without it, several images in "
         "the middle may all look like one of the two",
     )
+    fuse.add_argument(
+        "--distance",
+        metavar="EXTRACTOR",
+        help="d compares features instead of pixels: those of a model of transformers, its name on the Hub such as "
+        "facebook/dinov2-small or its folder, or of a .pt file",
+    )
     fuse.add_argument("--fixed_point_iterations", type=int, default=3, help=iterations_help)
     fuse.add_argument(
         "--path",
@@ -132,6 +138,35 @@ def make_parser() -> argparse.ArgumentParser:
             action=argparse.BooleanOptionalAction,
             help="take the steps from a calibrated table of the model (by default where there is one for this number)",
         )
+    trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
+    add_export(commands)
+    add_demo(commands)
+    return parser
+
+
+def add_export(commands: Any) -> None:
+    """The command that takes no images and writes a folder."""
+    summary = "export the model as a static web page, which samples in the visitor's browser"
+    export = commands.add_parser("export", help=summary, description=summary, allow_abbrev=False)
+    export.add_argument("model", help=MODEL)
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to write; an earlier page there is replaced")
+    export.add_argument("--web", action="store_true", required=True, help="as a web page, so far the only kind")
+    export.add_argument(
+        "--num_inference_steps",
+        type=int,
+        help="steps of DDIM (20, or all diffusion timesteps if there are fewer); calibrated steps of the model come "
+        "with it",
+    )
+    export.add_argument("--title", help="of the page (the name of the model)")
+    export.add_argument("--revision", help=REVISION)
+    export.add_argument(
+        "--onnxruntime_web", type=Path, metavar="FOLDER", help="the unpacked npm package; by default npm fetches it"
+    )
+    export.set_defaults(device="cpu")
+
+
+def add_demo(commands: Any) -> None:
+    """The command that serves a page until it is stopped."""
     demo = commands.add_parser("demo", help=DEMO, description=DEMO, allow_abbrev=False)
     demo.add_argument("model", help=MODEL)
     demo.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s: this machine alone)")
@@ -139,8 +174,6 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--share", action="store_true", help="make a public address through the servers of gradio")
     demo.add_argument("--revision", help=REVISION)
     demo.add_argument("--device", help=DEVICE)
-    trajectory.add_argument("--columns", type=int, default=10, help="steps shown in a row of the strip (%(default)s)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,8 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "demo":
             serve_demo(args)
             return 0
-        check(args)
-        run(load_pipeline(args), args)
+        if args.command == "export":
+            export(args)
+        else:
+            check(args)
+            run(load_pipeline(args), args)
     except (ValueError, OSError) as error:
         message = str(error).replace("class_labels", "--class_label")  # the one flag with another name than in Python
         print(f"ddpm_pipeline {args.command}: {message}", file=sys.stderr)
@@ -180,7 +216,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--columns is {args.columns}: give at least 2")
     if getattr(args, "strip", None) is not None and args.strip < 2:
         raise ValueError(f"--strip is {args.strip}: give at least 2")
-    from .images import check_readable
+    from .cpu import importing
+
+    with importing():
+        from .images import check_readable
 
     for path in (*getattr(args, "images", []), getattr(args, "mask", None), getattr(args, "image", None)):
         if path is not None:
@@ -251,6 +290,8 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         else:  # fuse rejects these two if they are set, since this path adds no noise
             sampling |= {"seeds": args.seeds, "timestep": args.timestep}
             sampling["fixed_point_iterations"] = args.fixed_point_iterations
+        if args.distance is not None:
+            sampling["distance"] = args.distance
         fused = pipe.fuse(*images, weight=weights, path=args.path, balance=args.balance, **common, **sampling)
         for weight, used, ratio in zip(weights * len(seeds), fused.weights, fused.distance_ratios):
             print(f"weight {weight:g}: interpolation weight {used:.4f}, distance ratio {ratio:.3f}")
@@ -284,6 +325,31 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.output)
     else:
         visualize.grid(x_0, columns=len(x_0) if args.command == "fuse" else None).save(args.output)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the web page of a model, and say what is in it."""
+    from .onnx_network import MAX_ERROR
+    from .web_export import LARGE_PAGE, check_folder_of_page, export_web, folder_size
+
+    check_folder_of_page(args.output)
+    path = Path(args.model)
+    name = path.resolve().parent.name if path.name == "pipeline" else path.name
+    errors = export_web(
+        load_pipeline(args),
+        args.output,
+        title=args.title or name,
+        num_inference_steps=args.num_inference_steps,
+        onnxruntime_web=args.onnxruntime_web,
+    )
+    for dtype, error in errors.items():
+        print(f"network.{dtype}.onnx differs from torch by {error:.1e} of its output")
+    if "float16" not in errors:
+        print(f"left out: network.float16.onnx, which differs by more than {MAX_ERROR:g}; float32 is used instead")
+    size = folder_size(args.output)
+    if size > LARGE_PAGE:
+        print(f"a visitor loads {size / 1e6:.0f} MB before the first image: consider a smaller network")
+    print(f"{size / 1e6:.1f} MB; look at it: python -m http.server -d {args.output}")
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

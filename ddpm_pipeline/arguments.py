@@ -39,7 +39,7 @@ def check_batch_size(batch_size: int, **per_image: Any) -> int:
     return size
 
 
-def check_fusion(path: str, balanced_several: bool, distance: Any, **of_noise: Any) -> None:
+def check_fusion(path: str, balanced_several: bool, **of_noise: Any) -> None:
     """Raise ValueError for arguments of `fuse` that do not go together; `of_noise` are those of path="noise"."""
     check_choice("path", path, ("latent", "noise"))
     given = [name for name, value in of_noise.items() if value is not None]
@@ -47,8 +47,6 @@ def check_fusion(path: str, balanced_several: bool, distance: Any, **of_noise: A
         raise ValueError(f'{given[0]} is given, but path="latent" adds no noise: give it with path="noise"')
     if balanced_several:
         raise ValueError("balance needs two images: give image_a and image_b, or leave balance out")
-    if not callable(distance):
-        raise ValueError(f"distance is {distance!r}: give a function of two batches of images")
 
 
 # ---- Random numbers --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A distance belongs to its extractor: report the extractor's name with it, and co
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .classifier import train_classifier
+from .fidelity import Kernel, cubic_kernel
 from .image_arrays import check_images
 from .pixels import num_levels
 from .tensor_cache import FORMAT, hash_file, hash_images, load_tensors, save_tensors
@@ -27,7 +29,10 @@ class Extractor:
     Attributes:
         name: for reports, such as "pixels-16x16".
         key: hash of everything but the image that the features depend on; part of the names of cached files.
-        is_inception: whether this is the network that defines FID and KID.
+        frechet_name, kernel_name: what the distances are called in these features: "FID" and "KID" in those of
+            Inception, "FD-DINOv2" in those of DINOv2, "CMMD" in those of CLIP.
+        kernel: of the kernel distance.
+        commit: of a model on the Hub; None for other extractors.
         accuracy: of the classifier on images that it was not trained on; None for other extractors.
     """
 
@@ -38,10 +43,14 @@ class Extractor:
         compute: Callable[[Tensor], Tensor],
         *,
         device: torch.device | str = "cpu",
-        is_inception: bool = False,
+        frechet_name: str = "Frechet distance",
+        kernel_name: str = "kernel distance",
+        kernel: Kernel = cubic_kernel,
+        commit: str | None = None,
         accuracy: float | None = None,
     ) -> None:
-        self.name, self.key, self.is_inception, self.accuracy = name, key, is_inception, accuracy
+        self.name, self.key, self.commit, self.accuracy = name, key, commit, accuracy
+        self.frechet_name, self.kernel_name, self.kernel = frechet_name, kernel_name, kernel
         self._compute, self._device = compute, device
 
     @torch.no_grad()
@@ -63,6 +72,14 @@ class Extractor:
             shape = tuple(features.shape)
             raise ValueError(f"{self.name} returns {shape} for {len(x)} images: an extractor must return (B, D)")
         return features
+
+    def squared_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean squared difference of the features of two batches of images, (B, C, H, W) in [-1, 1]: (B,), on the CPU.
+
+        `pipe.fuse(..., distance=extractor)` balances in it.
+        """
+        difference = self.of_floats((x.float() + 1) / 2) - self.of_floats((y.float() + 1) / 2)
+        return difference.square().mean(dim=1)
 
 
 def extract_features(
@@ -116,13 +133,15 @@ def make_extractor(
             to 32 x 32.
             A .pt file: TorchScript, called with images in [-1, 1]; or the Inception network for FID in its usual
             TorchScript form, gray or RGB.
+            A folder, or a name on the Hub, "user/model" or "user/model@revision": a model of transformers, gray or RGB,
+            as DINOv2 or CLIP: see hub_features.py.
         images: (N, C, H, W) uint8 or uint16, which the classifier is trained on. The grid of "pixels" is at most their
             size.
         labels: (N,), for the classifier.
         cache_dir: where the trained classifier is kept; created if missing.
     Raises:
-        ValueError: another name, a file that is missing or is not what its suffix says, or images and labels that the
-            classifier cannot be trained on.
+        ValueError: another name, a file that is missing or is not what its suffix says, a model that cannot be loaded,
+            or images and labels that the classifier cannot be trained on.
     """
     if images is not None:
         check_images("images", images)
@@ -136,11 +155,26 @@ def make_extractor(
             classifier.name, classifier.key, classifier.features, device=device, accuracy=classifier.accuracy
         )
     path = Path(which).expanduser()
+    if is_model(which):
+        from .hub_features import load_model  # only now: it imports transformers
+
+        return load_model(which, device)
     if path.suffix not in (".th", ".pt"):
-        raise ValueError(f'extractor is {which!r}: give "pixels", "classifier", or the path of a .th or .pt file')
+        raise ValueError(
+            f'extractor is {which!r}: give "pixels", "classifier", the path of a .th or .pt file, or a model of '
+            "transformers, as a folder or as user/model on the Hub"
+        )
     if not path.is_file():
         raise ValueError(f"extractor is {which!r}, but this file does not exist")
     return _resnet(path, device) if path.suffix == ".th" else _torchscript(path, device)
+
+
+def is_model(which: str) -> bool:
+    """Whether this is a folder, or looks like a name on the Hub: "user/model" or "user/model@revision"."""
+    path = Path(which).expanduser()
+    if not which or path.suffix in (".th", ".pt"):
+        return False
+    return path.is_dir() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", which) is not None
 
 
 def _pixels(images: np.ndarray | None) -> Extractor:
@@ -206,7 +240,7 @@ def _resnet(path: Path, device: torch.device | str) -> Extractor:
     std = torch.tensor([0.229, 0.224, 0.225], device=device)[:, None, None]
 
     def compute(x: Tensor) -> Tensor:
-        x = _rgb(x)
+        x = to_rgb(x)
         if x.shape[2:] != (32, 32):
             x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
         return network((x - mean) / std)
@@ -222,18 +256,19 @@ def _torchscript(path: Path, device: torch.device | str) -> Extractor:
     key = hash_file("torchscript", path)
 
     def inception(x: Tensor) -> Tensor:
-        return network((_rgb(x) * 255).round().to(torch.uint8), return_features=True)
+        return network((to_rgb(x) * 255).round().to(torch.uint8), return_features=True)
 
     arguments = [argument.name for argument in network.forward.schema.arguments]
     if "Inception" in network.original_name and "return_features" in arguments:
         with torch.no_grad():
             features = inception(torch.zeros(1, 3, 32, 32, device=device))
         if features.shape == (1, 2048):
-            return Extractor("inception", key, inception, device=device, is_inception=True)
+            return Extractor("inception", key, inception, device=device, frechet_name="FID", kernel_name="KID")
     return Extractor(path.name, key, lambda x: network(2 * x - 1), device=device)
 
 
-def _rgb(x: Tensor) -> Tensor:
+def to_rgb(x: Tensor) -> Tensor:
+    """Gray images repeated, (B, 3, H, W); ValueError: neither gray nor RGB."""
     if x.shape[1] not in (1, 3):
         raise ValueError(f"images have {x.shape[1]} channels: this extractor supports 1 or 3")
     return x.expand(-1, 3, -1, -1)

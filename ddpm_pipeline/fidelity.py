@@ -30,6 +30,8 @@ from .precision import as_float64
 CHUNK = 2048  # feature vectors in float64, or sides of a kernel matrix, in memory at a time
 CHUNK_DISTANCES = 2**23  # entries of a distance matrix in memory at a time
 
+Kernel = Callable[[Tensor, Tensor], Tensor]  # two sets of vectors, (N, D) and (M, D), to k of each pair, (N, M)
+
 
 class Estimate(NamedTuple):
     value: float
@@ -86,8 +88,30 @@ def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     return mean, root / math.sqrt(len(features) - 1)
 
 
-def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
-    """The unbiased MMD^2 with kernel k(x, y) = (x . y / D + 1)^3; the KID if the features are those of Inception.
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """k(x, y) = (x . y / D + 1)^3 of vectors (N, D) and (M, D): (N, M).
+
+    References:
+        Binkowski et al. 2018, arXiv 1801.01401, section 3.
+    """
+    return ((x @ y.T).div_(x.shape[1]).add_(1)).pow(3)
+
+
+def cmmd_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """k(x, y) = 1000 exp(-|x - y|^2 / (2 sigma^2)), sigma = 10, of vectors (N, D) and (M, D): (N, M).
+
+    The factor, with which the paper multiplies the distance, makes it a number of ordinary size.
+
+    References:
+        Jayasumana et al. 2024, arXiv 2401.09603, section 4.
+    """
+    sigma = 10
+    squared_norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+    return (squared_norms - 2 * (x @ y.T)).div_(-2 * sigma**2).exp_().mul_(1000)
+
+
+def kernel_distance(features: Tensor, reference: Tensor, kernel: Kernel = cubic_kernel) -> Estimate:
+    """The unbiased MMD^2 with kernel k; with the cubic one the KID, if the features are those of Inception.
 
         mean over i != j of k(x_i, x_j) + mean over i != j of k(y_i, y_j) - 2 mean over i, j of k(x_i, y_j)
 
@@ -103,6 +127,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     Args:
         features: (N, D), float32 or float64; computed in float64.
         reference: (M, D).
+        kernel: k, `cubic_kernel` or `cmmd_kernel`.
     Raises:
         ValueError: as for frechet_distance.
     References:
@@ -110,15 +135,15 @@ def kernel_distance(features: Tensor, reference: Tensor) -> Estimate:
     """
     _check(2, features=features, reference=reference)
     n, m = len(features), len(reference)
-    k_xx = sum(_kernel_sums(features, features)) / (n - 1)
-    k_yy = sum(_kernel_sums(reference, reference)) / (m - 1)
-    k_xy, k_yx = _kernel_sums(features, reference)
+    k_xx = sum(_kernel_sums(kernel, features, features)) / (n - 1)
+    k_yy = sum(_kernel_sums(kernel, reference, reference)) / (m - 1)
+    k_xy, k_yx = _kernel_sums(kernel, features, reference)
     h_x, h_y = k_xx - k_xy / m, k_yy - k_yx / n
     variance = 4 * h_x.var() / n + 4 * h_y.var() / m
     return Estimate((h_x.mean() + h_y.mean()).item(), variance.sqrt().item())
 
 
-def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel_sums(kernel: Kernel, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of k(x_i, y_j) over j, (N,), and over i, (M,).
 
     If y is x, both sums are over pairs i < j only, so that the two add up to the sum over all j != i.
@@ -127,7 +152,7 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(0, len(x), CHUNK):
         for j in range(i if y is x else 0, len(y), CHUNK):
             a, b = as_float64(x[i : i + CHUNK]), as_float64(y[j : j + CHUNK])
-            k = ((a @ b.T).div_(x.shape[1]).add_(1)).pow(3)
+            k = kernel(a, b)
             if y is x and j == i:
                 k.triu_(diagonal=1)
             over_j[i : i + CHUNK] += k.sum(dim=1)

@@ -1,5 +1,6 @@
 """IMAGES: files, PIL images, arrays and tensors in and out. Inside they are (B, C, H, W), floats in [-1, 1]."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -216,6 +217,28 @@ def check_image_size(unet: UNet2DModel, height: int | None, width: int | None, l
 def squared_pixel_distance(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of the pixels: (B, C, H, W) twice to (B,)."""
     return (x - y).square().flatten(1).mean(1)
+
+
+def to_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance that `fuse` balances in: a function, or that of an extractor of features or of its name or file."""
+    if isinstance(distance, (str, os.PathLike)):
+        if not __name__.endswith(".images"):  # remote code, which is one file
+            raise ValueError(
+                f"distance is {str(distance)!r}, but this pipeline is remote code, which has no extractors: give a "
+                "function of two batches of images, or an extractor"
+            )
+        make_extractor = importlib.import_module(".features", __package__).make_extractor
+        try:
+            distance = make_extractor(str(distance), device=device)
+        except ValueError as error:
+            raise ValueError(str(error).replace("extractor is", "distance is", 1)) from None
+    distance = getattr(distance, "squared_distance", distance)
+    if not callable(distance):
+        raise ValueError(
+            f"distance is {distance!r}: give a function of two batches of images, or an extractor of features, by "
+            "itself or as for make_extractor"
+        )
+    return distance
 
 
 def to_mask(mask: Any, shape: tuple[int, ...], size: Size | None = None, images: Any = ()) -> Tensor:

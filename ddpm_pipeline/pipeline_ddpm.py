@@ -23,9 +23,9 @@ from .arguments import check_fusion, image_seeds, make_generators, prepare_sampl
 from .calls import Calls, OfThread, WithCalls, checked_callback
 from .denoiser import prepare_denoiser
 from .guide import WithGuide
-from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_mask, to_output
+from .images import check_output_type, prepare_images, size_of, squared_pixel_distance, to_distance, to_mask, to_output
 from .inpainting import repaint, repaint_levels
-from .interpolation import Distance, FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
+from .interpolation import FusionOutput, check_weights, interpolate, latent_path, noise_path, stack_endpoints
 from .inversion import ddim_invert, ddim_sample
 from .labels import class_names_of
 from .loading import check_finite, check_folder
@@ -240,7 +240,7 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
         return_dict: bool = True,
         *,
         eta: float | None = None,
-        distance: Distance = squared_pixel_distance,
+        distance: Any = squared_pixel_distance,
         class_labels: int | str | None = None,
         fixed_point_iterations: int = 3,
         tolerance: float = 0.005,
@@ -261,7 +261,9 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
             generator, seeds: for path="noise", the noise of pair i; as in a call.
             output_type, return_dict: as in a call.
             eta: for path="noise", as in a call; 1 by default.
-            distance: d, from two batches (B, C, H, W) in [-1, 1] to (B,); the mean squared difference by default.
+            distance: d, a function from two batches (B, C, H, W) in [-1, 1] to (B,); by default the mean squared
+                difference of the pixels. Or an extractor, or (not in remote code) its name or file as for
+                `make_extractor`, such as "facebook/dinov2-small": the mean squared difference of its features.
             class_labels: for a network with classes, one for all: a number or a name.
             fixed_point_iterations: of the inversion, see `invert`.
             tolerance: of the distance ratio, with balance.
@@ -271,7 +273,8 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
         """
         check_output_type(output_type, self.unet.config.in_channels)
         several = image_b is None
-        check_fusion(path, balance and several, distance, timestep=timestep, generator=generator, seeds=seeds, eta=eta)
+        check_fusion(path, balance and several, timestep=timestep, generator=generator, seeds=seeds, eta=eta)
+        distance_of = to_distance(distance, self._execution_device)
         a = self._prepare_images(image_a, "image_a")
         denoiser = prepare_denoiser(self.unet, self.scheduler, a.device, 1, class_labels)
         b = None if several else self._prepare_images(image_b, "image_b")
@@ -302,7 +305,7 @@ class DDPMPipeline(WithCalls, WithGuide, BuiltInDDPMPipeline):
 
             image_at = noise_path(image_to_image, endpoints, image_seeds(generator, seeds, len(endpoints)))
         result = interpolate(
-            image_at, endpoints, weights, balance=balance, distance=distance, tolerance=tolerance,
+            image_at, endpoints, weights, balance=balance, distance=distance_of, tolerance=tolerance,
             deterministic=path == "latent",
         )  # fmt: skip
         self.maybe_free_model_hooks()

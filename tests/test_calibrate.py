@@ -262,6 +262,10 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
         ({"extractor": "dino", "compare": "true"}, "extractor is 'dino': give \"pixels\""),
         ({"fit_extractor": "classifier"}, "fit_extractor is 'classifier': give a .th or .pt file"),
         ({"fit_extractor": "nowhere.pt"}, "fit_extractor is 'nowhere.pt': give a .th or .pt file"),
+        (
+            {"fit_extractor": "user/model", "extractor": "user/model", "compare": "true"},
+            "extractor and fit_extractor are both 'user/model'",
+        ),
     ],
 )
 def test_bad_settings_end_with_code_2_before_anything_is_fitted(work, trained, capsys, settings, message):

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
 
 def test_classifier_features_separate_the_classes(trained):
     _, extractor = trained
-    assert extractor.accuracy == 1 and not extractor.is_inception
+    assert extractor.accuracy == 1 and extractor.frechet_name == "Frechet distance"
     assert extractor.name == f"classifier (2 labels, {extractor.key[:8]})"
     images, labels = blobs(100, seed=1)
     features = extract_features(extractor, images)

@@ -1,9 +1,11 @@
 """`python -m ddpm_pipeline`: each command on files, compared with the methods that it calls."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler, visualize
@@ -100,6 +102,26 @@ def test_each_command_is_its_method(work, pipe, capsys):
     output = run(work, "trajectory", "--image", work / "a.png", "--columns", 5)
     expected = visualize.strip(pipe.trajectory(image=a, seeds=[0], num_inference_steps=4), columns=5)
     assert np.array_equal(output, np.asarray(expected))
+
+
+def test_fuse_balances_in_the_features_of_a_file(work, pipe, capsys):
+    a, b = (Image.open(work / f"{name}.png") for name in "ab")
+    pool = torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(pool).save(str(work / "pool.pt"))
+    output = run(
+        work, "fuse", work / "a.png", work / "b.png", "--strip", 3, "--balance", "--distance", work / "pool.pt"
+    )
+    options = {"balance": True, "num_inference_steps": 4, "output_type": "latent"}
+    of_features = pipe.fuse(a, b, [0, 0.5, 1], distance=lambda x, y: (pool(x) - pool(y)).square().mean(1), **options)
+    assert np.array_equal(output, grid(of_features.images, columns=3))
+    assert f"interpolation weight {of_features.weights[1]:.4f}" in capsys.readouterr().out
+    of_pixels = pipe.fuse(a, b, [0, 0.5, 1], **options)
+    assert abs(of_features.weights[1] - of_pixels.weights[1]) > 0.01
+    command = ["fuse", str(work / "model"), str(work / "a.png"), str(work / "b.png"), "--distance", "none.pt"]
+    assert main([*command, "-o", str(work / "out.png"), *STEPS]) == 2
+    assert "distance is 'none.pt', but this file does not exist" in capsys.readouterr().err
 
 
 def test_freed_memory_is_kept_on_a_cpu(work, monkeypatch):

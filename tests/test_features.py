@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
 def test_pixels_extractor_averages_a_grid():
     extractor = make_extractor("pixels")
-    assert extractor.name == "pixels-16x16" and not extractor.is_inception and extractor.accuracy is None
+    assert extractor.name == "pixels-16x16" and extractor.accuracy is None and extractor.commit is None
     images = random_images(5, 3, 32, 48)
     features = extract_features(extractor, images)
     means = images.reshape(5, 3, 16, 2, 16, 3).mean(axis=(3, 5)) / 127.5 - 1
@@ -105,6 +105,10 @@ def test_pixels_extractor_averages_a_grid():
     assert extract_features(extractor, small).shape == (4, 9 * 16)
     extremes = np.array([0, 255], dtype=np.uint8).reshape(1, 2, 1, 1)
     assert extract_features(extractor, extremes).tolist() == [[-1, 1]]
+
+
+def names(extractor):
+    return extractor.frechet_name, extractor.kernel_name
 
 
 def cifar10_test(folder):
@@ -121,7 +125,7 @@ def test_resnet_reaches_its_published_accuracy_on_cifar10(shared_data):
     before = torch.get_rng_state()
     extractor = make_extractor(str(file))
     assert torch.equal(torch.get_rng_state(), before)
-    assert extractor.name == "cifar10-resnet56" and not extractor.is_inception
+    assert extractor.name == "cifar10-resnet56" and names(extractor) == ("Frechet distance", "kernel distance")
     images, labels = cifar10_test(folder)
     features = extract_features(extractor, images)
     assert features.shape == (1000, 64)
@@ -166,7 +170,7 @@ def script(module, path):
 
 def test_torchscript_extractors(tmp_path):
     inception = make_extractor(script(InceptionV3(), tmp_path / "any.pt"))
-    assert inception.name == "inception" and inception.is_inception
+    assert inception.name == "inception" and names(inception) == ("FID", "KID")
     images = random_images(3, 3, 20, 31)
     features = extract_features(inception, images)
     assert features.dtype == torch.float32
@@ -181,7 +185,7 @@ def test_torchscript_extractors(tmp_path):
         extract_features(inception, images[:, :2])
 
     other = make_extractor(script(HalfNetwork(), tmp_path / "half.pt"))
-    assert other.name == "half.pt" and not other.is_inception and other.key != inception.key
+    assert other.name == "half.pt" and names(other)[0] == "Frechet distance" and other.key != inception.key
     images = random_images(2, 5, 3, 4)
     np.testing.assert_allclose(extract_features(other, images), (images.reshape(2, -1) / 127.5 - 1) / 2, atol=1e-6)
     assert_same_in_8_and_16_bits(other, images)
@@ -205,8 +209,8 @@ def test_torchscript_extractors(tmp_path):
         pass
 
     assert make_extractor(script(Inception(), tmp_path / "named.pt")).name == "named.pt"
-    assert not make_extractor(script(Other(), tmp_path / "other.pt")).is_inception
-    assert not make_extractor(script(InceptionV3(1000), tmp_path / "1000.pt")).is_inception
+    assert names(make_extractor(script(Other(), tmp_path / "other.pt")))[0] == "Frechet distance"
+    assert names(make_extractor(script(InceptionV3(1000), tmp_path / "1000.pt")))[0] == "Frechet distance"
 
 
 def test_unknown_extractors_and_wrong_files_are_an_error(tmp_path):

@@ -13,6 +13,8 @@ from ddpm_pipeline import fidelity, image_arrays
 from ddpm_pipeline.fidelity import (
     accuracy,
     channel_shift,
+    cmmd_kernel,
+    cubic_kernel,
     density_coverage,
     frechet_distance,
     jackknife,
@@ -120,12 +122,15 @@ def test_frechet_distance_with_fewer_vectors_than_dimensions():
 # ---- Kernel distance -------------------------------------------------------------------------------------------------
 
 
-def test_kernel_distance_equals_the_sum_over_all_pairs(monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "k"),
+    [
+        (cubic_kernel, lambda a, b: (a @ b / 4 + 1).item() ** 3),
+        (cmmd_kernel, lambda a, b: 1000 * math.exp(-((a - b).norm().item() ** 2) / (2 * 10**2))),
+    ],
+)
+def test_kernel_distance_equals_the_sum_over_all_pairs(monkeypatch, kernel, k):
     x, y = normal(23, 4), normal(17, 4, seed=1) * 1.5 + 0.3
-
-    def k(a, b):
-        return (a @ b / 4 + 1).item() ** 3
-
     within = {
         name: np.mean([k(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if i != j])
         for name, z in (("x", x), ("y", y))
@@ -136,8 +141,8 @@ def test_kernel_distance_equals_the_sum_over_all_pairs(monkeypatch):
     error = math.sqrt(4 * np.var(h_x, ddof=1) / 23 + 4 * np.var(h_y, ddof=1) / 17)
     for chunk in (2048, 5):
         monkeypatch.setattr(fidelity, "CHUNK", chunk)
-        assert kernel_distance(x, y) == pytest.approx((expected, error), rel=1e-12)
-        assert kernel_distance(y, x) == pytest.approx((expected, error), rel=1e-12)
+        assert kernel_distance(x, y, kernel) == pytest.approx((expected, error), rel=1e-10)
+        assert kernel_distance(y, x, kernel) == pytest.approx((expected, error), rel=1e-10)
 
 
 def test_kernel_distance_equals_torchmetrics():

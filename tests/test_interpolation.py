@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm_pipeline import pipeline_ddpm
+from ddpm_pipeline.features import Extractor
 from ddpm_pipeline.images import squared_pixel_distance
 from ddpm_pipeline.interpolation import MAX_BISECTIONS, bisect_weights, is_double_exposure, spherical_mean
 from ddpm_pipeline.moons import render
@@ -78,6 +79,33 @@ def test_balance_takes_another_distance():
     fused = pipe.fuse(x_0[0], x_0[1], 0.2, balance=True, distance=root, num_inference_steps=20, output_type="latent")
     to_a, to_b = ((fused.images[0] - x).square().mean().sqrt().item() for x in x_0)
     assert to_a / (to_a + to_b) == pytest.approx(0.2, abs=0.005)
+
+
+class LeftHalf(torch.nn.Module):
+    """Features for TorchScript: the pixels of the left half, of images of 8 x 8."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, :, :4].flatten(1)
+
+
+def test_balance_in_features_of_a_file_or_an_extractor(tmp_path):
+    pipe, x_0 = gaussian_pipe(), gaussian_images(2)
+    file = tmp_path / "left.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(LeftHalf()).save(str(file))
+
+    def fuse(distance):
+        options = {"balance": True, "num_inference_steps": 20, "output_type": "latent", "distance": distance}
+        return pipe.fuse(x_0[0], x_0[1], 0.2, **options)
+
+    for distance in (file, str(file), Extractor("left", "key", LeftHalf())):
+        fused = fuse(distance)
+        to_a, to_b = ((fused.images[0] - x)[..., :4].square().mean().item() for x in x_0)
+        assert to_a / (to_a + to_b) == pytest.approx(0.2, abs=0.006)
+        assert fused.distance_ratios[0] == pytest.approx(to_a / (to_a + to_b), abs=1e-5)
+    with pytest.raises(ValueError, match=r"^distance is '.*none\.pt', but this file does not exist"):
+        fuse(tmp_path / "none.pt")
 
 
 def test_bisection_on_steep_and_discontinuous_paths():

@@ -112,6 +112,10 @@ for name in ("plain", "su", "calibrated"):
         "same images": torch.equal(steps[-1].x_0_pred, pipe(seeds=[1, 2], output_type="latent").images),
     }
     loaded.append(pipe)
+try:
+    pipe.fuse(np.zeros((8, 8, 3)), np.ones((8, 8, 3)), distance="features.pt")
+except ValueError as error:
+    report["distance"] = str(error)
 use("3 steps", lambda: pipe, num_inference_steps=3, calibrated=True)
 report["pickled"] = [type(pickle.loads(pickle.dumps(pipe.scheduler))) is type(pipe.scheduler) for pipe in loaded]
 report["package"] = [name for name in sys.modules if name.startswith("ddpm_pipeline")]
@@ -239,6 +243,7 @@ def test_remote_code_loads_our_classes_without_the_package(name, bare):
         assert names == REMOTE  # each version has its own module: tests/hub loads two versions in one process
         assert bare.report[way]["messages"] == []
     assert bare.report["pickled"] == [True, True, True]
+    assert bare.report["distance"].startswith("distance is 'features.pt', but this pipeline is remote code")
     num_steps = SCHEDULERS[name]["num_train_timesteps"]
     assert bare.report[f"{name} remote"]["timesteps seen"] == list(range(num_steps))[::-1]
     assert bare.report[f"{name} remote"]["same images"]

@@ -176,6 +176,9 @@ def test_local_fields_are_left_out(tmp_path):
         ({"dataset_name": "moons", "denoiser": local}, {"denoiser": "mine"}),
         ({"dataset_name": "moons", "denoiser": "tiny"}, {"denoiser": "tiny"}),
         ({"dataset_name": "moons", "init_from": "user/model"}, {"init_from": "user/model"}),
+        ({"dataset_name": "moons", "extractor": "user/model@v1"}, {"extractor": "user/model@v1"}),
+        ({"dataset_name": "moons", "extractor": "features/mine.pt"}, {"extractor": "mine.pt"}),
+        ({"dataset_name": "moons", "extractor": local}, {"extractor": "mine"}),
     ):
         config = Config(output_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"), **fields)
         shared = stage.shareable_config(config.as_dict())

@@ -3,6 +3,8 @@
 import gc
 import importlib
 import json
+import sys
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -14,9 +16,10 @@ from tests.short_run import SHORT_RUN, TRAINING, flags, run_in_child
 # U-net and torch's optimizers.)
 NOT_YET = {
     "IPython", "datasets", "ddpm_pipeline.classifier", "ddpm_pipeline.fidelity", "ddpm_pipeline.moons",
-    "ddpm_pipeline.pipeline_ddpm", "diffusers.pipelines.pipeline_utils", "jinja2", "matplotlib", "pandas", "peft",
-    "pyarrow", "sklearn", "tensorboard", "tensorflow", "torch._inductor.compile_fx", "torch.utils.tensorboard",
-    "torchvision", "training.evaluation", "training.hub.push", "transformers", "triton", "wandb",
+    "ddpm_pipeline.pipeline_ddpm", "diffusers.pipelines.pipeline_utils", "jinja2", "matplotlib", "onnx",
+    "onnxruntime", "onnxscript", "pandas", "peft", "pyarrow", "sklearn", "tensorboard", "tensorflow",
+    "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchvision", "training.evaluation",
+    "training.hub.push", "transformers", "triton", "wandb",
 }  # fmt: skip
 
 # Runs the script; after the first step it writes the names of all modules, and whether garbage is searched, and ends.
@@ -43,6 +46,19 @@ def test_the_first_step_comes_before_slow_imports(tmp_path):
     assert "diffusers.models.unets.unet_2d" in modules
     assert NOT_YET & set(modules) == set()
     assert collects
+
+
+def test_transformers_is_as_if_not_installed_while_importing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with importing():
+        assert find_spec("transformers") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("transformers")
+    assert "transformers" not in sys.modules
+    monkeypatch.setitem(sys.modules, "transformers", sys)  # a program that has imported it keeps it
+    with importing():
+        assert importlib.import_module("transformers") is sys
+    assert sys.modules["transformers"] is sys
 
 
 def test_garbage_is_searched_again_after_imports():

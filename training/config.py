@@ -150,8 +150,8 @@ class Config:
             one, else every 20th training image, at most 1000. "none": hold out nothing.
         validation_samples: number of images to sample at each validation, for their kernel distance to the held-out
             images; 0: none.
-        extractor: features for that distance: pixels, classifier (trained on the training images first) or a file,
-            see ddpm_pipeline/features.py.
+        extractor: features for that distance: pixels, classifier (trained on the training images first), a file, or a
+            model of transformers such as facebook/dinov2-small, see ddpm_pipeline/features.py.
         save_images_steps: steps between two grids of samples; default: after each tenth of the run, as validation; 0:
             only at the end.
         num_sample_images: number of images in a grid of samples.

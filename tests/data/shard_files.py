@@ -100,12 +100,14 @@ class Server(ThreadingHTTPServer):
         requests: the paths that were asked for with GET.
         slow: path: seconds before its answer.
         cut: path: how often the connection ends in the middle of it.
-        dead: while it is set, every answer is 503.
+        dead: while it is set, every answer is an error.
+        code: of this error.
     """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.requests, self.slow, self.cut, self.dead = [], {}, {}, threading.Event()
+        self.code = 503
 
     @property
     def url(self):
@@ -119,7 +121,7 @@ class Handler(SimpleHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         if self.server.dead.is_set():
-            self.send_error(503)
+            self.send_error(self.server.code)
             return
         time.sleep(self.server.slow.get(self.path, 0))
         if self.server.cut.get(self.path, 0):
@@ -134,7 +136,7 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_HEAD(self):
         if self.server.dead.is_set():
-            self.send_error(503)
+            self.send_error(self.server.code)
             return
         super().do_HEAD()
 

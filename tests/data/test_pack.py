@@ -15,7 +15,7 @@ from training.data.pack import PackConfig
 class InThisProcess:
     """In place of a pool of processes, each of which takes seconds to start."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, initializer):
         pass
 
     def __enter__(self):
@@ -139,6 +139,7 @@ def test_an_interrupted_packing_continues_with_the_same_bytes(tmp_path, run, mon
     monkeypatch.setattr(pack, "write_shard", write_two)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "set", resolution=8)
+    (tmp_path / "packed" / ".packing-of-a-killed-process").mkdir()
     assert not (tmp_path / "packed" / "manifest.json").exists()
     monkeypatch.setattr(pack, "write_shard", write_shard)
     with pytest.raises(ValueError, match="another packing was interrupted, of other images or with other settings"):
@@ -169,7 +170,17 @@ def test_what_is_refused(tmp_path, run, monkeypatch):
     monkeypatch.setattr(pack, "ProcessPoolExecutor", InThisProcess)
     run(tmp_path / "set", resolution=8)
     with pytest.raises(ValueError, match="has packed shards already"):
-        run(tmp_path / "set", resolution=8)
+        run("nowhere")
+    with pytest.raises(ValueError, match=r"train_data_dir is .*: this folder has packed shards: add --streaming"):
+        load_images(train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_a_mistake_leaves_no_folder(tmp_path, run, make):
+    make(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"^source is "):
+        run(tmp_path / "empty")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -180,3 +191,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "10 images in 1 shards" in capsys.readouterr().out
     assert pack.main(arguments) == 2
     assert "packed shards already" in capsys.readouterr().err
+
+    def interrupt(path, items, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pack, "write_shard", interrupt)
+    assert pack.main([arguments[0], str(tmp_path / "other"), *arguments[2:]]) == 130
+    assert "Complete shards are kept: run the same command again" in capsys.readouterr().err

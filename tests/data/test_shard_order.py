@@ -34,6 +34,7 @@ def test_an_epoch_has_every_image_once_and_is_another_permutation(window, held_o
 def test_the_images_of_a_group_are_those_of_its_shards():
     order = make()
     assert order.group_size == round(20 / (sum(COUNTS) / len(COUNTS)))
+    assert make(window=1).group_size == 2
     shard_of = np.repeat(np.arange(len(COUNTS)), COUNTS)
     position = 0
     group = order.groups(0, 0)[0]
@@ -46,6 +47,12 @@ def test_the_images_of_a_group_are_those_of_its_shards():
         position += count
         group = order.after(group)
         assert order.groups(position - 1, position)[1] == group
+
+
+def test_the_groups_of_epochs_are_others():
+    order = make()
+    first_groups = {tuple(sorted(order.shards(order.groups(45 * epoch, 45 * epoch)[0]))) for epoch in range(6)}
+    assert len(first_groups) > 1
 
 
 def test_shards_without_training_images_are_never_needed():

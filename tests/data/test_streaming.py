@@ -1,6 +1,7 @@
 """Images from shards: the pixels that Pillow and NumPy read, from any store, damaged or not, within a bound of disk."""
 
 import json
+import math
 import threading
 import time
 
@@ -11,6 +12,7 @@ import torch
 
 from tests.data.shard_files import add, as_arrays, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores, streaming
+from training.data.shard_cache import ShardCache
 from training.data.shard_order import ShardOrder
 from training.data.shard_stream import ShardStream
 from training.data.stores import ShardError
@@ -110,6 +112,8 @@ def test_images_of_other_sizes_get_that_of_most(tmp_path, load):
     [
         ("nowhere", {}, "no shards in"),
         ("empty", {}, "there are no shards in"),
+        ("set/a-{3..1}.tar", {}, r"\{3..1\} counts down"),
+        ("set/a-{1..3}.tar", {}, "a-1.tar cannot be read: No such file"),
         ("set", {"split": "test"}, "split is 'test': give train"),
         ("set", {"validation_split": "test"}, "validation_split is 'test'"),
         ("set", {"resolution": 16}, "resolution is 16x16 and the images are packed at 8x8"),
@@ -229,6 +233,36 @@ def test_what_can_be_read_of_a_truncated_shard_is_used(tmp_path, load, log):
     assert len(split.data) == 9 and "1 damaged shards left out: train-00001-of-00003.parquet" in split.data.source
 
 
+def test_images_that_are_lost_after_the_shards_were_counted_are_unreadable(tmp_path, load, log):
+    write_tars(tmp_path / "tars", [4, 6])
+    write_tables(tmp_path / "tables", [4, 6])
+    splits = [load(tmp_path / "tars"), load(tmp_path / "tables")]
+    cut_off(tmp_path / "tars" / "001.tar", 3 * 2048 + 600)  # in the fourth image, of six
+    write_tables(tmp_path / "shorter", [4, 3])
+    (table,) = (tmp_path / "tables").glob("*-00001-*")
+    table.write_bytes((tmp_path / "shorter" / table.name).read_bytes())
+    for split in splits:
+        stream = stream_of(split)
+        assert stream.readable(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 4, 4]
+        assert (split.data.images[np.arange(7)] == as_arrays(range(7))).all()
+        stream.close()
+    assert "3 of 6 images of 001.tar" in log[0] and "row 4: unexpected end of data" in log[0]
+    assert "3 of 6 images of train-00001-of-00002.parquet" in log[1] and "row 4: missing" in log[1]
+
+
+@pytest.mark.parametrize("blocks", range(13))
+def test_a_tar_file_that_is_cut_anywhere_is_named(tmp_path, load, blocks):
+    """Three images and labels of one block and its header each, and two blocks of zeros at the end."""
+    write_tars(tmp_path / "set", [2, 3])
+    path = tmp_path / "set" / "001.tar"
+    assert path.read_bytes()[12 * 512 :] == bytes(path.stat().st_size - 12 * 512)
+    assert "damaged" not in load(tmp_path / "set").data.source
+    path.write_bytes(path.read_bytes()[: 512 * blocks])
+    assert "1 tar files are damaged" in load(tmp_path / "set").data.source
+    path.write_bytes(path.read_bytes() + bytes(100))
+    assert "1 tar files are damaged" in load(tmp_path / "set").data.source
+
+
 def test_a_packed_shard_with_other_pixels_is_refused(tmp_path, load):
     write_packed(tmp_path / "set", [4, 6])
     path = tmp_path / "set" / "train-00001.npy"
@@ -249,7 +283,7 @@ def decoded(tmp_path):
     return sum(path.stat().st_size for path in tmp_path.glob("cache/*/*.npy") if path.name != "images.npy")
 
 
-def test_the_cache_is_bounded_and_the_least_recently_used_go(tmp_path, load):
+def test_the_cache_is_bounded(tmp_path, load):
     write_tables(tmp_path / "set", [6] * 12)
     image = 3 * 8 * 8
     limit = 5 * (6 * image + 128)
@@ -266,10 +300,32 @@ def test_the_cache_is_bounded_and_the_least_recently_used_go(tmp_path, load):
     assert 3 * 6 * image < largest <= limit
 
 
+def test_what_was_not_used_for_longest_goes(tmp_path, load):
+    write_tables(tmp_path / "set", [6] * 5)
+    cache = load(tmp_path / "set").data.images.cache
+    object.__setattr__(cache, "limit", 4 * (6 * 3 * 8 * 8 + 128))
+    for shard in (3, 1, 2, 3, 0):
+        cache.open(shard)
+    cache.make_room([4])
+    assert [shard for shard in range(5) if cache.path(shard).exists()] == [0, 2, 3]
+
+
+def test_the_next_group_is_fetched_meanwhile(tmp_path, load):
+    write_tables(tmp_path / "set", [6] * 12)
+    stream = stream_of(load(tmp_path / "set"))
+    assert stream.wait(0)
+    following = stream.order.shards(stream.order.after(stream.order.groups(0, 0)[0]))
+    started = time.monotonic()
+    while not all(stream.images.cache.path(shard).exists() for shard in following):
+        assert time.monotonic() - started < 60
+        time.sleep(0.01)
+    stream.close()
+
+
 def test_a_bound_that_is_too_small_is_refused_with_the_bytes(tmp_path, load, monkeypatch):
     monkeypatch.setattr(ShardOrder.__init__, "__defaults__", (12,))
     write_tables(tmp_path / "set", [6] * 12)
-    with pytest.raises(ValueError, match=r"streaming_cache_gb is 1e-06: two groups of 2 shards need 4,608 bytes"):
+    with pytest.raises(ValueError, match=r"_gb is 1e-06: two groups of 2 of the 12 shards need 4,608 bytes"):
         load(tmp_path / "set", cache_gb=1e-6)
     monkeypatch.setattr(streaming, "free_bytes", lambda folder: 100)
     with pytest.raises(ValueError, match=r"need up to 13,824 bytes, 100 are free"):
@@ -349,6 +405,22 @@ def test_a_dead_server_is_an_error_with_the_name_of_the_shard(tmp_path, load):
         stream.close()
 
 
+def test_what_could_not_be_fetched_is_not_tried_again(tmp_path, load, monkeypatch):
+    write_tables(tmp_path / "set", [6] * 4)
+    stream = stream_of(load(tmp_path / "set"))
+    tried = []
+
+    def fail(cache, shard):
+        tried.append(shard)
+        raise ShardError("gone")
+
+    monkeypatch.setattr(ShardCache, "fetch", fail)
+    with pytest.raises(ShardError, match="gone"):
+        stream.wait(0)
+    stream.close()
+    assert len(tried) == len(set(tried))
+
+
 def test_waiting_ends_when_the_run_is_to_end(tmp_path, load, monkeypatch):
     monkeypatch.setattr(stores, "PATIENCE", 100.0)
     write_tables(tmp_path / "set", [6] * 4)
@@ -367,9 +439,50 @@ def test_a_file_that_is_gone_is_not_waited_for(tmp_path, load, monkeypatch):
     write_tables(tmp_path / "set", [6] * 2)
     with (
         serving(tmp_path / "set") as server,
-        pytest.raises(ShardError, match=r"00002-of.* cannot be read.*no such file"),
+        pytest.raises(ValueError, match=r"00002-of.* cannot be read.*no such file") as caught,
     ):
         load(f"{server.url}/train-{{00000..00002}}-of-00002.parquet")
+    assert not isinstance(caught.value, ShardError)  # a mistake in the command
+
+
+def test_waiting_is_announced_once(tmp_path, load, monkeypatch, capsys):
+    monkeypatch.setattr(stores, "_warned_at", -math.inf)
+    with serving(tmp_path) as server:
+        server.dead.set()
+        for name in "ab":
+            with pytest.raises(ShardError):
+                stores.patiently(f"{name}.tar", lambda: stores.read(f"{server.url}/a.tar"))
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: a.tar cannot be read: HTTP Error 503: Service Unavailable; it is tried again for 1 seconds"
+    ]
+
+
+def test_a_signal_ends_waiting_in_threads(monkeypatch):
+    """SIGTERM raises SystemExit in the main thread, here a thread that is ahead of the others does."""
+    monkeypatch.setattr(stores, "_warned_at", math.inf)
+
+    def refuse():
+        raise ConnectionRefusedError("refused")
+
+    def waits(item, stopped):
+        if item:
+            raise SystemExit(143)
+        stores.patiently("a.tar", refuse, stopped)
+
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        stores.in_parallel(waits, [True, False])
+    assert time.monotonic() - started < 60  # patience is 300 seconds
+
+
+@pytest.mark.usefixtures("load")  # with little patience
+def test_a_server_that_refuses_is_not_asked_again(tmp_path):
+    with serving(tmp_path) as server:
+        server.code = 403
+        server.dead.set()
+        with pytest.raises(ShardError, match=r"a.tar cannot be read: HTTP Error 403"):
+            stores.patiently("a.tar", lambda: stores.read(f"{server.url}/a.tar"))
+        assert server.requests == ["/a.tar"]
 
 
 def test_batches_are_the_images_of_their_indices(tmp_path, load):

@@ -168,15 +168,15 @@ class Calibrator:
         others = self.others(self.split)
 
         def train() -> tuple[Moments, Extractor | None]:
-            # of rotations, also if there are labels: a classifier of those is what one compares with
-            classifier = train_classifier(images, None, **options)
             given = config.fit_extractor
             extractors = [] if given is None else [make_extractor(given, device=self.runtime.device)]
-            moments = Moments(images[chosen], [classifier], extractors, self._rows)
-            if not config.compare:
-                return moments, None
-            labels = others.train_labels()
-            return moments, make_extractor(config.extractor, images=others.train_images, labels=labels, **options)
+            compared = None
+            if config.compare:
+                labels = others.train_labels()
+                compared = make_extractor(config.extractor, images=others.train_images, labels=labels, **options)
+            # of rotations, also if there are labels: a classifier of those is what one compares with
+            classifier = train_classifier(images, None, **options)
+            return Moments(images[chosen], [classifier], extractors, self._rows), compared
 
         self.moments, self.extractor = self.runtime.in_turn(train)
 

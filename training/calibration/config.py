@@ -28,10 +28,10 @@ class CalibrationConfig:
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         compare: whether to compare with every scheduler of diffusers in the end.
         num_samples: samples of each scheduler in the comparison.
-        fit_extractor: further features of the fit: a .th or .pt file, as for extractor but another one, of a network
-            that knows such images, such as one that was trained on many photos; default: none.
-        extractor: features of the comparison: pixels, classifier or a .th or .pt file, as for evaluate.py. The fit uses
-            others, and other images.
+        fit_extractor: further features of the fit: a file or a model, as for extractor but another one, that knows such
+            images, such as one that was trained on many photos; default: none.
+        extractor: features of the comparison: pixels, classifier, a .th or .pt file or a model of transformers, as for
+            evaluate.py. The fit uses others, and other images.
         seed: noise i has the seed `seed` + i.
         dataset_name: the training images, as for train.py; default: what the model was trained on.
         train_data_dir: folder of the training images, as for train.py; use it instead of dataset_name.
@@ -87,9 +87,14 @@ class CalibrationConfig:
             )
 
     def _check_fit_extractor(self) -> None:
+        from ddpm_pipeline.features import is_model  # imports torch: not before it is needed
+
         file = Path(self.fit_extractor or "").expanduser()
-        if file.suffix not in (".th", ".pt") or not file.is_file():
-            raise ValueError(f"fit_extractor is {self.fit_extractor!r}: give a .th or .pt file")
+        if not is_model(str(file)) and (file.suffix not in (".th", ".pt") or not file.is_file()):
+            raise ValueError(
+                f"fit_extractor is {self.fit_extractor!r}: give a .th or .pt file, or a model of transformers, as a "
+                "folder or as user/model on the Hub"
+            )
         if not self.use_images:
             raise ValueError(f"fit_extractor is {str(file)!r}, but use_images is false: leave out one of them")
         if self.compare and Path(self.extractor).expanduser().resolve() == file.resolve():

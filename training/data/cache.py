@@ -44,6 +44,7 @@ from ddpm_pipeline.decode import (
 from training.data.disk import create_folder, flush_to_disk, needs_space
 from training.data.folder import image_folder
 from training.data.image_set import ImageSet, open_cache
+from training.data.shards import is_packed
 from training.data.sizes import LARGEST, Rule, nearest_size, proposed_size
 from training.data.sources import MOON_SIZE, NUM_MOONS, Moons, Records, Source, hub_dataset
 from training.messages import some
@@ -201,6 +202,8 @@ def find_source(
         raise ValueError(f"dataset_config_name is {config!r}: {kind} has no configurations, leave it out")
     if train_data_dir is not None:
         folder = Path(train_data_dir).expanduser()
+        if is_packed(folder):
+            raise ValueError(f"train_data_dir is {str(folder)!r}: this folder has packed shards: add --streaming")
         return image_folder(folder, cache_dir, split, label_column=label_column, **folder_options)
     if split not in NUM_MOONS:
         raise ValueError(f"split is {split!r}: give {' or '.join(NUM_MOONS)}, the moons have no other split")

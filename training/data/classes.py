@@ -100,7 +100,7 @@ def find_classes(split: DataSplit) -> Classes:
     if len(unlabelled := np.flatnonzero(labels == len(names))):
         raise ValueError(
             f"{len(unlabelled)} images have no label, the first is {split.data.name(int(unlabelled[0]))}: give them "
-            "one, or leave them out (--exclude)"
+            "one, or leave them out (of their shards with --streaming, else by --exclude)"
         )
     numbers: dict[str | None, int] = {name: i for i, name in enumerate(names)}
     held_out = split.held_out_set.label_names() if len(split.held_out) else []

@@ -9,13 +9,15 @@
 
 The images of a split are mixed, in an order that depends on their number alone. The manifest is written last. A
 packing that was interrupted continues: shards that are complete are kept.
-Exit codes: 0 done; 2 a mistake in the command or the data.
+Exit codes: 0 done; 2 a mistake in the command or the data; 130 interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
+import re
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Sequence
@@ -30,9 +32,9 @@ import numpy as np
 
 from ddpm_pipeline import rng
 from ddpm_pipeline.decode import Payload, Target, parse_colour
-from ddpm_pipeline.files import replacing, sha256_of
+from ddpm_pipeline.files import remove, replacing, sha256_of
 from ddpm_pipeline.pixels import height_width
-from training.command_line import parse_dataclass
+from training.command_line import exit_code, parse_dataclass
 from training.data.cache import (
     DecodeSettings,
     UnreadableImagesError,
@@ -101,12 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_dataclass(
         PackConfig, arguments, description="Pack images into shards.", positional=("source", "output")
     )
-    try:
-        print(pack(config))
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("pack.py", lambda: print(pack(config)), config.output, "Complete shards")
 
 
 def pack(config: PackConfig) -> str:
@@ -115,7 +112,20 @@ def pack(config: PackConfig) -> str:
     Raises:
         ValueError: no images, unreadable images and on_bad_image is "stop", no room, or a folder with other shards.
     """
-    output, cache_dir = Path(config.output).expanduser(), Path(config.cache_dir).expanduser()
+    output = Path(config.output).expanduser()
+    if (output / MANIFEST).exists():
+        raise ValueError(f"output is '{output}', which has packed shards already, all of them: give another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        return _pack(config, output, Path(config.cache_dir).expanduser())
+    except ValueError as error:  # of settings that train.py has
+        raise ValueError(re.sub("^(dataset_name|train_data_dir) is", "source is", str(error))) from error
+    finally:
+        with contextlib.suppress(OSError):
+            output.rmdir()  # if nothing was written
+
+
+def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
     folder = Path(config.source).expanduser()
     is_table = not folder.is_dir() or next(folder.rglob("*.parquet"), None) is not None
     place = {"dataset_name": config.source, "train_data_dir": None}
@@ -128,7 +138,6 @@ def pack(config: PackConfig) -> str:
     )  # fmt: skip
     splits: dict[str, dict[str, Any]] = {}
     target, names, wanted, description = None, None, ["train"], ""
-    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".packing-") as scratch:
         while wanted:
             split = wanted.pop(0)
@@ -162,6 +171,8 @@ def pack(config: PackConfig) -> str:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for note in [output / STATE, *output.glob(".*-*.json")]:
         note.unlink()
+    for left in output.glob(".packing-*"):  # of a killed process
+        remove(left)
     counts = ", ".join(
         f"{split}: {of['images']:,} images in {len(of['shards'])} shards" for split, of in splits.items()
     )
@@ -172,10 +183,8 @@ def _plan(file: Path, split: str, key: str, images_per_shard: int) -> dict[str, 
     """What an interrupted packing has noted about this split, or what there is to note of a new one.
 
     Raises:
-        ValueError: the folder has other shards.
+        ValueError: that was another packing.
     """
-    if (file.parent / MANIFEST).exists():
-        raise ValueError(f"output is '{file.parent}', which has packed shards already: give another folder")
     plan = {"key": key, "images_per_shard": images_per_shard}
     noted = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}).get(split, plan)
     if any(noted[name] != value for name, value in plan.items()):
@@ -237,7 +246,7 @@ def _pack_split(
     waiting: deque[Future[dict[str, Any]]] = deque()
     work = partial(write_shard, target=target, min_side=config.min_side)
     with (
-        ProcessPoolExecutor(config.num_workers) as pool,
+        ProcessPoolExecutor(config.num_workers, initializer=_leave_signals) as pool,
         progress(desc=f"packing {split}", total=records.count, unit=" images") as bar,
     ):
 
@@ -245,16 +254,19 @@ def _pack_split(
             while len(waiting) > most:
                 entry = waiting.popleft().result()
                 if entry["unreadable"] and config.on_bad_image == "stop":
-                    pool.shutdown(cancel_futures=True)
                     _refuse(entry["unreadable"], records.count)
                 found.append(entry)
                 bar.update(entry["count"])
 
-        for i in range(number):
-            items = list(islice(payloads, config.images_per_shard))
-            waiting.append(pool.submit(work, output / f"{split}-{i:05}.npy", items))
-            collect(2 * config.num_workers)  # the encoded images of the others are in memory
-        collect(0)
+        try:
+            for i in range(number):
+                items = list(islice(payloads, config.images_per_shard))
+                waiting.append(pool.submit(work, output / f"{split}-{i:05}.npy", items))
+                collect(2 * config.num_workers)  # the encoded images of the others are in memory
+            collect(0)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     shards = [{name: entry[name] for name in ("name", "count", "bytes", "sha256")} for entry in found if entry["count"]]
     if not shards:
         raise ValueError(f"split {split} has no image that can be read")
@@ -273,6 +285,11 @@ def _pack_split(
     skipped = [line for entry in found for line in entry["unreadable"]]
     images = sum(entry["count"] for entry in shards)
     return {"images": images, "shards": shards, "labels": labels_name, "skipped": skipped}, names
+
+
+def _leave_signals() -> None:
+    """Ctrl-C reaches all processes of a terminal: the main one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_shard(path: Path, items: list[tuple[str, Payload]], *, target: Target, min_side: int) -> dict[str, Any]:

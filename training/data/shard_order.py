@@ -41,7 +41,8 @@ class ShardOrder:
         self.train_indices, self._seed = train_indices, seed
         self.bounds = np.searchsorted(train_indices, self.starts)  # of the train indices in each shard
         self._shards = np.flatnonzero(np.diff(self.bounds))
-        self.group_size = max(2, round(window * len(self._shards) / max(1, len(train_indices))))  # in shards
+        wanted = max(2, round(window * len(self._shards) / max(1, len(train_indices))))
+        self.group_size = max(1, min(wanted, len(self._shards)))  # in shards
         self.num_groups = -(-len(self._shards) // self.group_size)
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
         self._group = lru_cache(maxsize=3)(self._make_group)

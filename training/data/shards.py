@@ -11,12 +11,14 @@ A list of shards with all numbers is known before training: the order of the ima
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import re
 import tarfile
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,6 +141,13 @@ def is_sharded(place: str) -> bool:
     return any(path.name == MANIFEST or path.name.endswith((".parquet", *TARS)) for path in folder.rglob("*"))
 
 
+def is_packed(folder: Path) -> bool:
+    """Whether pack.py has written this folder."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == PACKED_FORMAT
+    return False
+
+
 def join(place: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}"
 
@@ -245,20 +254,20 @@ def _parquet(
     )
 
 
-def _footer(file: StoredFile) -> tuple[Any, str] | None:
+def _footer(file: StoredFile, stopped: threading.Event) -> tuple[Any, str] | None:
     """The metadata of a parquet file and their sha256; None if it is damaged."""
     import pyarrow
     from pyarrow import parquet
 
     start = max(0, file.size - FOOTER)
-    tail = stores.patiently(file.name, lambda: stores.read(file.url, start, file.size))
+    tail = stores.patiently(file.name, lambda: stores.read(file.url, start, file.size), stopped)
     if len(tail) < 12 or tail[-4:] != b"PAR1":
         return None
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > len(tail):
         if length > file.size:
             return None
-        tail = stores.patiently(file.name, lambda: stores.read(file.url, file.size - length, file.size))
+        tail = stores.patiently(file.name, lambda: stores.read(file.url, file.size - length, file.size), stopped)
     try:
         metadata = parquet.read_metadata(io.BytesIO(tail))
     except (pyarrow.ArrowException, OSError):
@@ -286,13 +295,13 @@ def _webdataset(
 ) -> ShardList:
     """Reads each tar file once, and keeps what it has found."""
 
-    def index(file: StoredFile) -> dict[str, Any]:
+    def index(file: StoredFile, stopped: threading.Event) -> dict[str, Any]:
         key = json.dumps([file.url, file.size, file.version, label_column])
         kept = index_dir / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         try:
             return dict(json.loads(kept.read_text(encoding="utf-8")))
         except (OSError, ValueError):
-            found = _read_index(file, label_column, index_dir)
+            found = _read_index(file, label_column, index_dir, stopped)
         with replacing(kept) as temporary:
             temporary.write_text(json.dumps(found), encoding="utf-8")
         return found
@@ -320,13 +329,13 @@ def _in_order(work: Any, items: list[Any]) -> Iterator[Any]:
         yield from stores.in_parallel(work, items[start : start + 16])
 
 
-def _read_index(file: StoredFile, label_column: str, folder: Path) -> dict[str, Any]:
+def _read_index(file: StoredFile, label_column: str, folder: Path, stopped: threading.Event) -> dict[str, Any]:
     """The label of each sample, whether the file ends too early, and a hash of names and sizes."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".counting-") as scratch:
         path = Path(file.url)
         if stores.is_remote(file.url):
             path = Path(scratch) / "shard.tar"
-            stores.patiently(file.name, lambda: stores.download(file, path))
+            stores.patiently(file.name, lambda: stores.download(file, path, stopped), stopped)
         labels: list[Any] = []
         digest, damaged = hashlib.sha256(), False
         try:
@@ -361,12 +370,26 @@ def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.
                     yield name, members
                 name, members = key, {}
             members[ending.lower()] = member
+        if not _ends_as_a_whole(archive):
+            raise tarfile.ReadError("unexpected end of data")
     except DAMAGED:
         if is_sample():
             yield name, members
         raise
     if is_sample():
         yield name, members
+
+
+def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
+    """Whether zeros follow the last member. tarfile takes a cut between two members, or in a header, for the end.
+
+    A compressed file has its own end, and to seek in it is slow.
+    """
+    file: Any = archive.fileobj
+    if not isinstance(file, io.BufferedReader):
+        return True
+    file.seek(archive.offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> Any:
@@ -436,7 +459,7 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
     if found.kind == "parquet":
         if found.label_column is None:
             return None
-        return stores.in_parallel(lambda shard: _column_of_labels(found, shard), chosen)
+        return stores.in_parallel(lambda shard, _: _column_of_labels(found, shard), chosen)
     if found.labels_file is None or found.class_names is None:
         return None
     name = found.labels_file

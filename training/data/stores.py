@@ -1,16 +1,19 @@
 """STORES: files on this machine or behind a URL: which there are, parts of them, copies of them, with patience.
 
 http(s) is read with the standard library, everything else (hf://, s3://, gs://, ...) by fsspec. A request that fails is
-made again, at longer and longer intervals, until PATIENCE is over. A file that does not exist is not waited for.
+made again, at longer and longer intervals, until PATIENCE is over, and a warning says so. A file that does not exist is
+not waited for.
 """
 
 from __future__ import annotations
 
 import http.client
 import io
+import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import urllib.error
@@ -25,6 +28,7 @@ T = TypeVar("T")
 PATIENCE = 300.0  # seconds from the first failure of a request until the last attempt
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 TIMEOUT = 30.0  # seconds without a byte after which a request has failed
+QUIET = 60.0  # seconds between two warnings
 BLOCK = 2**20  # bytes read at a time
 NOT_FOUND = (404, 410)  # codes of HTTP
 LATER = (408, 425, 429)  # codes of HTTP below 500 that ask to come back
@@ -61,11 +65,12 @@ def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None 
 
     Args:
         name: of the file, for messages.
-        stopped: once it is set, there is no further attempt.
+        stopped: once it is set, there is no further attempt. Waiting in the main thread ends with a signal, too.
     Raises:
         ShardError: the file does not exist, or PATIENCE is over.
     """
     started, pause = None, FIRST_PAUSE
+    stopped = stopped or threading.Event()
     while True:
         try:
             return work()
@@ -74,12 +79,24 @@ def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None 
             started = now if started is None else started
             if _is_final(error):
                 raise ShardError(f"{name} cannot be read: {_reason(error)}") from error
-            if now + pause - started > PATIENCE or (stopped is not None and stopped.is_set()):
+            if now + pause - started > PATIENCE or stopped.is_set():
                 raise ShardError(
                     f"{name} cannot be read, tried for {now - started:.0f} seconds, last: {_reason(error)}"
                 ) from error
-        (stopped or threading.Event()).wait(pause)
+            _warn(f"{name} cannot be read: {_reason(error)}; it is tried again for {PATIENCE:.0f} seconds")
+        stopped.wait(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+_warned_at = -math.inf
+
+
+def _warn(message: str) -> None:
+    """At once, then once a minute: a thousand shards of a server fail together."""
+    global _warned_at
+    if time.monotonic() - _warned_at > QUIET:
+        _warned_at = time.monotonic()
+        print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 def _is_final(error: Exception) -> bool:
@@ -143,28 +160,41 @@ def expand(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = match.groups()
+    if int(first) > int(last):
+        raise ValueError(f"{pattern}: {match[0]} counts down: give the smaller number first")
     for number in range(int(first), int(last) + 1):
         yield from expand(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
 def stat_all(urls_and_names: list[tuple[str, str]]) -> list[StoredFile]:
-    """What is known of each of these files, asked for in parallel."""
-    return in_parallel(lambda pair: stat(*pair), urls_and_names)
+    """What is known of each of these files, asked for in parallel.
+
+    Raises:
+        ValueError: one does not exist.
+    """
+    try:
+        return in_parallel(lambda pair, stopped: stat(pair[0], pair[1], stopped), urls_and_names)
+    except ShardError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ValueError(str(error)) from error
+        raise
 
 
-def in_parallel(work: Callable[[Any], T], items: list[Any], threads: int = 16) -> list[T]:
-    """`work` on all items, in order; an error ends it."""
+def in_parallel(work: Callable[[Any, threading.Event], T], items: list[Any], threads: int = 16) -> list[T]:
+    """`work(item, stopped)` on all items, in order. An error or a signal ends it, and sets `stopped`."""
     from concurrent.futures import ThreadPoolExecutor
 
+    stopped = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            return list(pool.map(work, items))
+            return list(pool.map(lambda item: work(item, stopped), items))
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def stat(url: str, name: str) -> StoredFile:
+def stat(url: str, name: str, stopped: threading.Event | None = None) -> StoredFile:
     """Size and version of a file."""
 
     def ask() -> StoredFile:
@@ -179,7 +209,7 @@ def stat(url: str, name: str) -> StoredFile:
         info = filesystem.info(path)
         return StoredFile(url, name, int(info["size"]), _version(info))
 
-    return patiently(url, ask)
+    return patiently(url, ask, stopped)
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -223,8 +223,8 @@ def _check_room(images: ShardedImages, cache_dir: Path) -> None:
     least = f"{math.ceil(needed / 1e8) / 10:g}"
     if needed > cache.limit:
         raise CacheError(
-            f"streaming_cache_gb is {cache.limit / 1e9:g}: two groups of {order.group_size} shards need {needed:,} "
-            f"bytes: give at least {least}, or smaller shards"
+            f"streaming_cache_gb is {cache.limit / 1e9:g}: two groups of {order.group_size} of the {len(sizes)} shards "
+            f"need {needed:,} bytes: give at least {least}, or smaller shards"
         )
     taken = sum(path.stat().st_size for path in cache.folder.iterdir()) if cache.folder.is_dir() else 0
     wanted = min(all_of_them, cache.limit) - taken

@@ -43,8 +43,9 @@ class EvalConfig:
         autoguidance: guidance_scales are of autoguidance, by the guide of the model, instead.
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         weights: ema (the published weights), online (without EMA; measured with the first sampler only), or both.
-        extractor: features that samples are compared in: pixels, classifier (trained on the training images first) or
-            a .th or .pt file, see ddpm_pipeline/features.py; repeat the flag for several.
+        extractor: features that samples are compared in: pixels, classifier (trained on the training images first), a
+            .th or .pt file, or a model of transformers such as facebook/dinov2-small, a folder or a name on the Hub,
+            see ddpm_pipeline/features.py; repeat the flag for several.
         seed: sample i has the seed `seed` + i; bound and flow draw their random numbers from it too.
         num_reference: number of training images to compare samples with; 0: all.
         num_bound_images: number of held-out images for bound.

@@ -251,7 +251,7 @@ class Evaluator:
                 real_data_baseline={"description": real.baseline_description, "n": len(real.baseline)},
                 held_out={"description": real.split.held_out_source, "n": len(real.held_out)},
                 extractors=[
-                    {"name": extractor.name, "key": extractor.key, "accuracy": extractor.accuracy}
+                    {name: getattr(extractor, name) for name in ("name", "key", "commit", "accuracy")}
                     for extractor in extractors
                 ],
                 guidance=guidance_effect(

@@ -144,6 +144,7 @@ class _Features(NamedTuple):
     reference: Tensor
     baseline: Tensor | None  # is compared with baseline_reference
     baseline_reference: Tensor
+    kernel: fidelity.Kernel  # of the kernel distance
 
     def frechet_distance(self) -> tuple[Estimate, float | None]:
         """Of the samples, and of the baseline."""
@@ -152,8 +153,10 @@ class _Features(NamedTuple):
 
     def kernel_distance(self) -> tuple[Estimate, float | None]:
         """Of the samples, and of the baseline."""
-        real = None if self.baseline is None else fidelity.kernel_distance(self.baseline, self.baseline_reference).value
-        return fidelity.kernel_distance(self.samples, self.reference), real
+        real = None
+        if self.baseline is not None:
+            real = fidelity.kernel_distance(self.baseline, self.baseline_reference, self.kernel).value
+        return fidelity.kernel_distance(self.samples, self.reference, self.kernel), real
 
     def of_class(self, number: int, labels: np.ndarray, real: RealImages) -> _Features:
         """Those of one class. The baseline of a small class, which may be half of its images, is left out."""
@@ -164,7 +167,7 @@ class _Features(NamedTuple):
         baseline = None if self.baseline is None else self.baseline[torch.from_numpy(real.baseline_labels == number)]
         if baseline is not None and min(len(baseline), len(baseline_reference)) < CLASS_IMAGES // 2:
             baseline = None
-        return _Features(samples, reference, baseline, baseline_reference)
+        return _Features(samples, reference, baseline, baseline_reference, self.kernel)
 
 
 def compare_features(
@@ -191,17 +194,15 @@ def compare_features(
     reference = extract_features(extractor, real.reference, cache_dir=cache_dir)
     baseline_reference = reference[torch.from_numpy(real.not_in_baseline)]
     baseline = extract_features(extractor, real.baseline, cache_dir=cache_dir) if len(real.baseline) else None
-    compared = _Features(features, reference, baseline, baseline_reference)
+    compared = _Features(features, reference, baseline, baseline_reference, extractor.kernel)
 
     def result(measure: str, name: str, estimate: Estimate, real_value: float | None) -> Result:
         return Result(measure, name, estimate, len(samples), real_value, extractor.name)
 
-    frechet_name = "FID" if extractor.is_inception else "Frechet distance"
-    kernel_name = "KID" if extractor.is_inception else "kernel distance"
     if "frechet" in metrics:
-        yield result("frechet_distance", frechet_name, *compared.frechet_distance())
+        yield result("frechet_distance", extractor.frechet_name, *compared.frechet_distance())
     if "kernel" in metrics:
-        yield result("kernel_distance", kernel_name, *compared.kernel_distance())
+        yield result("kernel_distance", extractor.kernel_name, *compared.kernel_distance())
     # Between sets of equal size, because the balls around the images shrink as their number grows.
     equal = reference[evenly_spaced(len(reference), len(samples))]
     for metric, measures, statistic in (
@@ -221,7 +222,7 @@ def compare_features(
         estimate = fidelity.memorisation(features, reference, held_out)
         yield result("memorisation", "memorisation (0.5: none, 1: copies)", estimate, 0.5)
     if labels is not None:
-        yield from _compare_classes(compared, labels, real, extractor, metrics, (frechet_name, kernel_name))
+        yield from _compare_classes(compared, labels, real, extractor, metrics)
 
 
 def large_classes(labels: np.ndarray, real: RealImages) -> list[int]:
@@ -238,7 +239,6 @@ def _compare_classes(
     real: RealImages,
     extractor: Extractor,
     metrics: Sequence[str],
-    names: tuple[str, str],
 ) -> Iterator[Result]:
     """Distances within each large class, and the mean of its kernel distances.
 
@@ -253,17 +253,17 @@ def _compare_classes(
         n = len(own.samples)
         if "frechet" in metrics and min(n, len(own.reference)) >= ENOUGH_FOR_FRECHET:
             estimate, real_value = own.frechet_distance()
-            yield Result("class_frechet_distance", names[0], estimate, n, real_value, **fields)
+            yield Result("class_frechet_distance", extractor.frechet_name, estimate, n, real_value, **fields)
         if "kernel" in metrics:
             estimate, real_value = own.kernel_distance()
             kernel_distances.append((estimate, real_value))
-            yield Result("class_kernel_distance", names[1], estimate, n, real_value, **fields)
+            yield Result("class_kernel_distance", extractor.kernel_name, estimate, n, real_value, **fields)
     if kernel_distances:
         values, errors = zip(*(estimate for estimate, _ in kernel_distances))
         real_values = [value for _, value in kernel_distances if value is not None]
         mean = Estimate(np.mean(values).item(), np.linalg.norm(errors).item() / len(errors))
         real_mean = np.mean(real_values).item() if len(real_values) == len(values) else None
-        name = f"{names[1]} within a class, mean of {len(values)}"
+        name = f"{extractor.kernel_name} within a class, mean of {len(values)}"
         yield Result("mean_class_kernel_distance", name, mean, len(labels), real_mean, extractor.name)
 
 

@@ -47,7 +47,7 @@ class Report:
         reference: description, n and sha256 of the reference set.
         real_data_baseline: description and n of the images of the real-data baseline.
         held_out: description and n of the held-out images.
-        extractors: name, key and accuracy of each.
+        extractors: name, key, commit on the Hub and accuracy of each.
         step: optimizer steps of the model's training; None if unknown.
         precision: what the network computes in: float32, bf16 or fp16.
         seconds: duration of the evaluation.
@@ -157,6 +157,11 @@ def markdown(report: Report, plots: Sequence[str]) -> str:
         "on. Its features show what separates its classes; they may miss other differences."
         for extractor in report.extractors
         if extractor["accuracy"] is not None
+    ]
+    lines += [
+        f"\nThe features of {extractor['name']} are those of its commit `{extractor['commit']}` on the Hub."
+        for extractor in report.extractors
+        if extractor["commit"] is not None
     ]
     of_samples = [m for m in report.measurements if m.sampler is not None and m.class_name is None]
     for extractor in dict.fromkeys(m.extractor for m in of_samples):

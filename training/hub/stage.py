@@ -117,9 +117,16 @@ def shareable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Config that do not depend on this machine. Of a local path only the last component is kept."""
     shared = {name: value for name, value in config.items() if name not in LOCAL_FIELDS}
     for name in ("dataset_name", "train_data_dir", "denoiser", "init_from", "extractor"):
-        if shared.get(name) and (name in ("train_data_dir", "extractor") or not is_hub_id(shared[name])):
+        if shared.get(name) and not _is_on_the_hub(name, shared[name]):
             shared[name] = Path(shared[name]).expanduser().resolve().name
     return shared
+
+
+def _is_on_the_hub(name: str, value: str) -> bool:
+    """Whether the value of this field is a name on the Hub, which means the same on other machines."""
+    if name == "extractor":
+        return Path(value).suffix not in (".th", ".pt") and is_hub_id(value.partition("@")[0])
+    return name != "train_data_dir" and is_hub_id(value)
 
 
 def _copy_model(pipeline: Path, folder: Path) -> RunRecord:

@@ -221,7 +221,7 @@ def band_names() -> list[str]:
 
 
 def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Extractor, cache_dir: Path) -> dict[str, float]:
-    """Kernel distance (the estimator of KID) between samples in [-1, 1] and held-out images, with its standard error.
+    """Kernel distance between samples in [-1, 1] and held-out images, with its standard error.
 
     Where it is not defined, for a single held-out image or if all samples are equal, it warns and returns {}.
     """
@@ -231,7 +231,7 @@ def kernel_distance(samples: Tensor, held_out: np.ndarray, extractor: Extractor,
     sample_features = extract_features(extractor, to_pixels(samples, held_out.dtype))
     held_out_features = extract_features(extractor, held_out, cache_dir=cache_dir)
     try:
-        distance = fidelity.kernel_distance(sample_features, held_out_features)
+        distance = fidelity.kernel_distance(sample_features, held_out_features, extractor.kernel)
     except ValueError as error:
         print(f"WARNING: kernel distance skipped: {error}. Training continues.", file=sys.stderr)
         return {}
