@@ -17,7 +17,7 @@ from typing import Any
 from training.hub.files import CARD, PACKAGE, ROOT
 from training.progress import quiet_libraries
 
-SUFFIXES = (".py", ".typed", ".c", ".js", ".css", ".json", ".html")  # of the package's files
+SUFFIXES = (".py", ".typed", ".c", ".js", ".css", ".json", ".html", "LICENSE")  # of the package's files
 APP = Template('''"""The demo of $repo_id, at its tag $tag."""
 
 import sys
