@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without .json")
     parser.add_argument("--data", help="local data set (parquet) or folder of images, instead of moons")
     parser.add_argument("--extractor", help="with --data: a .pt file or a model of transformers, for colour images")
+    parser.add_argument("--background", default="white", help="behind transparent pixels of the data (%(default)s)")
     args = parser.parse_args()
     if args.extractor and not args.data:
         parser.error("--extractor needs --data")
@@ -52,9 +53,12 @@ def main() -> None:
     started = time.monotonic()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.extractor:
-        result = compare_balances(pipe, args.data, args.extractor, args.output)
+        result = compare_balances(pipe, load_data(pipe, args.data, args.background), args.extractor, args.output)
+    elif args.data:
+        result = measure_data(pipe, load_data(pipe, args.data, args.background), args.output)
     else:
-        result = measure_data(pipe, args.data, args.output) if args.data else measure_moons(pipe, args.output)
+        result = measure_moons(pipe, args.output)
+    result |= {"data": Path(args.data).name} if args.data else {}
     result |= {"minutes": minutes_since(started), "machine": machine()}
     write_json(args.output.with_suffix(".json"), result)
     print(json.dumps(result, indent=2))
@@ -213,14 +217,12 @@ def inpaint(pipe: Any, output: Path) -> dict[str, Any]:
 # ---- Any data --------------------------------------------------------------------------------------------------------
 
 
-def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dict[str, Any]:
+def measure_data(pipe: Any, images: Any, output: Path, num_pairs: int = 16) -> dict[str, Any]:
     """Distances from images halfway between two images of a data set to the nearest image of the set.
 
     In pixels a blurred image is closer to all others than a sharp one. Therefore distances are also measured in the
     features of a classifier that is trained on the data.
     """
-    folder = Path(data)
-    images = load_data(pipe, folder)
     data_set = from_pixels(np.array(images.images))
     a, b = random_pairs(data_set, num_pairs)
     weights = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -239,7 +241,6 @@ def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dic
         }
 
     return {
-        "data": folder.name,
         "num_pairs": num_pairs,
         "distance_to_nearest_image": {
             "interpolated": nearest(fused.images[2::5]),
@@ -252,7 +253,7 @@ def measure_data(pipe: Any, data: str, output: Path, num_pairs: int = 16) -> dic
     }
 
 
-def compare_balances(pipe: Any, data: str, which: str, output: Path, num_pairs: int = 4) -> dict[str, Any]:
+def compare_balances(pipe: Any, images: Any, which: str, output: Path, num_pairs: int = 4) -> dict[str, Any]:
     """Strips balanced in pixels, and in the features of an extractor, between the same pairs of images.
 
     The steps of a strip are the distances between neighbours. It is even in a space if its largest step there is
@@ -264,7 +265,7 @@ def compare_balances(pipe: Any, data: str, which: str, output: Path, num_pairs: 
         x, y = (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in (x, y))
         return extractor.squared_distance(x, y)
 
-    a, b = random_pairs(from_pixels(np.array(load_data(pipe, Path(data)).images)), num_pairs)
+    a, b = random_pairs(from_pixels(np.array(images.images)), num_pairs)
     weights = [i / 6 for i in range(7)]
     distances = {"pixels": squared_pixel_distance, extractor.name: feature_distance}
     strips, results = [], {}
@@ -287,13 +288,16 @@ def compare_balances(pipe: Any, data: str, which: str, output: Path, num_pairs: 
         }
     rows = torch.stack(strips, dim=1).flatten(0, 2)  # the two strips of a pair below each other
     visualize.grid(rows, columns=len(weights)).save(png(output, "balances"))
-    return {"data": Path(data).name, "extractor": extractor.name, "results": results}
+    return {"extractor": extractor.name, "results": results}
 
 
-def load_data(pipe: Any, folder: Path) -> Any:
+def load_data(pipe: Any, folder: str, background: str) -> Any:
     """The images of a parquet data set or a folder, at the size of the network."""
-    options: dict[str, Any] = {"dataset_name" if any(folder.rglob("*.parquet")) else "train_data_dir": str(folder)}
-    return load_images(**options, resolution=pipe.unet.config.sample_size, on_bad_image="skip", cache_dir=CACHE_DIR)
+    options: dict[str, Any] = {"dataset_name" if any(Path(folder).rglob("*.parquet")) else "train_data_dir": folder}
+    return load_images(
+        **options, resolution=pipe.unet.config.sample_size, background=background, on_bad_image="skip",
+        cache_dir=CACHE_DIR,
+    )  # fmt: skip
 
 
 def random_pairs(data_set: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:

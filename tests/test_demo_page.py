@@ -118,7 +118,17 @@ def test_nothing_shows_a_path_of_the_machine(address):
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "setup.cfg", "http://127.0.0.1:9/x.png", "{folder}/../passwd", ["{folder}"], None]
+    "path",
+    [
+        "/etc/passwd",
+        "setup.cfg",
+        "http://127.0.0.1:9/x.png",
+        "{folder}/../passwd",
+        ["{folder}"],
+        "{folder}",
+        "{folder}/away.png",
+        None,
+    ],
 )
 def test_a_job_takes_no_other_files_than_uploads(address, path):
     """Nor does gradio fetch one from an address."""
@@ -183,6 +193,11 @@ def test_one_job_runs_and_the_queue_is_bounded(address, model, monkeypatch):
     codes += [join(address, visitor, "generate", 1, 1, -1, *FOUR_STEPS)[0] for _ in range(page.MAX_WAITING + 1)]
     assert codes == [200] * (page.MAX_WAITING + 1) + [503] and len(running) == 1
     go.set()
+
+
+def test_an_empty_seed_is_named(address):
+    with pytest.raises(RuntimeError, match="The seed is empty"):
+        Visitor(address).run("generate", 1, 0, -1, None, *FOUR_STEPS[1:])
 
 
 def test_uploads_are_deleted_at_the_end():

@@ -54,7 +54,11 @@ class Gate:
         await answer(scope, receive, send)
 
     def _is_upload(self, path: Any) -> bool:
-        return isinstance(path, str) and Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.folder)
+        """Whether it is a file there: gradio deletes what jobs were given, and stops at a folder."""
+        if not isinstance(path, str) or not Path(path).is_absolute():
+            return False
+        file = Path(path).resolve()
+        return file.is_relative_to(self.folder) and file.is_file()
 
     def _check_upload(self, request: Request) -> HTTPStatus:
         """Its size must be known before it is read, and there must be room for it."""

@@ -121,7 +121,7 @@ def _generate_tab(model: Model) -> None:
 
     def generate(request: gr.Request, number: int, eta: float, table: int, *settings: Any) -> Iterator[str]:
         texts = _texts(request)
-        sampling = _sampling(*settings)
+        sampling = _sampling(texts, *settings)
         chosen = None if table == -1 else model.tables[table]
         for i, now in enumerate(model.generate(sampling, number, eta, chosen)):
             if not isinstance(now, Progress):
@@ -145,7 +145,7 @@ def _interpolate_tab(model: Model) -> None:
     def interpolate(request: gr.Request, a: str | None, b: str | None, balance: bool, *settings: Any) -> str:
         texts = _texts(request)
         image_a, image_b = (_read(model, path, texts) for path in (a, b))
-        return figures.strip(model.interpolate(image_a, image_b, _sampling(*settings), balance), texts)
+        return figures.strip(model.interpolate(image_a, image_b, _sampling(texts, *settings), balance), texts)
 
     _on_click(button, model, interpolate, [first, second, balance, *settings], output)
 
@@ -171,7 +171,7 @@ def _repair_tab(model: Model) -> None:
     def repair(request: gr.Request, path: str | None, mask: str, number: int, *settings: Any) -> str:
         texts = _texts(request)
         image = _read(model, path, texts)
-        sampling = _sampling(*settings)
+        sampling = _sampling(texts, *settings)
         pictures = model.repair(image, model.read_mask(mask), sampling, number)
         return figures.gallery(pictures, sampling.seed, texts)
 
@@ -198,7 +198,7 @@ def _trajectory_tab(model: Model) -> None:
     def trajectory(request: gr.Request, path: str | None, *settings: Any) -> Iterator[str]:
         texts = _texts(request)
         image = None if path is None else _read(model, path, texts)
-        for i, now in enumerate(model.trajectory(image, _sampling(*settings))):
+        for i, now in enumerate(model.trajectory(image, _sampling(texts, *settings))):
             if not isinstance(now, Progress):
                 yield figures.trajectory(now, texts)
             elif i % PREVIEW_EVERY == 0:
@@ -230,8 +230,16 @@ def _settings(model: Model, sampled: bool = True) -> list[Any]:
     ]  # fmt: skip
 
 
-def _sampling(seed: float, steps: float, class_label: int, guidance: float, autoguidance: float) -> Sampling:
-    return Sampling(int(seed), int(steps), class_label, guidance, autoguidance)
+def _sampling(
+    texts: dict[str, str], seed: float | None, steps: float, class_label: int, guidance: float, autoguidance: float
+) -> Sampling:
+    return Sampling(_seed(texts, seed), int(steps), class_label, guidance, autoguidance)
+
+
+def _seed(texts: dict[str, str], seed: float | None) -> int:
+    if seed is None:
+        raise ValueError(texts["no_seed"])
+    return int(seed)
 
 
 def _number_of_images(value: int) -> Any:
@@ -256,8 +264,8 @@ def _image_input(model: Model, label: str, seed: int) -> Any:
             number = gr.Number(seed, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES)
         button = gr.Button(text("draw"), size="sm")
 
-    def draw(request: gr.Request, seed: float) -> Image.Image:
-        drawn = model.draw(Sampling(int(seed), min(DEFAULT_STEPS, model.max_steps)))
+    def draw(request: gr.Request, seed: float | None) -> Image.Image:
+        drawn = model.draw(Sampling(_seed(_texts(request), seed), min(DEFAULT_STEPS, model.max_steps)))
         return Image.open(io.BytesIO(drawn.png))
 
     _on_click(button, model, draw, [number], image)

@@ -107,7 +107,10 @@ function generate() {
   const every = Math.ceil(steps / COLUMNS);
   let number = 0;
   const onStep = (step) => {
-    if (number === 0) byId("trajectory").replaceChildren();
+    if (number === 0) {
+      byId("trajectory").replaceChildren();
+      byId("save").disabled = true; // what is shown is no image yet
+    }
     if (number % every === 0 || number === steps - 1) addStep(step);
     show(byId("image"), step.x_0_pred);
     number++;
@@ -116,6 +119,7 @@ function generate() {
   request("generate", { seeds, sampler, label: label() }, (image) => {
     show(byId("image"), image);
     byId("save").disabled = false;
+    byId("save").dataset.name = `seed-${seeds[0]}-${page.samplers[sampler].name}-${steps}.png`;
   }, onStep);
 }
 
@@ -153,10 +157,10 @@ byId("another").addEventListener("click", () => {
   byId("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] % 1000000;
   generate();
 });
-byId("save").addEventListener("click", () => {
+byId("save").addEventListener("click", (event) => {
   const link = document.createElement("a");
   link.href = byId("image").toDataURL("image/png");
-  link.download = `seed-${byId("seed").value}.png`;
+  link.download = event.target.dataset.name;
   link.click();
 });
 byId("interpolate").addEventListener("submit", (event) => event.preventDefault());

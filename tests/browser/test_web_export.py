@@ -1,5 +1,6 @@
 """The exported web page: the network as ONNX beside torch, the samplers beside the pipeline, the page in a browser."""
 
+import base64
 import contextlib
 import functools
 import json
@@ -318,9 +319,12 @@ def test_the_page_speaks_chinese_and_fits_a_phone(opened):
     assert page.inner_text("#generate-title") == "Generate"
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shown = page.evaluate("document.getElementById('image').toDataURL()")
+    page.fill("#seed", "5")  # not drawn
     with page.expect_download() as download:
         page.click("#save")
-    assert download.value.suggested_filename == "seed-4000000007.png"
+    assert download.value.suggested_filename.startswith("seed-4000000007-")
+    assert Path(download.value.path()).read_bytes() == base64.b64decode(shown.partition(",")[2])
     of_the_test = "willReadFrequently"  # it reads the canvases again and again
     assert [report for report in reports if of_the_test not in report] == []  # and nothing from another host
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from tests.data.shard_files import as_arrays, pixels_of, write_tables
@@ -173,6 +174,18 @@ def test_what_is_refused(tmp_path, run, monkeypatch):
         run("nowhere")
     with pytest.raises(ValueError, match=r"train_data_dir is .*: this folder has packed shards: add --streaming"):
         load_images(train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache")
+
+
+def test_one_packing_at_a_time(tmp_path, run):
+    write_folder(tmp_path / "set")
+    (tmp_path / "packed").mkdir()
+    with (
+        FileLock(tmp_path / "packed" / ".packing.lock"),
+        pytest.raises(ValueError, match="another packing is running"),
+    ):
+        run(tmp_path / "set", resolution=8)
+    assert "10 images" in run(tmp_path / "set", resolution=8)
+    assert not list((tmp_path / "packed").glob(".*"))
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])

@@ -1,7 +1,9 @@
 """Images from shards: the pixels that Pillow and NumPy read, from any store, damaged or not, within a bound of disk."""
 
+import errno
 import json
 import math
+import tarfile
 import threading
 import time
 
@@ -9,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.data.shard_files import add, as_arrays, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores, streaming
@@ -196,7 +199,7 @@ def test_a_shard_without_a_good_image_is_an_error(tmp_path, load):
         add(archive, "b.png", b"no image")
     stream = stream_of(load(tmp_path / "set"))
     with pytest.raises(ShardError, match=r"no image of 001.tar can be read \(b.png: not an image"):
-        stream.readable(np.arange(5))
+        [stream.wait(step) for step in range(2)]
     stream.close()
 
 
@@ -360,6 +363,55 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(tmp_path, load):
     for path in tmp_path.glob("cache/*/*.npy"):
         cut_off(path)
     assert (all_images(load(tmp_path / "set")) == as_arrays(range(27))).all()
+
+
+def test_a_fault_of_the_disk_is_not_remembered(tmp_path, load):
+    write_tables(tmp_path / "set", COUNTS)
+    split = load(tmp_path / "set")
+    (away,) = (tmp_path / "set").glob("*-00002-*")
+    away.rename(tmp_path / "away")
+    with pytest.raises(ShardError, match=r"train-00002-of-00004.parquet cannot be read: .*No such file"):
+        all_images(split)
+    (tmp_path / "away").rename(away)
+    assert (all_images(load(tmp_path / "set")) == as_arrays(range(27))).all()
+
+
+def test_a_full_disk_is_an_error_of_the_shard(tmp_path, load, monkeypatch):
+    write_tables(tmp_path / "set", COUNTS)
+    stream = stream_of(load(tmp_path / "set"))
+
+    def fill(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardCache, "_write", fill)
+    with pytest.raises(ShardError, match="the disk is full"):
+        stream.wait(0)
+    stream.close()
+
+
+def test_held_out_images_follow_shards_that_are_replaced(tmp_path, load):
+    write_tars(tmp_path / "set", [40])
+    load(tmp_path / "set", None)
+    path = tmp_path / "set" / "000.tar"
+    with tarfile.open(path) as archive:
+        labels = [member for member in archive if member.name.endswith(".cls")]
+    changed = bytearray(path.read_bytes())
+    for member in labels:
+        changed[member.offset_data] = ord("7")
+    path.write_bytes(changed)
+    split = load(tmp_path / "set", None)
+    assert set(split.held_out_set.label_names()) == set(split.data.label_names()) == {"7"}
+
+
+def test_waiting_for_the_lock_of_another_run_ends_with_the_run(tmp_path, load):
+    write_tables(tmp_path / "set", COUNTS)
+    cache = load(tmp_path / "set").data.images.cache
+    path = cache.path(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.stem}.lock")):
+        threading.Timer(0.1, cache.stopped.set).start()
+        with pytest.raises(ShardError, match="the run ends"):
+            cache.fetch(0)
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------

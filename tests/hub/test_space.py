@@ -23,6 +23,7 @@ from tests.test_publishing import make_run
 pytest.importorskip("gradio", reason="needs gradio, of the extra demo")
 
 from benchmarks.demo import Visitor, pictures
+from training.hub import push
 from training.hub.space import stage_space
 
 SPACE = {"app.py", "requirements.txt", "README.md", "LICENSE", ".gitattributes"}  # beside the package
@@ -130,6 +131,12 @@ def test_a_dry_run_shows_the_space(published):
     code, out, err = results["dry"]
     assert code == 0 and not hub.requests_of("GET", "alice/dry") and "alice/dry" not in hub.repos, err
     assert "ddpm_pipeline/demo/page.py" in out and "sdk: gradio" in out and "files, for the Space alice/dry" in out
+
+
+@pytest.mark.parametrize("names", [("user/mine/x", None), ("user/mine", "user/-demo")])
+def test_names_are_checked_first(tmp_path, names):
+    with pytest.raises(ValueError, match=r"Repo id"):
+        push.show(tmp_path / "no run", names[0], space=names[1])
 
 
 def test_a_model_that_the_demo_does_not_take_is_refused(tmp_path):

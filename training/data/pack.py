@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ddpm_pipeline import rng
 from ddpm_pipeline.decode import Payload, Target, parse_colour
@@ -110,17 +111,26 @@ def pack(config: PackConfig) -> str:
     """Write the shards of all splits, those that are missing. Returns what was written, in a sentence.
 
     Raises:
-        ValueError: no images, unreadable images and on_bad_image is "stop", no room, or a folder with other shards.
+        ValueError: no images, unreadable images and on_bad_image is "stop", no room, or a folder with other shards or
+            where another packing is running.
     """
     output = Path(config.output).expanduser()
     if (output / MANIFEST).exists():
         raise ValueError(f"output is '{output}', which has packed shards already, all of them: give another folder")
     output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".packing.lock", timeout=0, fallback_to_soft=False)
     try:
+        with contextlib.suppress(NotImplementedError):  # a file system without locks
+            lock.acquire()
         return _pack(config, output, Path(config.cache_dir).expanduser())
+    except Timeout:
+        raise ValueError(f"output is '{output}', where another packing is running: wait for it") from None
     except ValueError as error:  # of settings that train.py has
         raise ValueError(re.sub("^(dataset_name|train_data_dir) is", "source is", str(error))) from error
     finally:
+        if lock.is_locked:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             output.rmdir()  # if nothing was written
 

@@ -89,10 +89,7 @@ class ShardCache:
         """
         shard = self.found.shards[i]
         if self.is_in_place(i):
-            try:
-                return packed_array(self.found, shard, Path(shard.file.url)), {}
-            except ValueError as error:
-                raise ShardError(f"{shard.file.name} is damaged: {error}") from error
+            return self._packed(i, Path(shard.file.url)), {}
         path = self.path(i)
         for _ in range(3):  # another run may delete it in between
             self.fetch(i)
@@ -144,18 +141,22 @@ class ShardCache:
             raise ShardError(f"{self.found.shards[i].file.name} is not read: the run ends")
         with writing(self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone(path):
+            with self._alone(i, path):
                 if not path.exists():
                     self._write(i, path)
 
     @contextlib.contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
+    def _alone(self, i: int, path: Path) -> Iterator[None]:
         """Without locks on this file system two processes may fetch the same shard; the second one replaces it."""
-        from filelock import FileLock
+        from filelock import FileLock, Timeout
 
         lock = FileLock(path.with_name(f".{path.stem}.lock"), fallback_to_soft=False)
         with contextlib.suppress(NotImplementedError):
-            lock.acquire()
+            while not lock.is_locked:
+                if self.stopped.is_set():
+                    raise ShardError(f"{self.found.shards[i].file.name} is not read: the run ends")
+                with contextlib.suppress(Timeout):
+                    lock.acquire(timeout=1)
         try:
             yield
         finally:
@@ -173,11 +174,12 @@ class ShardCache:
                 stores.patiently(shard.file.name, lambda: stores.download(shard.file, raw, self.stopped), self.stopped)
             if self.target is not None:
                 self._write_decoded(i, self._pixels(i, raw), path)
-            elif raw.stat().st_size != shard.file.size:
+            elif raw.stat().st_size < shard.file.size:
                 self._write_decoded(i, self._rest_of_packed(i, raw), path)
             elif sha256_of(raw) != shard.digest:
                 raise ShardError(f"{shard.file.name} is damaged: its sha256 is not that of the manifest")
             else:
+                self._packed(i, raw)
                 raw.replace(path)
         finally:
             if raw.parent == self.folder:
@@ -216,6 +218,8 @@ class ShardCache:
         except ShardError:
             raise
         except Exception as error:  # of pyarrow or tarfile: the rest of the file cannot be read
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk: the next attempt may succeed
+                raise ShardError(f"{shard.file.name} cannot be read: {error.strerror}") from error
             reason = failure_reason(error)
         else:
             reason = "missing"
@@ -223,14 +227,17 @@ class ShardCache:
             yield f"row {lost}: {reason}"
 
     def _rest_of_packed(self, i: int, raw: Path) -> Iterator[np.ndarray | str]:
+        array = self._packed(i, raw)
+        yield from array
+        for row in range(len(array), self.found.shards[i].count):
+            yield f"row {row}: the file is cut off"
+
+    def _packed(self, i: int, raw: Path) -> np.ndarray:
         shard = self.found.shards[i]
         try:
-            array = packed_array(self.found, shard, raw)
+            return packed_array(self.found, shard, raw)
         except ValueError as error:
             raise ShardError(f"{shard.file.name} is damaged: {error}") from error
-        yield from array
-        for row in range(len(array), shard.count):
-            yield f"row {row}: the file is cut off"
 
 
 def decode_checked(payload: Payload, target: Target, min_side: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
+from training.data.disk import CacheError
 from training.data.shard_cache import Opened, ShardCache
 from training.data.shard_order import Group, ShardOrder
 from training.data.stores import ShardError
@@ -124,7 +125,7 @@ class ShardStream:
         """Wait for the shards of this step, and begin to fetch those of the next group. False: the run is to end.
 
         Raises:
-            ShardError: a shard cannot be read.
+            ShardError: a shard cannot be read or kept.
         """
         started, groups = time.monotonic(), self._groups(step)
         if groups == self._current:
@@ -137,9 +138,13 @@ class ShardStream:
             pending = wait(pending, timeout=0.5).not_done
             if pending and is_stopped():
                 return False
-        for shard in now:
-            self._fetched[shard].result()
-            self.images.opened(shard)
+        try:
+            for shard in now:
+                self._fetched[shard].result()
+                if self.images.opened(shard)[1]:
+                    self._replacements(shard)
+        except (OSError, CacheError) as error:
+            raise ShardError(str(error)) from error
         self.images.close_all_but(now)
         self._current = groups
         self.seconds_waited += time.monotonic() - started
@@ -158,11 +163,7 @@ class ShardStream:
                 self._fetched[shard] = self._pool.submit(self.images.cache.fetch, shard)
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """These indices, with the next image of its shard that is trained on in the place of one that cannot be read.
-
-        Raises:
-            ShardError: no image of a shard can be read.
-        """
+        """These indices, with the next image of its shard that is trained on in place of one that cannot be read."""
         shards = self.images.shards_of(indices)
         for shard in np.unique(shards).tolist():
             if self.images.opened(shard)[1]:
@@ -181,7 +182,9 @@ class ShardStream:
             good = np.setdiff1d(trained_on, bad)
             if not len(good):
                 name, reason = self.images.cache.found.shards[shard].file.name, next(iter(unreadable.values()))
-                raise ShardError(f"no image of {name} can be read ({reason}): replace it, or leave it out")
+                raise ShardError(
+                    f"no image of {name} can be read ({reason}): replace it, or leave it out and begin a new run"
+                )
             self._replaced[shard] = bad, good[np.searchsorted(good, bad) % len(good)]
         return self._replaced[shard]
 

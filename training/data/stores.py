@@ -126,9 +126,9 @@ def list_files(place: str) -> list[StoredFile]:
         return stat_all([(url, url[start:]) for url in expand(place)])
     if not is_remote(place):
         root = Path(place)
-        paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
-        names = [path.relative_to(root).as_posix() if path != root else path.name for path in paths]
-        return [stat(str(path), name) for path, name in zip(paths, names) if not _is_hidden(name)]
+        paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
+        names = {path.relative_to(root).as_posix() if path != root else path.name: path for path in paths}
+        return [stat(str(names[name]), name) for name in sorted(names) if not _is_hidden(name)]
     if _is_http(place):
         raise ValueError(
             f"{place} cannot be listed: give the address of a packed folder, of an index.json, or of all shards as in "
@@ -235,8 +235,7 @@ def read(url: str, start: int = 0, end: int | None = None) -> bytes:
     else:
         filesystem, path = _filesystem(url)
         content = bytes(filesystem.cat_file(path, start=start, end=end))
-    if end is not None and len(content) < end - start:
-        raise OSError(f"only {len(content)} of {end - start} bytes came")
+    _check_length(len(content), 0 if end is None else end - start)
     return content
 
 
@@ -261,17 +260,22 @@ def download(file: StoredFile, to: Path, stopped: threading.Event | None = None)
         if is_remote(file.url):
             filesystem, path = _filesystem(file.url)
             filesystem.get_file(path, str(to))
+            _check_length(to.stat().st_size, int(filesystem.info(path)["size"]))
         else:
             shutil.copyfile(file.url, to)
         return
     with _request(file.url) as answer, open(to, "wb") as target:
-        expected = answer.headers["Content-Length"]
+        expected = int(answer.headers["Content-Length"] or file.size)
         while block := answer.read(BLOCK):
             if stopped is not None and stopped.is_set():
                 raise ShardError(f"{file.name} is not read: the run ends")
             target.write(block)
-        if expected is not None and target.tell() < int(expected):
-            raise OSError(f"only {target.tell()} of {expected} bytes came")
+        _check_length(target.tell(), expected)
+
+
+def _check_length(length: int, expected: int) -> None:
+    if length < expected:
+        raise OSError(f"only {length} of {expected} bytes came")
 
 
 class RemoteFile(io.RawIOBase):

@@ -13,15 +13,17 @@ import hashlib
 import json
 import math
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ddpm_pipeline.decode import Target, parse_colour, read_header
+from ddpm_pipeline.decode import Target, failure_reason, parse_colour, read_header
 from ddpm_pipeline.files import remove, replacing
 from ddpm_pipeline.pixels import height_width
 from training.data import stores
@@ -249,7 +251,7 @@ def _target_of_first(found: ShardList, settings: DecodeSettings, cache_dir: Path
         values = json.loads(kept.read_text(encoding="utf-8"))
         return Target(**values | {"background": tuple(values["background"])})
     headers = Headers()
-    scratch = cache_dir / f".first-{shard.digest[:16]}"
+    scratch = cache_dir / f".first-{uuid.uuid4().hex}"
     try:
         path = Path(shard.file.url)
         if stores.is_remote(shard.file.url):
@@ -257,42 +259,41 @@ def _target_of_first(found: ShardList, settings: DecodeSettings, cache_dir: Path
             path = scratch
             stores.patiently(shard.file.name, lambda: stores.download(shard.file, scratch))
         reasons: list[str] = []
-        for name, payload in _first(rows(found, shard, path)):
-            header, reason = attempt(partial(read_header, min_side=settings.min_side), payload)
-            if header is None:
-                reasons.append(f"{name}: {reason}")
-            else:
-                headers.add(name, header)
+        is_whole = True
+        try:
+            for name, payload in islice(rows(found, shard, path), FIRST_IMAGES):
+                header, reason = attempt(partial(read_header, min_side=settings.min_side), payload)
+                if header is None:
+                    reasons.append(f"{name}: {reason}")
+                else:
+                    headers.add(name, header)
+        except Exception as error:  # of pyarrow or tarfile: those before it count
+            is_whole = False
+            reasons.append(failure_reason(error))
     finally:
         remove(scratch)
     if not headers.sizes:
         raise ShardError(f"none of the first images of {shard.file.name} can be read: {some(reasons)}")
     target = choose_target(headers, settings)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as temporary:
-        temporary.write_text(json.dumps(asdict(target)), encoding="utf-8")
+    if is_whole:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(asdict(target)), encoding="utf-8")
     return target
-
-
-def _first(found: Iterator[Any]) -> Iterator[Any]:
-    """Up to FIRST_IMAGES of them, or those before the file is damaged."""
-    for _ in range(FIRST_IMAGES):
-        try:
-            yield next(found)
-        except Exception:  # of pyarrow or tarfile; StopIteration too
-            return
 
 
 def _write_sample(data: ImageSet, chosen: np.ndarray, cache_dir: Path, source: str) -> ImageSet:
     """Some images as a data set of their own, in the cache; those that cannot be read are left out."""
     images: Any = data.images
-    key = hashlib.sha256(json.dumps([data.digest, source, hashlib.sha256(chosen.tobytes()).hexdigest()]).encode())
-    folder = cache_dir / key.hexdigest()
+    found = images.cache.found
+    shards = images.shards_of(chosen)
+    numbers = np.unique(shards).tolist()
+    labels = labels_of(found, numbers)
+    versions = [(found.shards[i].file.version, found.shards[i].file.size) for i in numbers]  # new ones are read anew
+    parts = [data.digest, source, hashlib.sha256(chosen.tobytes()).hexdigest(), versions, labels]
+    folder = cache_dir / hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def write(new: Path, scratch: Path) -> dict[str, Any]:
-        shards = images.shards_of(chosen)
-        numbers = np.unique(shards).tolist()
-        labels = labels_of(images.cache.found, numbers)
         skipped: list[str] = []
 
         def good() -> Iterator[np.ndarray]:

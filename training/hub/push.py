@@ -123,6 +123,10 @@ def show(
     Raises:
         LoadingError, ValueError, OSError: as `publish`.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    for name in filter(None, (repo_id, space)):
+        validate_repo_id(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder, demo = Path(scratch, "model"), Path(scratch, "space")
         tag = stage(run, folder, repo_id=repo_id, log=log, **options)
