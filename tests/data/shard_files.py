@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -99,6 +100,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         requests: the paths that were asked for with GET.
         slow: path: seconds before its answer.
+        unannounced: path: how often the answer ends early without a length that would tell.
         cut: path: how often the connection ends in the middle of it.
         dead: while it is set, every answer is an error.
         code: of this error.
@@ -107,7 +109,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.requests, self.slow, self.cut, self.dead = [], {}, {}, threading.Event()
-        self.code = 503
+        self.code, self.unannounced = 503, {}
 
     @property
     def url(self):
@@ -130,6 +132,13 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "1000000")
             self.end_headers()
             self.wfile.write(b"x" * 1000)
+            self.close_connection = True
+            return
+        if self.server.unannounced.get(self.path, 0):
+            self.server.unannounced[self.path] -= 1
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(Path(self.translate_path(self.path)).read_bytes()[:4000])
             self.close_connection = True
             return
         super().do_GET()

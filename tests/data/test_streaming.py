@@ -1,6 +1,7 @@
 """Images from shards: the pixels that Pillow and NumPy read, from any store, damaged or not, within a bound of disk."""
 
 import errno
+import hashlib
 import json
 import math
 import tarfile
@@ -277,6 +278,36 @@ def test_a_packed_shard_with_other_pixels_is_refused(tmp_path, load):
         pytest.raises(ShardError, match=r"train-00001.npy is damaged: its sha256"),
     ):
         load(server.url).data.images[np.arange(10)]
+
+
+@pytest.mark.parametrize("change", ["longer", "of another kind"])
+def test_a_packed_shard_that_is_another_file_is_refused(tmp_path, load, change):
+    write_packed(tmp_path / "set", [4, 6])
+    path, manifest = tmp_path / "set" / "train-00001.npy", tmp_path / "set" / "manifest.json"
+    if change == "longer":
+        path.write_bytes(bytes(path.stat().st_size) + b"x")
+    else:
+        np.save(path, np.ones((6, 3, 8, 8), np.uint16))
+        entries = json.loads(manifest.read_text())
+        entries["splits"]["train"]["shards"][1] |= {
+            "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()
+        }  # fmt: skip
+        manifest.write_text(json.dumps(entries))
+    with (
+        serving(tmp_path / "set") as server,
+        pytest.raises(ShardError, match=r"train-00001.npy is damaged: it(s sha256| has .* uint16)"),
+    ):
+        load(server.url).data.images[np.arange(10)]
+
+
+def test_an_answer_that_ends_early_is_asked_for_again(tmp_path, load):
+    write_tars(tmp_path / "set", [4, 6])
+    with serving(tmp_path / "set") as server:
+        server.unannounced = {"/000.tar": 1, "/001.tar": 1}
+        split = load(f"{server.url}/{{000..001}}.tar")  # which counts them
+        server.unannounced = {"/000.tar": 1, "/001.tar": 1}
+        assert (all_images(split) == as_arrays(range(10))).all()
+        assert set(server.unannounced.values()) == {0}
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
