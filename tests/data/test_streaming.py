@@ -317,17 +317,20 @@ def decoded(tmp_path):
     return sum(path.stat().st_size for path in tmp_path.glob("cache/*/*.npy") if path.name != "images.npy")
 
 
-def test_the_cache_is_bounded(tmp_path, load):
+@pytest.mark.parametrize("batch_size", [4, 5, 9])
+def test_the_cache_is_bounded(tmp_path, load, batch_size):
+    """By two groups of two shards, also where a batch spans two of them."""
     write_tables(tmp_path / "set", [6] * 12)
     image = 3 * 8 * 8
-    limit = 5 * (6 * image + 128)
+    limit = 4 * (6 * image + 128)
     split = load(tmp_path / "set")
     object.__setattr__(split.data.images.cache, "limit", limit)
-    stream = stream_of(split)
+    stream = stream_of(split, batch_size)
     largest = 0
-    for step in range(2 * 72 // 4):
+    for step in range(2 * 72 // batch_size):
         assert stream.wait(step)
-        indices = stream.order.indices(step // 18, np.arange(4 * step, 4 * step + 4) % 72)
+        epochs, within = np.divmod(np.arange(batch_size * step, batch_size * (step + 1)), 72)
+        indices = np.concatenate([stream.order.indices(i, within[epochs == i]) for i in np.unique(epochs).tolist()])
         assert (split.data.images[indices] == as_arrays(indices)).all()
         largest = max(largest, decoded(tmp_path))
     stream.close()

@@ -117,9 +117,7 @@ class ShardStream:
         return self._groups(step) != self._current
 
     def _groups(self, step: int) -> list[Group]:
-        groups = self.order.groups(step * self._batch_size, (step + 1) * self._batch_size - 1)
-        # The last one of a batch that spans two is the first of the next batch, and there already.
-        return self._current if groups == self._current[-1:] else groups
+        return self.order.groups(step * self._batch_size, (step + 1) * self._batch_size - 1)
 
     def wait(self, step: int, is_stopped: Callable[[], bool] = lambda: False) -> bool:
         """Wait for the shards of this step, and begin to fetch those of the next group. False: the run is to end.
@@ -132,6 +130,8 @@ class ShardStream:
             return True
         now = {int(shard) for group in groups for shard in self.order.shards(group)}
         following = set(self.order.shards(self.order.after(groups[-1])).tolist()) - now
+        if len(groups) > 1:  # of this batch only: the next one has room for those that follow
+            following = set()
         self._submit(now, now | following)
         pending = {self._fetched[shard] for shard in now}
         while pending:
