@@ -300,6 +300,48 @@ def test_a_packed_shard_that_is_another_file_is_refused(tmp_path, load, change):
         load(server.url).data.images[np.arange(10)]
 
 
+def test_names_of_any_letters_are_read(tmp_path, load):
+    write_tars(tmp_path / "set", [4, 6])
+    for name in ("a b", "#", "\u6708"):
+        folder = tmp_path / "web" / name
+        folder.mkdir(parents=True)
+        for path in (tmp_path / "set").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    with serving(tmp_path / "web") as server:
+        for name in ("a b", "a%20b", "#", "\u6708"):
+            assert (all_images(load(f"{server.url}/{name}/{{000..001}}.tar")) == as_arrays(range(10))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "<html>", r"manifest.json is damaged: Expecting value"),
+        ("manifest.json", "[1]", r"manifest.json is damaged"),
+        ("index.json", "{}", r"index.json has no \{\"shardlist\""),
+    ],
+)
+def test_lists_that_are_damaged_are_named(tmp_path, load, name, content, message):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_text(content)
+    with serving(tmp_path / "set") as server, pytest.raises(ShardError, match=message):
+        load(f"{server.url}/{name}")
+
+
+def test_a_table_names_no_files_of_this_machine(tmp_path, load):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of(1))
+    (tmp_path / "set").mkdir()
+    images = pa.array(
+        [{"bytes": str(path), "path": "a.png"}], pa.struct([("bytes", pa.string()), ("path", pa.string())])
+    )
+    parquet.write_table(pa.table({"image": images}), tmp_path / "set" / "train.parquet")
+    with pytest.raises(ValueError, match="none of"):
+        all_images(load(tmp_path / "set"))
+
+
 def test_an_answer_that_ends_early_is_asked_for_again(tmp_path, load):
     write_tars(tmp_path / "set", [4, 6])
     with serving(tmp_path / "set") as server:

@@ -19,7 +19,6 @@ import re
 import tarfile
 import tempfile
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,9 @@ import numpy as np
 from ddpm_pipeline.decode import Payload
 from ddpm_pipeline.files import replacing
 from training.data import stores
-from training.data.folder import SUFFIXES
-from training.data.sources import hub_commit, image_column_of, json_label, label_column_of, label_values
+from training.data.sources import hub_commit, image_column_of, label_column_of, label_values
 from training.data.stores import ShardError, StoredFile
+from training.data.tars import DAMAGED, label_of, samples, tar_rows
 from training.messages import some
 from training.progress import progress
 
@@ -42,7 +41,6 @@ TARS = (".tar", ".tar.gz", ".tgz")
 FOOTER = 2**16  # bytes at the end of a parquet file that are read first; its footer is seldom larger
 SPLITS = {"train": "train", "training": "train"} | {name: name for name in ("validation", "valid", "val", "test")}
 SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|validation|valid|val|test)(?=[^a-z]|$)")
-DAMAGED = (tarfile.TarError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -119,14 +117,18 @@ def find_shards(
             raise ValueError(f"there are no shards in {place!r}: give a folder, a URL or the name of a data set")
         commit = hub_commit(place, index_dir)
         description, place = f"data set {place}", f"hf://datasets/{place}" + (f"@{commit}" if commit else "")
-    place = re.sub(rf"/({MANIFEST}|{INDEX})$", "", place)
+    given = re.search(rf"/({MANIFEST}|{INDEX})$", place)
+    place = place[: given.start()] if given else place
     if not stores.RANGE.search(place):
-        manifest = stores.read_optional(join(place, MANIFEST))
+        manifest = None if given and given[1] == INDEX else _read_json(join(place, MANIFEST))
         if manifest is not None:
-            return _packed(place, description, json.loads(manifest), split)
-        index = stores.read_optional(join(place, INDEX)) if place.startswith("http") else None
+            return _packed(place, description, manifest, split)
+        index = _read_json(join(place, INDEX)) if place.startswith("http") else None
         if index is not None:
-            names = [str(shard["url"]) for shard in json.loads(index)["shardlist"]]
+            try:
+                names = [str(shard["url"]) for shard in index["shardlist"]]
+            except (KeyError, TypeError):
+                raise ShardError(f'{join(place, INDEX)} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
             files = stores.stat_all([(name if "://" in name else join(place, name), name) for name in names])
             return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
     files = stores.list_files(place)
@@ -139,6 +141,15 @@ def is_sharded(place: str) -> bool:
     if not folder.is_dir():
         return place != "moons"
     return any(path.name == MANIFEST or path.name.endswith((".parquet", *TARS)) for path in folder.rglob("*"))
+
+
+def _read_json(url: str) -> dict[str, Any] | None:
+    """A small file; None if it does not exist."""
+    content = stores.read_optional(url)
+    try:
+        return None if content is None else dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ShardError(f"{url} is damaged: {error}") from error
 
 
 def is_packed(folder: Path) -> bool:
@@ -283,7 +294,8 @@ def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Payload]]:
         for batch in table.iter_batches(64, columns=[column], use_threads=False):
             for cell in batch.column(0).to_pylist():
                 name = Path(cell.get("path") or "").name if cell else ""
-                yield f"row {row}" + (f" ({name})" if name else ""), (cell or {}).get("bytes")
+                content = (cell or {}).get("bytes")  # a text would be the path of a file of this machine
+                yield f"row {row}" + (f" ({name})" if name else ""), content if isinstance(content, bytes) else None
                 row += 1
 
 
@@ -340,85 +352,13 @@ def _read_index(file: StoredFile, label_column: str, folder: Path, stopped: thre
         digest, damaged = hashlib.sha256(), False
         try:
             with tarfile.open(path) as archive:
-                for key, members in _samples(archive):
+                for key, members in samples(archive):
                     sizes = sorted((ending, member.size) for ending, member in members.items())
                     digest.update(json.dumps([key, sizes]).encode())
-                    labels.append(_label(archive, members, label_column))
+                    labels.append(label_of(archive, members, label_column))
         except DAMAGED:
             damaged = True
     return {"labels": labels, "digest": digest.hexdigest(), "damaged": damaged}
-
-
-def _samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The samples of a tar file that have an image: their name, and their members by what follows it.
-
-    Members that follow each other belong together if their names are equal up to the first dot after the last slash.
-    """
-    name, members = "", dict[str, tarfile.TarInfo]()
-
-    def is_sample() -> bool:
-        return any(f".{ending}".endswith(SUFFIXES) for ending in members)
-
-    try:
-        for member in archive:
-            if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
-                continue
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, ending = base.partition(".")
-            if (key := folder + slash + stem) != name:
-                if is_sample():
-                    yield name, members
-                name, members = key, {}
-            members[ending.lower()] = member
-        if not _ends_as_a_whole(archive):
-            raise tarfile.ReadError("unexpected end of data")
-    except DAMAGED:
-        if is_sample():
-            yield name, members
-        raise
-    if is_sample():
-        yield name, members
-
-
-def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
-    """Whether zeros follow the last member. tarfile takes a cut between two members, or in a header, for the end.
-
-    A compressed file has its own end, and to seek in it is slow.
-    """
-    file: Any = archive.fileobj
-    if not isinstance(file, io.BufferedReader):
-        return True
-    file.seek(archive.offset)
-    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
-def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> Any:
-    """That of NAME.cls, or of the column of NAME.json; None if there is none."""
-    try:
-        if "cls" in members:
-            text = _content(archive, members["cls"]).decode(errors="backslashreplace").strip()
-            return json_label(int(text) if re.fullmatch(r"-?\d+", text) else text)
-        if "json" in members:
-            return json_label(dict(json.loads(_content(archive, members["json"]))).get(column))
-    except (*DAMAGED, ValueError, TypeError):
-        pass
-    return None
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    assert file is not None
-    return file.read()
-
-
-def _tar_rows(path: Path) -> Iterator[tuple[str, Payload | Exception]]:
-    with tarfile.open(path) as archive:
-        for _, members in _samples(archive):
-            image = next(members[ending] for ending in members if f".{ending}".endswith(SUFFIXES))
-            try:
-                yield image.name, _content(archive, image)
-            except DAMAGED as error:
-                yield image.name, error
 
 
 # ---- What is in them -------------------------------------------------------------------------------------------------
@@ -429,7 +369,7 @@ def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payl
     if found.kind == "parquet":
         assert found.image_column is not None
         return _parquet_rows(path, found.image_column)
-    return _tar_rows(path)
+    return tar_rows(path)
 
 
 def packed_array(found: ShardList, shard: Shard, path: Path) -> np.ndarray:

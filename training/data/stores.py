@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -315,6 +316,7 @@ def _is_http(url: str) -> bool:
 def _request(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
     # Content-Length must be that of the file, not of a compressed copy.
     headers = {"User-Agent": "ddpm_pipeline", "Accept-Encoding": "identity"} | (headers or {})
+    url = urllib.parse.quote(url, safe="%/:?&=+,;@!$'()*~[]")  # spaces, other alphabets, #
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:

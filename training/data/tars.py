@@ -1,0 +1,92 @@
+"""TARS: samples of a tar file in the format of WebDataset: the files of one have the same name up to the first dot."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ddpm_pipeline.decode import Payload
+from training.data.folder import SUFFIXES
+from training.data.sources import json_label
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+
+
+def samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """The samples of a tar file that have an image: their name, and their members by what follows it.
+
+    Members that follow each other belong together if their names are equal up to the first dot after the last slash.
+    """
+    name, members = "", dict[str, tarfile.TarInfo]()
+
+    def is_sample() -> bool:
+        return any(f".{ending}".endswith(SUFFIXES) for ending in members)
+
+    try:
+        for member in archive:
+            if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
+                continue
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, ending = base.partition(".")
+            if (key := folder + slash + stem) != name:
+                if is_sample():
+                    yield name, members
+                name, members = key, {}
+            members[ending.lower()] = member
+        if not _ends_as_a_whole(archive):
+            raise tarfile.ReadError("unexpected end of data")
+    except DAMAGED:
+        if is_sample():
+            yield name, members
+        raise
+    if is_sample():
+        yield name, members
+
+
+def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
+    """Whether zeros follow the last member. tarfile takes a cut between two members, or in a header, for the end.
+
+    A compressed file has its own end, and to seek in it is slow.
+    """
+    file: Any = archive.fileobj
+    if not isinstance(file, io.BufferedReader):
+        return True
+    file.seek(archive.offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def label_of(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> Any:
+    """That of NAME.cls, or of the column of NAME.json; None if there is none."""
+    try:
+        if "cls" in members:
+            text = _content(archive, members["cls"]).decode(errors="backslashreplace").strip()
+            return json_label(int(text) if re.fullmatch(r"-?\d+", text) else text)
+        if "json" in members:
+            return json_label(dict(json.loads(_content(archive, members["json"]))).get(column))
+    except (*DAMAGED, ValueError, TypeError):
+        pass
+    return None
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def tar_rows(path: Path) -> Iterator[tuple[str, Payload | Exception]]:
+    with tarfile.open(path) as archive:
+        for _, members in samples(archive):
+            image = next(members[ending] for ending in members if f".{ending}".endswith(SUFFIXES))
+            try:
+                yield image.name, _content(archive, image)
+            except DAMAGED as error:
+                yield image.name, error
