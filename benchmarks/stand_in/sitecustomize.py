@@ -10,4 +10,4 @@ def _find_others(name: str, *args: Any) -> Any:
     return None if name == "transformers" else _find_spec(name, *args)
 
 
-PathFinder.find_spec = _find_others  # type: ignore[assignment]
+PathFinder.find_spec = _find_others  # type: ignore[assignment]  # a function in place of a class method
