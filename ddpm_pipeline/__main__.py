@@ -329,8 +329,9 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the web page of a model, and say what is in it."""
+    from .files import folder_size
     from .onnx_network import MAX_ERROR
-    from .web_export import LARGE_PAGE, check_folder_of_page, export_web, folder_size
+    from .web_export import LARGE_PAGE, check_folder_of_page, export_web
 
     check_folder_of_page(args.output)
     path = Path(args.model)

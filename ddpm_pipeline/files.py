@@ -59,3 +59,8 @@ def _replace_folder(new: Path, path: Path) -> None:
             old.rename(path)
         raise
     remove(old)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

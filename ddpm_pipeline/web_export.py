@@ -223,8 +223,3 @@ def write_runtime(package: Path, folder: Path) -> None:
     shutil.copy(package / "dist" / SCRIPT, folder)
     data = (package / "dist" / WASM).read_bytes()
     (folder / f"{WASM}.gz").write_bytes(gzip.compress(data, 6, mtime=0))
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

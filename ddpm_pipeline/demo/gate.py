@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..files import folder_size
 from .jobs import MAX_UPLOAD_BYTES
 
 MAX_JOB_BYTES = 2**20  # of the arguments of a job, most of them a mask
@@ -65,8 +66,7 @@ class Gate:
         length = request.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > MAX_UPLOAD_BYTES + 2**12:  # with what is around the file
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        stored = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-        return OK if stored + int(length) <= MAX_FOLDER_BYTES else HTTPStatus.INSUFFICIENT_STORAGE
+        return OK if folder_size(self.folder) + int(length) <= MAX_FOLDER_BYTES else HTTPStatus.INSUFFICIENT_STORAGE
 
     def _check_job(self, body: bytes) -> HTTPStatus:
         """Every file among the arguments of a job must be an upload."""

@@ -129,9 +129,9 @@ class ShardStream:
         if groups == self._current:
             return True
         now = {int(shard) for group in groups for shard in self.order.shards(group)}
-        following = set(self.order.shards(self.order.after(groups[-1])).tolist()) - now
-        if len(groups) > 1:  # of this batch only: the next one has room for those that follow
-            following = set()
+        following: set[int] = set()
+        if len(groups) == 1:  # else the next batch has room for them: it needs one group less
+            following = set(self.order.shards(self.order.after(groups[0])).tolist()) - now
         self._submit(now, now | following)
         pending = {self._fetched[shard] for shard in now}
         while pending:
