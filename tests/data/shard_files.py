@@ -104,12 +104,13 @@ class Server(ThreadingHTTPServer):
         cut: path: how often the connection ends in the middle of it.
         dead: while it is set, every answer is an error.
         code: of this error.
+        head: answer HEAD with this error, or "no length"; "": as a web server.
     """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.requests, self.slow, self.cut, self.dead = [], {}, {}, threading.Event()
-        self.code, self.unannounced = 503, {}
+        self.code, self.unannounced, self.head = 503, {}, ""
 
     @property
     def url(self):
@@ -147,7 +148,13 @@ class Handler(SimpleHTTPRequestHandler):
         if self.server.dead.is_set():
             self.send_error(self.server.code)
             return
-        super().do_HEAD()
+        if self.server.head == "no length":
+            self.send_response(200)
+            self.end_headers()
+        elif self.server.head:
+            self.send_error(int(self.server.head))
+        else:
+            super().do_HEAD()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from tests.data.shard_files import as_arrays, pixels_of, write_tables
 from training.data import pack
 from training.data.cache import load_images
 from training.data.pack import PackConfig
+from training.data.streaming import load_streamed_split
 
 
 class InThisProcess:
@@ -169,11 +170,49 @@ def test_what_is_refused(tmp_path, run, monkeypatch):
         run(tmp_path / "set", resolution=8)
     monkeypatch.undo()
     monkeypatch.setattr(pack, "ProcessPoolExecutor", InThisProcess)
+    with pytest.raises(ValueError, match=r"packed', which is in the source: give a folder outside"):
+        run(tmp_path)
     run(tmp_path / "set", resolution=8)
-    with pytest.raises(ValueError, match="has packed shards already"):
+    with pytest.raises(ValueError, match="has packed shards already, all of them"):
         run("nowhere")
+    (tmp_path / "packed").rename(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"source', which has packed shards already: train.py reads them with --str"):
+        run(tmp_path / "source")
+    (tmp_path / "source").rename(tmp_path / "packed")
     with pytest.raises(ValueError, match=r"train_data_dir is .*: this folder has packed shards: add --streaming"):
         load_images(train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache")
+
+
+def test_damaged_notes_of_an_interrupted_packing(tmp_path, run, monkeypatch):
+    write_folder(tmp_path / "set")
+    run(tmp_path / "set", resolution=8)
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
+    (tmp_path / "packed" / "manifest.json").unlink()
+    for i, content in enumerate(["", "[]", "{}"]):
+        (tmp_path / "packed" / f".train-0000{i}.json").write_text(content)
+    run(tmp_path / "set", resolution=8)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == expected
+    (tmp_path / "packed" / "manifest.json").unlink()
+    for content in ("", "[1]"):
+        (tmp_path / "packed" / pack.STATE).write_text(content)
+        with pytest.raises(ValueError, match=r".packing.json is damaged: delete the folder, and pack again"):
+            run(tmp_path / "set", resolution=8)
+
+
+def test_labels_are_those_that_the_manifest_has_the_hash_of(tmp_path, run):
+    write_folder(tmp_path / "set")
+    run(tmp_path / "set", resolution=8)
+    labels = packed(tmp_path)[1]
+    split = load_streamed_split(
+        "none", train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache", log=lambda line: None
+    )
+    assert split.data.labels().tolist() == labels.tolist()
+    np.save(tmp_path / "packed" / "train-labels.npy", 1 - labels)
+    again = load_streamed_split(
+        "none", train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache", log=lambda line: None
+    )
+    with pytest.raises(ValueError, match=r"train-labels.npy is damaged"):
+        again.data.labels()
 
 
 def test_one_packing_at_a_time(tmp_path, run):

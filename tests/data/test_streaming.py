@@ -493,7 +493,8 @@ def test_waiting_for_the_lock_of_another_run_ends_with_the_run(tmp_path, load):
 # ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_shards_one_truncated_one_slow_and_the_server_dies_in_between(tmp_path, load, log):
+def test_a_thousand_shards_one_truncated_one_slow_and_the_server_dies_in_between(tmp_path, load, log, monkeypatch):
+    monkeypatch.setattr(stores, "PATIENCE", 60.0)  # of a machine that is busy
     write_packed(tmp_path / "set", [2] * 1000)
     path = tmp_path / "set" / "train-00500.npy"
     cut_off(path, path.stat().st_size - 100)  # in the second of its images

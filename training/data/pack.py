@@ -48,7 +48,7 @@ from training.data.cache import (
 from training.data.disk import free_bytes
 from training.data.image_set import in_order
 from training.data.shard_cache import decode_checked
-from training.data.shards import MANIFEST, PACKED_FORMAT
+from training.data.shards import MANIFEST, PACKED_FORMAT, is_packed
 from training.data.sources import Moons, Records
 from training.data.split import HELD_OUT_SPLITS
 from training.messages import some
@@ -117,6 +117,9 @@ def pack(config: PackConfig) -> str:
     output = Path(config.output).expanduser()
     if (output / MANIFEST).exists():
         raise ValueError(f"output is '{output}', which has packed shards already, all of them: give another folder")
+    folder = Path(config.source).expanduser()
+    if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"output is '{output}', which is in the source: give a folder outside")
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / ".packing.lock", timeout=0, fallback_to_soft=False)
     try:
@@ -137,6 +140,8 @@ def pack(config: PackConfig) -> str:
 
 def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
     folder = Path(config.source).expanduser()
+    if is_packed(folder):
+        raise ValueError(f"source is '{folder}', which has packed shards already: train.py reads them with --streaming")
     is_table = not folder.is_dir() or next(folder.rglob("*.parquet"), None) is not None
     place = {"dataset_name": config.source, "train_data_dir": None}
     if not is_table:
@@ -196,8 +201,8 @@ def _plan(file: Path, split: str, key: str, images_per_shard: int) -> dict[str, 
         ValueError: that was another packing.
     """
     plan = {"key": key, "images_per_shard": images_per_shard}
-    noted = (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}).get(split, plan)
-    if any(noted[name] != value for name, value in plan.items()):
+    noted = _noted(file).get(split, plan)
+    if any(noted.get(name) != value for name, value in plan.items()):
         raise ValueError(
             f"output is '{file.parent}', where another packing was interrupted, of other images or with other "
             "settings: delete it, or give another folder"
@@ -205,10 +210,16 @@ def _plan(file: Path, split: str, key: str, images_per_shard: int) -> dict[str, 
     return dict(noted)
 
 
+def _noted(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: delete the folder, and pack again") from error
+
+
 def _remember(file: Path, split: str, plan: dict[str, Any]) -> None:
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     with replacing(file) as temporary:
-        temporary.write_text(json.dumps(noted | {split: plan}), encoding="utf-8")
+        temporary.write_text(json.dumps(_noted(file) | {split: plan}), encoding="utf-8")
 
 
 def _check_room(output: Path, split: str, count: int, target: Target) -> None:
@@ -280,7 +291,7 @@ def _pack_split(
     shards = [{name: entry[name] for name in ("name", "count", "bytes", "sha256")} for entry in found if entry["count"]]
     if not shards:
         raise ValueError(f"split {split} has no image that can be read")
-    labels_name = None
+    labels_name = labels_sha256 = None
     if records.labels is not None:
         kept = [config.images_per_shard * i + row for i, entry in enumerate(found) for row in entry["rows"]]
         labels = [records.labels[order[i]] for i in kept]
@@ -292,9 +303,11 @@ def _pack_split(
         values = [-1 if label is None else numbers[str(label)] for label in labels]
         with replacing(output / labels_name) as temporary, open(temporary, "wb") as file:
             np.save(file, np.array(values, np.int32))
+        labels_sha256 = sha256_of(output / labels_name)
     skipped = [line for entry in found for line in entry["unreadable"]]
     images = sum(entry["count"] for entry in shards)
-    return {"images": images, "shards": shards, "labels": labels_name, "skipped": skipped}, names
+    entry = {"images": images, "shards": shards, "labels": labels_name, "labels_sha256": labels_sha256}
+    return entry | {"skipped": skipped}, names
 
 
 def _leave_signals() -> None:
@@ -310,7 +323,7 @@ def write_shard(path: Path, items: list[tuple[str, Payload]], *, target: Target,
         cannot be read, `unreadable`.
     """
     noted = path.with_name(f".{path.stem}.json")  # written after the shard
-    if noted.exists() and path.exists():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(noted.read_text(encoding="utf-8"))
         if path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:
             return dict(entry)

@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_pipeline.decode import Payload, Target, decode, failure_reason, read_header
-from ddpm_pipeline.files import replacing, sha256_of
+from ddpm_pipeline.files import replacing
 from training.data import stores
 from training.data.cache import attempt
 from training.data.disk import HOUR, writing
-from training.data.shards import ShardList, packed_array, rows
+from training.data.shards import Shard, ShardList, digest_of, packed_array, rows
 from training.data.stores import ShardError
 
 Opened = tuple[np.ndarray, dict[int, str]]  # the images, memory-mapped, and "name: reason" of those that are none
@@ -172,18 +172,35 @@ class ShardCache:
         try:
             if raw.parent == self.folder:
                 stores.patiently(shard.file.name, lambda: stores.download(shard.file, raw, self.stopped), self.stopped)
+            is_shorter = self._check(shard, raw)
             if self.target is not None:
                 self._write_decoded(i, self._pixels(i, raw), path)
-            elif raw.stat().st_size < shard.file.size:
+            elif is_shorter:
                 self._write_decoded(i, self._rest_of_packed(i, raw), path)
-            elif sha256_of(raw) != shard.digest:
-                raise ShardError(f"{shard.file.name} is damaged: its sha256 is not that of the manifest")
             else:
                 self._packed(i, raw)
                 raw.replace(path)
         finally:
             if raw.parent == self.folder:
                 raw.unlink(missing_ok=True)
+
+    def _check(self, shard: Shard, raw: Path) -> bool:
+        """Whether a copy of a shard is shorter than it should be. What it has lost is named later.
+
+        Raises:
+            ShardError: it cannot be read or is another file.
+        """
+        try:
+            if raw.stat().st_size < shard.file.size:
+                return True
+            digest = digest_of(self.found, shard, raw)
+        except OSError as error:
+            raise ShardError(f"{shard.file.name} cannot be read: {error.strerror or error}") from error
+        if digest != shard.digest:
+            damaged = "damaged: its sha256 is not that of the manifest"
+            changed = "another file than when the run began: put the former one back, or begin a new run"
+            raise ShardError(f"{shard.file.name} is {changed if self.target else damaged}")
+        return False
 
     def _write_decoded(self, i: int, images: Iterator[np.ndarray | str], path: Path) -> None:
         """Write images, and of those that cannot be read the reason."""

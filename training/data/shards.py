@@ -20,27 +20,30 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ddpm_pipeline.decode import Payload
-from ddpm_pipeline.files import replacing
+from ddpm_pipeline.files import replacing, sha256_of
 from training.data import stores
+from training.data.disk import writing
 from training.data.sources import hub_commit, image_column_of, label_column_of, label_values
-from training.data.stores import ShardError, StoredFile
-from training.data.tars import DAMAGED, label_of, samples, tar_rows
+from training.data.stores import SHARDS, TARS, ShardError, StoredFile
+from training.data.tars import DAMAGED, images_of, label_of, samples, tar_rows
 from training.messages import some
 from training.progress import progress
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 PACKED_FORMAT = "ddpm_pipeline shards 1"
-TARS = (".tar", ".tar.gz", ".tgz")
+INDEX_ENTRY = {"labels", "others", "damaged", "digest"}  # of a tar file
 FOOTER = 2**16  # bytes at the end of a parquet file that are read first; its footer is seldom larger
-SPLITS = {"train": "train", "training": "train"} | {name: name for name in ("validation", "valid", "val", "test")}
-SPLIT_IN_NAME = re.compile(r"(?:^|[^a-z])(train|training|validation|valid|val|test)(?=[^a-z]|$)")
+# The words of the library datasets; a part of validation images keeps its name.
+SPLITS = {name: name for name in ("train", "validation", "valid", "val", "test")}
+SPLITS |= {"training": "train", "dev": "validation", "testing": "test", "eval": "test", "evaluation": "test"}
+SPLIT_IN_NAME = re.compile(rf"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Shard:
     """A file with `count` images.
 
     Args:
-        digest: sha256 of what is known of its content: of all of it (packed), of its footer (parquet), or of the names
-            and sizes in it (webdataset).
+        digest: sha256 of its content; of a parquet file, which is not read for it, that of its footer, which has the
+            sizes and the least and largest values of its columns.
         labels: of its samples where they were read on the way (webdataset), None where one has none.
     """
 
@@ -69,7 +72,7 @@ class ShardList:
         notes: which shards are left out or damaged.
         shape, dtype: of the images of packed shards, (C, H, W); None and "" for others.
         image_column, label_column: of parquet files.
-        labels_file: of packed shards, (N,) int32, indices into class_names, or -1.
+        labels_file, labels_sha256: of packed shards, (N,) int32, indices into class_names, or -1.
         class_names: the order of the labels; None: they have none.
     """
 
@@ -84,6 +87,7 @@ class ShardList:
     label_column: str | None = None
     label_feature: Any = None
     labels_file: str | None = None
+    labels_sha256: str | None = None
     class_names: tuple[str, ...] | None = None
 
 
@@ -119,20 +123,37 @@ def find_shards(
         description, place = f"data set {place}", f"hf://datasets/{place}" + (f"@{commit}" if commit else "")
     given = re.search(rf"/({MANIFEST}|{INDEX})$", place)
     place = place[: given.start()] if given else place
-    if not stores.RANGE.search(place):
+    if not stores.RANGE.search(place) and not stores.path_of(place).endswith(SHARDS):
         manifest = None if given and given[1] == INDEX else _read_json(join(place, MANIFEST))
         if manifest is not None:
-            return _packed(place, description, manifest, split)
+            try:
+                return _packed(place, description, manifest, split)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ShardError(f"{join(place, MANIFEST)} is damaged: {type(error).__name__} {error}") from error
         index = _read_json(join(place, INDEX)) if place.startswith("http") else None
         if index is not None:
             try:
                 names = [str(shard["url"]) for shard in index["shardlist"]]
             except (KeyError, TypeError):
                 raise ShardError(f'{join(place, INDEX)} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
-            files = stores.stat_all([(name if "://" in name else join(place, name), name) for name in names])
+            urls = [name if "://" in name else join(place, name) for name in names]
+            files = stores.stat_all([(url, stores.path_of(url).removeprefix(join(place, ""))) for url in urls])
             return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
     files = stores.list_files(place)
+    if place.startswith("hf://") and config is None:
+        _check_one_config(files, split, description)
     return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
+
+
+def _check_one_config(files: list[StoredFile], split: str, description: str) -> None:
+    """On the Hub each configuration of a data set has a folder."""
+    folders = {file.name.partition("/")[0] for file in files if _is_shard_of(file, split) and "/" in file.name}
+    if len(configs := sorted(name for name in folders if not SPLIT_IN_NAME.search(name.lower()))) > 1:
+        raise ValueError(f"dataset_config_name is None: give one, {description} has the folders {some(configs)}")
+
+
+def _is_shard_of(file: StoredFile, split: str) -> bool:
+    return file.name.endswith(SHARDS) and split_of(file.name) == split
 
 
 def is_sharded(place: str) -> bool:
@@ -140,7 +161,7 @@ def is_sharded(place: str) -> bool:
     folder = Path(place).expanduser()
     if not folder.is_dir():
         return place != "moons"
-    return any(path.name == MANIFEST or path.name.endswith((".parquet", *TARS)) for path in folder.rglob("*"))
+    return any(path.name == MANIFEST or path.name.endswith(SHARDS) for path in folder.rglob("*"))
 
 
 def _read_json(url: str) -> dict[str, Any] | None:
@@ -187,9 +208,13 @@ def _of_files(
     if split not in by_split:
         raise ValueError(f"split is {split!r}: give {' or '.join(by_split)}, {place!r} has no other split")
     description, splits = f"{description}, split {split}", tuple(by_split)
-    if tables:
-        return _parquet(by_split[split], place, description, splits, image_column, label_column)
-    return _webdataset(by_split[split], description, splits, label_column or "label", index_dir)
+    if not tables:
+        return _webdataset(by_split[split], description, splits, label_column or "label", index_dir)
+    found = _parquet(by_split[split], place, description, splits, image_column, label_column)
+    if tars:
+        note = f"{len(tars)} tar files left out, beside parquet files: {some([file.name for file in tars])}"
+        found = replace(found, notes=(*found.notes, note))
+    return found
 
 
 def split_of(name: str) -> str:
@@ -211,8 +236,8 @@ def _packed(place: str, description: str, manifest: dict[str, Any], split: str) 
         raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {place!r} has no other split")
     shards = []
     for entry in splits[split]["shards"]:
-        file = StoredFile(join(place, entry["name"]), entry["name"], entry["bytes"], entry["sha256"])
-        shards.append(Shard(file, entry["count"], entry["sha256"]))
+        file = StoredFile(join(place, entry["name"]), entry["name"], int(entry["bytes"]), str(entry["sha256"]))
+        shards.append(Shard(file, int(entry["count"]), file.version))
     labels, names = splits[split]["labels"], manifest["class_names"]
     return ShardList(
         "packed",
@@ -222,6 +247,7 @@ def _packed(place: str, description: str, manifest: dict[str, Any], split: str) 
         shape=tuple(manifest["shape"]),
         dtype=manifest["dtype"],
         labels_file=None if labels is None else join(place, labels),
+        labels_sha256=splits[split].get("labels_sha256"),
         class_names=None if names is None else tuple(names),
     )
 
@@ -249,9 +275,15 @@ def _parquet(
     label_column = label_column_of(features, label_column)
     shards = []
     for file, metadata, digest in good:
-        names = metadata.schema.to_arrow_schema().names
-        if image_column not in names:
-            raise ShardError(f"{file.name} has no column {image_column!r}: {some(names)}")
+        columns = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
+        for column in filter(None, (image_column, label_column)):
+            if column not in columns:
+                raise ShardError(f"{file.name} has no column {column!r}: {some(list(columns))}")
+        if label_column is not None and columns[label_column] != features[label_column]:
+            raise ShardError(
+                f"{file.name} has a column {label_column!r} of {columns[label_column]}, {good[0][0].name} one of "
+                f"{features[label_column]}"
+            )
         shards.append(Shard(file, metadata.num_rows, digest))
     return ShardList(
         "parquet",
@@ -308,29 +340,33 @@ def _webdataset(
     """Reads each tar file once, and keeps what it has found."""
 
     def index(file: StoredFile, stopped: threading.Event) -> dict[str, Any]:
-        key = json.dumps([file.url, file.size, file.version, label_column])
+        key = json.dumps([stores.path_of(file.url), file.size, file.version, label_column])
         kept = index_dir / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-        try:
-            return dict(json.loads(kept.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            found = _read_index(file, label_column, index_dir, stopped)
+        with contextlib.suppress(OSError, ValueError):
+            entry = json.loads(kept.read_text(encoding="utf-8"))
+            if isinstance(entry, dict) and entry.keys() == INDEX_ENTRY:
+                return entry
+        entry = _read_index(file, label_column, index_dir, stopped)
         with replacing(kept) as temporary:
-            temporary.write_text(json.dumps(found), encoding="utf-8")
-        return found
+            temporary.write_text(json.dumps(entry), encoding="utf-8")
+        return entry
 
-    index_dir.mkdir(parents=True, exist_ok=True)
-    found = list(progress(_in_order(index, files), "counting the samples of tar files", len(files), unit=" files"))
+    with writing(index_dir.parent):
+        index_dir.mkdir(parents=True, exist_ok=True)
+        found = list(progress(_in_order(index, files), "counting the samples of tar files", len(files), unit=" files"))
     damaged = [file.name for file, entry in zip(files, found) if entry["damaged"]]
     shards = [
         Shard(file, len(entry["labels"]), entry["digest"], tuple(entry["labels"])) for file, entry in zip(files, found)
     ]
-    note = f"{len(damaged)} tar files are damaged, what can be read of them is used: {some(damaged)}"
+    notes = [f"{len(damaged)} tar files are damaged, what can be read of them is used: {some(damaged)}"] * bool(damaged)
+    if others := sum(entry["others"] for entry in found):
+        notes.append(f"{others} images left out: their names up to the first dot are those of the images before them")
     return ShardList(
         "webdataset",
         tuple(shard for shard in shards if shard.count),
         description,
         splits,
-        notes=(note,) if damaged else (),
+        notes=tuple(notes),
         label_column=label_column,
     )
 
@@ -342,23 +378,24 @@ def _in_order(work: Any, items: list[Any]) -> Iterator[Any]:
 
 
 def _read_index(file: StoredFile, label_column: str, folder: Path, stopped: threading.Event) -> dict[str, Any]:
-    """The label of each sample, whether the file ends too early, and a hash of names and sizes."""
+    """The label of each sample, its images but the first, whether the file ends too early, and its sha256."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".counting-") as scratch:
         path = Path(file.url)
         if stores.is_remote(file.url):
             path = Path(scratch) / "shard.tar"
             stores.patiently(file.name, lambda: stores.download(file, path, stopped), stopped)
         labels: list[Any] = []
-        digest, damaged = hashlib.sha256(), False
+        others, damaged = 0, False
         try:
             with tarfile.open(path) as archive:
-                for key, members in samples(archive):
-                    sizes = sorted((ending, member.size) for ending, member in members.items())
-                    digest.update(json.dumps([key, sizes]).encode())
+                for _, members in samples(archive):
                     labels.append(label_of(archive, members, label_column))
+                    others += len(images_of(members)) - 1
         except DAMAGED:
             damaged = True
-    return {"labels": labels, "digest": digest.hexdigest(), "damaged": damaged}
+        except OSError as error:
+            raise ShardError(f"{file.name} cannot be read: {error.strerror or error}") from error
+        return {"labels": labels, "others": others, "damaged": damaged, "digest": sha256_of(path)}
 
 
 # ---- What is in them -------------------------------------------------------------------------------------------------
@@ -370,6 +407,14 @@ def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payl
         assert found.image_column is not None
         return _parquet_rows(path, found.image_column)
     return tar_rows(path)
+
+
+def digest_of(found: ShardList, shard: Shard, path: Path) -> str:
+    """The digest that a shard would have by its copy on this machine; "" if it has none."""
+    if found.kind != "parquet":
+        return sha256_of(path)
+    footer = _footer(StoredFile(str(path), shard.file.name, path.stat().st_size), threading.Event())
+    return "" if footer is None else footer[1]
 
 
 def packed_array(found: ShardList, shard: Shard, path: Path) -> np.ndarray:
@@ -404,11 +449,17 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
         return None
     name = found.labels_file
     content = stores.patiently(name, lambda: stores.read(name))
-    numbers = np.load(io.BytesIO(content), allow_pickle=False)
-    starts = np.cumsum([0, *(shard.count for shard in found.shards)])
-    if numbers.shape != (starts[-1],):
-        raise ShardError(f"{name} has labels {numbers.shape}, for {starts[-1]} images: pack the data set again")
-    names = [*found.class_names, None]
+    starts, names = np.cumsum([0, *(shard.count for shard in found.shards)]), [*found.class_names, None]
+    if found.labels_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise ShardError(f"{name} is damaged: its sha256 is not that of the manifest")
+    try:
+        numbers = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ShardError(f"{name} is damaged: {error}") from error
+    if numbers.shape != (starts[-1],) or numbers.min() < -1 or numbers.max() >= len(found.class_names):
+        raise ShardError(
+            f"{name} does not have {starts[-1]} labels from -1 to {len(found.class_names) - 1}: pack the data set again"
+        )
     return [[names[number] for number in numbers[starts[i] : starts[i + 1]].tolist()] for i in shards]
 
 

@@ -24,8 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from training.data.disk import FULL
+
 T = TypeVar("T")
 
+TARS = (".tar", ".tar.gz", ".tgz")
+SHARDS = (".parquet", *TARS)
 PATIENCE = 300.0  # seconds from the first failure of a request until the last attempt
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 TIMEOUT = 30.0  # seconds without a byte after which a request has failed
@@ -33,6 +37,7 @@ QUIET = 60.0  # seconds between two warnings
 BLOCK = 2**20  # bytes read at a time
 NOT_FOUND = (404, 410)  # codes of HTTP
 LATER = (408, 425, 429)  # codes of HTTP below 500 that ask to come back
+NO_HEAD = (401, 403, 405, 501)  # codes of HTTP: GET may be allowed all the same, a signed URL is for one of them
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -61,6 +66,11 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
+def path_of(place: str) -> str:
+    """A place without what follows the path of a web address, such as a signature."""
+    return place.partition("?")[0] if _is_http(place) else place
+
+
 def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None = None) -> T:
     """The result of `work`, which is tried again while the store does not answer.
 
@@ -69,6 +79,7 @@ def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None 
         stopped: once it is set, there is no further attempt. Waiting in the main thread ends with a signal, too.
     Raises:
         ShardError: the file does not exist, or PATIENCE is over.
+        OSError: this machine's disk is full.
     """
     started, pause = None, FIRST_PAUSE
     stopped = stopped or threading.Event()
@@ -76,6 +87,8 @@ def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None 
         try:
             return work()
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in FULL:  # of the disk that a copy is written to
+                raise
             now = time.monotonic()
             started = now if started is None else started
             if _is_final(error):
@@ -124,16 +137,18 @@ def list_files(place: str) -> list[StoredFile]:
     """
     if RANGE.search(place):
         start = place[: place.index("{")].rfind("/") + 1  # of what differs
-        return stat_all([(url, url[start:]) for url in expand(place)])
+        return stat_all([(url, path_of(url)[start:]) for url in expand(place)])
     if not is_remote(place):
         root = Path(place)
         paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
         names = {path.relative_to(root).as_posix() if path != root else path.name: path for path in paths}
         return [stat(str(names[name]), name) for name in sorted(names) if not _is_hidden(name)]
     if _is_http(place):
+        if path_of(place).endswith(SHARDS):
+            return stat_all([(place, path_of(place).rpartition("/")[2])])
         raise ValueError(
-            f"{place} cannot be listed: give the address of a packed folder, of an index.json, or of all shards as in "
-            "https://host/shard-{000..999}.tar"
+            f"{place} cannot be listed: give the address of a packed folder, of an index.json, of a shard, or of all "
+            "shards as in https://host/shard-{000..999}.tar"
         )
     filesystem, path = _filesystem(place)
 
@@ -203,14 +218,35 @@ def stat(url: str, name: str, stopped: threading.Event | None = None) -> StoredF
             status = os.stat(url)
             return StoredFile(url, name, status.st_size, f"{status.st_mtime_ns}")
         if _is_http(url):
-            with _request(url, method="HEAD") as answer:
-                version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-                return StoredFile(url, name, int(answer.headers["Content-Length"] or 0), version)
+            headers = _headers(url)
+            version = headers.get("ETag") or headers.get("Last-Modified") or ""
+            return StoredFile(url, name, _length(url, headers), version)
         filesystem, path = _filesystem(url)
         info = filesystem.info(path)
         return StoredFile(url, name, int(info["size"]), _version(info))
 
     return patiently(url, ask, stopped)
+
+
+def _headers(url: str) -> Any:
+    """What a web server says of a file. Not all answer HEAD, and not all of these know the length."""
+    try:
+        with _request(url, method="HEAD") as answer:
+            if answer.headers["Content-Length"]:
+                return answer.headers
+    except urllib.error.HTTPError as error:
+        if error.code not in NO_HEAD:
+            raise
+    with _request(url, {"Range": "bytes=0-0"}) as answer:
+        return answer.headers
+
+
+def _length(url: str, headers: Any) -> int:
+    """Of a file, by the headers of an answer with all or a part of it."""
+    text = (headers["Content-Range"] or headers["Content-Length"] or "").rpartition("/")[2]
+    if not text.isdecimal():
+        raise ShardError(f"{url} cannot be read: the server does not say how long it is")
+    return int(text)
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -266,7 +302,8 @@ def download(file: StoredFile, to: Path, stopped: threading.Event | None = None)
             shutil.copyfile(file.url, to)
         return
     with _request(file.url) as answer, open(to, "wb") as target:
-        expected = int(answer.headers["Content-Length"] or file.size)
+        length = answer.headers["Content-Length"] or ""
+        expected = int(length) if length.isdecimal() else file.size
         while block := answer.read(BLOCK):
             if stopped is not None and stopped.is_set():
                 raise ShardError(f"{file.name} is not read: the run ends")

@@ -28,7 +28,7 @@ from ddpm_pipeline.files import remove, replacing
 from ddpm_pipeline.pixels import height_width
 from training.data import stores
 from training.data.cache import FORMAT, DecodeSettings, Headers, attempt, choose_target, write_array
-from training.data.disk import CacheError, create_folder, free_bytes
+from training.data.disk import CacheError, create_folder, free_bytes, writing
 from training.data.image_set import ImageSet, open_cache
 from training.data.shard_cache import ShardCache
 from training.data.shard_order import ShardOrder
@@ -200,10 +200,12 @@ def open_shards(
                 f"--resolution {height}x{width}"
             )
     else:
-        target = target or _target_of_first(found, settings, cache_dir)
+        with writing(cache_dir):
+            target = target or _target_of_first(found, settings, cache_dir)
         shape, dtype = (target.channels, target.height, target.width), np.dtype(target.dtype)
     # Which images, in which order: the same wherever the shards are, so a run may be resumed with a copy of them.
-    content = [(shard.file.name, shard.file.size, shard.count, shard.digest) for shard in found.shards]
+    content: list[Any] = [(shard.file.name, shard.file.size, shard.count, shard.digest) for shard in found.shards]
+    content += [found.labels_sha256] * (found.labels_sha256 is not None)
     prepared = [settings.center_crop, settings.background, settings.min_side] if target else []
     digest = hashlib.sha256(json.dumps([FORMAT, found.kind, shape, str(dtype), prepared, content]).encode()).hexdigest()
     cache = ShardCache(
@@ -235,10 +237,10 @@ def _check_room(images: ShardedImages, cache_dir: Path) -> None:
             f"cache_dir is '{cache_dir}': the decoded shards need up to {wanted:,} bytes, {free:,} are free: make "
             f"room, give another --cache_dir, or a lower --streaming_cache_gb of at least {least}"
         )
-    if all_of_them:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        meta = cache.folder / "meta.json"
-        if not meta.exists():
+    meta = cache.folder / "meta.json"
+    if all_of_them and not meta.exists():
+        with writing(cache_dir):
+            cache.folder.mkdir(parents=True, exist_ok=True)
             meta.write_text(json.dumps({"source": f"shards of {cache.found.description}"}), encoding="ascii")
 
 
@@ -247,7 +249,7 @@ def _target_of_first(found: ShardList, settings: DecodeSettings, cache_dir: Path
     shard = found.shards[0]
     key = json.dumps([FORMAT, shard.file.name, shard.digest, found.image_column, astuple(settings)])
     kept = cache_dir / ".index" / f"target-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         values = json.loads(kept.read_text(encoding="utf-8"))
         return Target(**values | {"background": tuple(values["background"])})
     headers = Headers()
@@ -288,13 +290,13 @@ def _write_sample(data: ImageSet, chosen: np.ndarray, cache_dir: Path, source: s
     found = images.cache.found
     shards = images.shards_of(chosen)
     numbers = np.unique(shards).tolist()
-    labels = labels_of(found, numbers)
     versions = [(found.shards[i].file.version, found.shards[i].file.size) for i in numbers]  # new ones are read anew
-    parts = [data.digest, source, hashlib.sha256(chosen.tobytes()).hexdigest(), versions, labels]
+    parts = [data.digest, source, hashlib.sha256(chosen.tobytes()).hexdigest(), versions]
     folder = cache_dir / hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def write(new: Path, scratch: Path) -> dict[str, Any]:
         skipped: list[str] = []
+        labels = labels_of(found, numbers)
 
         def good() -> Iterator[np.ndarray]:
             with open(new / "names.txt", "w", encoding="ascii") as names:

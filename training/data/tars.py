@@ -27,9 +27,6 @@ def samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.T
     """
     name, members = "", dict[str, tarfile.TarInfo]()
 
-    def is_sample() -> bool:
-        return any(f".{ending}".endswith(SUFFIXES) for ending in members)
-
     try:
         for member in archive:
             if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
@@ -37,18 +34,23 @@ def samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.T
             folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
             if (key := folder + slash + stem) != name:
-                if is_sample():
+                if images_of(members):
                     yield name, members
                 name, members = key, {}
             members[ending.lower()] = member
         if not _ends_as_a_whole(archive):
             raise tarfile.ReadError("unexpected end of data")
     except DAMAGED:
-        if is_sample():
+        if images_of(members):
             yield name, members
         raise
-    if is_sample():
+    if images_of(members):
         yield name, members
+
+
+def images_of(members: dict[str, tarfile.TarInfo]) -> list[tarfile.TarInfo]:
+    """The images of a sample; the first one is used."""
+    return [member for ending, member in members.items() if f".{ending}".endswith(SUFFIXES)]
 
 
 def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
@@ -85,7 +87,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def tar_rows(path: Path) -> Iterator[tuple[str, Payload | Exception]]:
     with tarfile.open(path) as archive:
         for _, members in samples(archive):
-            image = next(members[ending] for ending in members if f".{ending}".endswith(SUFFIXES))
+            image = images_of(members)[0]
             try:
                 yield image.name, _content(archive, image)
             except DAMAGED as error:

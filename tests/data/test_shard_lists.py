@@ -1,0 +1,315 @@
+"""Which shards there are, by their names, on servers of all kinds; other content is noticed, and damage is named."""
+
+import json
+import shutil
+from email.message import Message
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from tests.data.image_files import cell
+from tests.data.shard_files import add, as_arrays, pixels_of, png_of, serving, write_packed, write_tables, write_tars
+from training.data import shards, stores
+from training.data.disk import CacheError
+from training.data.shards import find_shards, split_of
+from training.data.stores import ShardError, StoredFile
+from training.data.streaming import load_streamed_split
+
+WRITERS = {"parquet": write_tables, "webdataset": write_tars, "packed": write_packed}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "FIRST_PAUSE", 0.02)
+
+    def load(place, validation_split="none", **options):
+        options = {"cache_dir": tmp_path / "cache"} | options
+        return load_streamed_split(validation_split, dataset_name=str(place), log=print, **options)
+
+    return load
+
+
+def all_images(split):
+    return split.data.images[np.arange(len(split.data))]
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("training.parquet", "train"),
+        ("data/validation-0.parquet", "validation"),
+        ("dev-0.parquet", "validation"),
+        ("eval/0.tar", "test"),
+        ("my_evaluation_1.tar", "test"),
+        ("testing/train-like.tar", "train"),
+        ("000.tar", "train"),
+        ("device-0.tar", "train"),
+        ("contest.tar", "train"),
+    ],
+)
+def test_the_split_is_that_of_the_name(name, split):
+    """As the library datasets has it."""
+    assert split_of(name) == split
+
+
+def test_tar_files_beside_tables_are_named(tmp_path, load):
+    write_tables(tmp_path / "set", [4])
+    write_tars(tmp_path / "set", [3])
+    assert "1 tar files left out, beside parquet files: 000.tar" in load(tmp_path / "set").data.source
+
+
+def test_the_configurations_of_a_data_set_are_not_mixed(tmp_path, load, monkeypatch):
+    for config in ("blue", "red"):
+        write_tables(tmp_path / "set" / config, [4])
+    write_tables(tmp_path / "set" / "red", [2], split="test")
+    listed = stores.list_files(str(tmp_path / "set"))
+    monkeypatch.setattr(stores, "list_files", lambda place: listed)
+    monkeypatch.setattr(shards, "hub_commit", lambda name, cache_dir: None)
+    monkeypatch.setattr(shards, "_read_json", lambda url: None)
+    options = {"index_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"dataset_config_name is None: give one, .* has the folders blue, red"):
+        find_shards("user/set", **options)
+    assert len(find_shards("user/set", config="blue", **options).shards) == 1
+    assert len(find_shards("user/set", split="test", **options).shards) == 1  # one has it
+    assert len(load(tmp_path / "set").data) == 8  # folders of one's own
+
+
+def test_images_of_one_name_up_to_the_first_dot_are_counted(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    with shards.tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        for i in range(3):
+            add(archive, f"image.{i}.png", png_of(i))
+        add(archive, "other.png", png_of(3))
+    split = load(tmp_path / "set")
+    assert "2 images left out: their names up to the first dot are those of the images before" in split.data.source
+    assert (all_images(split) == as_arrays([0, 3])).all()
+
+
+# ---- Servers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_shard_or_a_pattern_has_a_signature(tmp_path, load, kind):
+    WRITERS[kind](tmp_path / "set", [5, 4])
+    first = sorted(path.name for path in (tmp_path / "set").iterdir())[0]
+    pattern = first.replace("00000-", "{00000..00001}-").replace("000.tar", "{000..001}.tar")
+    with serving(tmp_path / "set") as server:
+        one = load(f"{server.url}/{first}")
+        signed = load(f"{server.url}/{first}?signature=a/b.c&x=1")
+        assert (all_images(signed) == as_arrays(range(5))).all()
+        assert one.data.digest == signed.data.digest == load(tmp_path / "set" / first).data.digest
+        both = load(f"{server.url}/{pattern}?signature=1")
+        assert (all_images(both) == as_arrays(range(9))).all()
+        (tmp_path / "set" / "index.json").write_text(json.dumps({"shardlist": [{"url": f"{first}?signature=1"}]}))
+        assert len(load(server.url).data) == 5
+
+
+@pytest.mark.parametrize("head", ["405", "403", "no length"])
+def test_servers_that_do_not_answer_head(tmp_path, load, head, monkeypatch):
+    write_tables(tmp_path / "set", [5])
+    write_tars(tmp_path / "set", [5])
+    with serving(tmp_path / "set") as server:
+        server.head = head
+        for name in ("train-00000-of-00001.parquet", "000.tar"):
+            assert (all_images(load(f"{server.url}/{name}")) == as_arrays(range(5))).all()
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ({"Content-Length": "12"}, 12),
+        ({"Content-Range": "bytes 0-0/34", "Content-Length": "1"}, 34),
+        ({"Content-Range": "bytes 0-0/*", "Content-Length": "1"}, None),
+        ({"Content-Length": "abc"}, None),
+        ({}, None),
+    ],
+)
+def test_lengths_by_headers(headers, length):
+    message = Message()
+    for name, value in headers.items():
+        message[name] = value
+    if length is None:
+        with pytest.raises(ShardError, match=r"http://host/a.tar cannot be read: the server does not say how long"):
+            stores._length("http://host/a.tar", message)
+    else:
+        assert stores._length("http://host/a.tar", message) == length
+
+
+# ---- Other content ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_copy_in_another_place_is_the_same_data_set(tmp_path, load, kind):
+    WRITERS[kind](tmp_path / "set", [5, 4])
+    shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert load(tmp_path / "set").data.digest == load(tmp_path / "copy", cache_dir=tmp_path / "b").data.digest
+
+
+def with_a_changed_byte(path, old):
+    content = path.read_bytes()
+    at = content.rindex(old)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+@pytest.mark.parametrize("old", [b"IDAT", b"IEND", b"2" + bytes(511)])
+def test_a_tar_file_with_another_byte_is_another_data_set(tmp_path, load, old):
+    """In the pixels or in a label: no name and no size differs."""
+    write_tars(tmp_path / "set", [5, 4])
+    before = load(tmp_path / "set").data.digest
+    with_a_changed_byte(tmp_path / "set" / "001.tar", old)
+    assert load(tmp_path / "set").data.digest != before
+
+
+def test_labels_of_packed_shards_are_part_of_the_data_set(tmp_path, load):
+    write_packed(tmp_path / "set", [5, 4])
+    before = load(tmp_path / "set").data.digest
+    change_labels(tmp_path / "set", np.zeros(9, np.int32))
+    assert load(tmp_path / "set").data.digest != before
+    np.save(tmp_path / "set" / "train-labels.npy", np.ones(9, np.int32))
+    with pytest.raises(ShardError, match=r"train-labels.npy is damaged: its sha256 is not that of the manifest"):
+        load(tmp_path / "set").data.labels()
+
+
+def change_labels(folder, labels):
+    """The labels of packed shards, and their hash."""
+    np.save(folder / "train-labels.npy", labels)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = shards.hashlib.sha256((folder / "train-labels.npy").read_bytes()).hexdigest()
+    manifest["splits"]["train"]["labels_sha256"] = digest
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("labels", [[-2] * 9, [3] * 9, [0] * 8])
+def test_labels_without_a_class_are_refused(tmp_path, load, labels):
+    write_packed(tmp_path / "set", [5, 4])
+    change_labels(tmp_path / "set", np.array(labels, np.int32))
+    with pytest.raises(ShardError, match=r"does not have 9 labels from -1 to 2: pack the data set again"):
+        load(tmp_path / "set").data.labels()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_shard_that_is_replaced_in_between_is_refused(tmp_path, load, kind, is_remote):
+    WRITERS[kind](tmp_path / "set", [5, 4])
+    WRITERS[kind](tmp_path / "other", [4, 5])
+    last = sorted(path.name for path in (tmp_path / "set").iterdir())[1]
+    pattern = last.replace("00001-", "{00000..00001}-").replace("001.tar", "{000..001}.tar")
+    with serving(tmp_path / "set") as server:
+        split = load(f"{server.url}/{pattern}" if is_remote else tmp_path / "set")
+        shutil.copyfile(tmp_path / "other" / last, tmp_path / "set" / last)
+        assert (split.data.images[np.arange(5)] == as_arrays(range(5))).all()
+        with pytest.raises(ShardError, match=f"{last} is another file than when the run began: put the former"):
+            split.data.images[np.arange(5, 9)]
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def write_table(folder, name, features=None, **columns):
+    import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {"image": [cell(pixels_of(i)) for i in range(3)]} | columns
+    if features is None:
+        parquet.write_table(pa.table(columns), folder / name)
+    else:
+        datasets.Dataset.from_dict(columns, features).to_parquet(str(folder / name))
+
+
+def test_columns_of_labels_differ(tmp_path, load):
+    write_table(tmp_path / "missing", "a.parquet", label=[0, 1, 2])
+    write_table(tmp_path / "missing", "b.parquet", other=[0, 1, 2])
+    with pytest.raises(ShardError, match=r"b.parquet has no column 'label': image, other"):
+        load(tmp_path / "missing")
+    write_table(tmp_path / "texts", "a.parquet", label=[0, 1, 2])
+    write_table(tmp_path / "texts", "b.parquet", label=list("abc"))
+    with pytest.raises(ShardError, match=r"b.parquet has a column 'label' of .*string.*, a.parquet one of .*int64"):
+        load(tmp_path / "texts")
+
+
+def test_the_names_of_classes_differ(tmp_path, load):
+    from datasets import ClassLabel, Features, Image
+
+    for name, names in (("a.parquet", ["cat", "dog"]), ("b.parquet", ["dog", "cat"])):
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        write_table(tmp_path / "set", name, features, label=[0, 1, 0])
+    with pytest.raises(ShardError, match=r"b.parquet has a column 'label' of .*'dog', 'cat'.*, a.parquet one of"):
+        load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest.pop("splits"), "KeyError 'splits'"),
+        (lambda manifest: manifest.pop("shape"), "KeyError 'shape'"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].pop("sha256"), "KeyError 'sha256'"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(count=None), "TypeError"),
+        (lambda manifest: manifest["splits"].update(train=[]), "TypeError"),
+        (lambda manifest: manifest.update(splits=["train"]), "TypeError"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_named(tmp_path, load, change, message):
+    write_packed(tmp_path / "set", [5, 4])
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "set" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=f"manifest.json is damaged: {message}"):
+        load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_cache_that_is_a_file_is_named(tmp_path, load, kind):
+    WRITERS[kind](tmp_path / "set", [5, 4])
+    (tmp_path / "file").write_text("x")
+    if kind == "packed":  # needs none
+        assert len(load(tmp_path / "set", cache_dir=tmp_path / "file").data) == 9
+        return
+    with pytest.raises(CacheError, match=r"cache_dir is '.*file': it is not a folder"):
+        load(tmp_path / "set", cache_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["", '{"labels": [0', "[]", '{"labels": [0, 1]}'])
+def test_a_damaged_note_is_read_again(tmp_path, load, content):
+    write_tars(tmp_path / "set", [5, 4])
+    before = load(tmp_path / "set").data.digest
+    notes = list((tmp_path / "cache" / ".index").glob("*.json"))
+    assert len(notes) == 3  # of each tar file, and of what the first images are decoded to
+    for note in notes:
+        note.write_text(content)
+    again = load(tmp_path / "set")
+    assert again.data.digest == before and again.data.labels().tolist() == [i % 3 for i in range(9)]
+
+
+def test_a_full_disk_is_not_waited_for(tmp_path, load, monkeypatch):
+    write_tars(tmp_path / "set", [5])
+
+    def fill(file, to, stopped=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "download", fill)
+    with serving(tmp_path / "set") as server, pytest.raises(CacheError, match="the disk is full"):
+        load(f"{server.url}/000.tar")
+
+
+def test_a_tar_file_that_may_not_be_read_is_named(tmp_path, load, monkeypatch):
+    write_tars(tmp_path / "set", [5])
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shards.tarfile, "open", refuse)
+    with pytest.raises(ShardError, match=r"000.tar cannot be read: Permission denied"):
+        load(tmp_path / "set")
+
+
+def test_places_of_other_stores_keep_their_question_marks():
+    assert stores.path_of("https://host/a.tar?x=1") == "https://host/a.tar"
+    assert stores.path_of("/data/what?.tar") == "/data/what?.tar"
+    assert stores.path_of("memory://b/what?.tar") == "memory://b/what?.tar"
+    assert StoredFile("a", "a", 1).version == ""
