@@ -174,7 +174,7 @@ def is_model(which: str) -> bool:
     path = Path(which).expanduser()
     if not which or path.suffix in (".th", ".pt"):
         return False
-    return path.is_dir() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?", which) is not None
+    return path.is_dir() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]*)?", which) is not None
 
 
 def _pixels(images: np.ndarray | None) -> Extractor:

@@ -16,6 +16,7 @@ DINOv2 (Stein et al. 2023, arXiv 2306.04675), CMMD the kernel distance of CLIP's
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ def _find(which: str) -> tuple[Path, str, str | None]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        name, _, revision = which.partition("@")
+        name, at, revision = which.partition("@")
+        if at and not revision:
+            raise ValueError(f"extractor is {which!r}: give a tag, branch or commit after the @, or leave it out")
         try:
             path = snapshot_download(name, revision=revision or None, allow_patterns=[*CONFIGS, *WEIGHTS])
         except Exception as error:  # of many types: no such model or revision, no permission, no connection
@@ -114,6 +117,12 @@ def _find(which: str) -> tuple[Path, str, str | None]:
             f"extractor is {which!r}, which has no {WEIGHTS[0]}: weights are read from safetensors alone. The Hub "
             "offers other weights converted as a pull request: give user/model@refs/pr/NUMBER"
         )
+    for config in CONFIGS:
+        try:
+            if (folder / config).is_file():
+                dict(json.loads((folder / config).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"extractor is {which!r}, whose {config} is damaged: {_first_line(error)}") from None
     return folder, name, commit
 
 

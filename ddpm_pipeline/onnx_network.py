@@ -10,6 +10,10 @@ made.
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +99,11 @@ def example_inputs(unet: UNet2DModel, t: int) -> dict[str, Tensor]:
 def to_onnx(network: ExportedNetwork) -> Any:
     """The network as an onnx.ModelProto for batches of one image, in float32."""
     inputs = example_inputs(network.unet, 1)
-    program = torch.onnx.export(
-        network, tuple(inputs.values()), dynamo=True, verbose=False, input_names=[*inputs], output_names=["prediction"]
-    )
+    with _quiet():
+        program = torch.onnx.export(
+            network, tuple(inputs.values()), dynamo=True, verbose=False, input_names=[*inputs],
+            output_names=["prediction"],
+        )  # fmt: skip
     assert program is not None  # it writes a file only if it is given a name
     model = program.model_proto
     for node in model.graph.node:  # where in the code it comes from, with paths of this machine
@@ -105,6 +111,21 @@ def to_onnx(network: ExportedNetwork) -> Any:
         node.doc_string = ""
     del model.graph.value_info[:], model.metadata_props[:], model.graph.metadata_props[:]
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the export says of itself: operators of torchvision that it leaves out, a function of torch's that
+    torch has deprecated."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def in_float16(model: Any) -> Any:

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,14 @@ def png(value=100, size=(8, 8)):
     file = io.BytesIO()
     Image.new("L", size, value).save(file, "PNG")
     return file.getvalue()
+
+
+def bytes_of_a_bomb():
+    """A PNG file whose header says 30,000 x 30,000 pixels."""
+    content = bytearray(png())
+    content[16:24] = (30_000).to_bytes(4) * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4)
+    return bytes(content)
 
 
 def status(address, path, body=None, **headers):
@@ -151,6 +160,7 @@ def test_what_is_too_large_is_refused(address, monkeypatch):
     ("payload", "message"),
     [
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "the image cannot be read: not an image in a known format"),
+        (bytes_of_a_bomb(), "the image cannot be read: give at most 16777216 pixels"),
         (png(size=(4097, 4097)), "the image cannot be read: 4097 x 4097 pixels: give at most 16777216 in all"),
     ],
 )
@@ -198,6 +208,31 @@ def test_one_job_runs_and_the_queue_is_bounded(address, model, monkeypatch):
 def test_an_empty_seed_is_named(address):
     with pytest.raises(RuntimeError, match="The seed is empty"):
         Visitor(address).run("generate", 1, 0, -1, None, *FOUR_STEPS[1:])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([0, 1, -1, *FOUR_STEPS], "number is 0: give an integer from 1 to 16"),
+        ([1, 2, -1, *FOUR_STEPS], "eta is 2: give a number from 0 to 1"),
+        ([1, "x", -1, *FOUR_STEPS], "eta is 'x': give a number from 0 to 1"),
+        ([1, 1, 7, *FOUR_STEPS], "calibrated is 7: give an integer from -1 to -1"),
+        ([1, 1, -1, -3, 4, 0, 1, 1], "seed is -3: give an integer from 0 to"),
+        ([1, 1, -1, 1.5, 4, 0, 1, 1], "seed is 1.5: give an integer from 0 to"),
+        ([1, 1, -1, 0, 21, 0, 1, 1], "steps is 21: give an integer from 1 to 20"),
+        ([1, 1, -1, 0, [], 0, 1, 1], r"steps is \[\]: give an integer from 1 to 20"),
+    ],
+)
+def test_numbers_that_are_wrong_are_named(address, capfd, inputs, message):
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        Visitor(address).run("generate", *inputs)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_seed_of_a_drawn_image_is_named(address, capfd):
+    with pytest.raises(RuntimeError, match=r"^seed is -1: give an integer from 0 to"):
+        Visitor(address).run("draw", -1)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_uploads_are_deleted_at_the_end():

@@ -241,6 +241,13 @@ def test_a_model_that_cannot_be_used_is_one_clear_line(folders, tmp_path, monkey
     (folder / "code.py").write_text("raise SystemExit('the code ran')")
     assert "cannot be" in error(folder)
 
+    for i, content in enumerate(["{", "[1]", ""]):
+        folder = broken(f"damaged {i}")
+        (folder / "config.json").write_text(content)
+        assert "whose config.json is damaged" in error(folder)
+
+    assert "give a tag, branch or commit after the @" in error("user/model@")
+
     folder = broken("no processor")
     (folder / "preprocessor_config.json").unlink()
     assert "image processor cannot be used: OSError" in error(folder)

@@ -79,6 +79,11 @@ const ddpmDemo = (() => {
     event.preventDefault();
     draw();
   });
+  // Where settings and results are below each other, the results would be out of view.
+  document.addEventListener("click", (event) => {
+    const tab = event.target.closest?.("button.primary")?.closest("[role=tabpanel]");
+    tab?.querySelector(".demo-output")?.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  });
   document.addEventListener("focusin", draw);
   document.addEventListener("focusout", () => setTimeout(draw));
 

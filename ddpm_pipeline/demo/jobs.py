@@ -77,7 +77,7 @@ class TimeUpError(Exception):
 class Sampling:
     """The settings that all jobs share; those that a model has no use for are left as they are."""
 
-    seed: int = 0
+    seed: int = 0  # all are checked by the job
     steps: int = 50
     class_label: int | None = None
     guidance_scale: float = 1.0
@@ -204,6 +204,8 @@ class Model:
             if header.height * header.width > MAX_UPLOAD_PIXELS:
                 raise ValueError(f"{header.height} x {header.width} pixels: give at most {MAX_UPLOAD_PIXELS} in all")
             pixels = decode_for(payload, self.channels, parse_colour(background_of(unet)), size)
+        except Image.DecompressionBombError:
+            raise ValueError(f"the image cannot be read: give at most {MAX_UPLOAD_PIXELS} pixels") from None
         except Exception as error:  # whatever Pillow raises for a broken file
             raise ValueError(f"the image cannot be read: {failure_reason(error)}") from None
         if pixels.shape[1:] != (self.height, self.width):  # a model that does not say how its images were resized

@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from torch import Tensor
 
 from ..arguments import MAX_SEED
+from ..scheduling_ddpm import check_int
 from . import figures
 from .gate import Gate
 from .jobs import MAX_IMAGES, MAX_UPLOAD_BYTES, Model, Progress, Sampling, TimeUpError
@@ -49,6 +50,8 @@ def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool =
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which deletes the uploads
     with serving(model, host, port, share) as page:
+        print("The demo is at", " and at ".join(filter(None, (page.local_url, page.share_url))), flush=True)
+        print("Ctrl-C stops it.", flush=True)
         page.block_thread()
 
 
@@ -64,7 +67,8 @@ def serving(model: Model, host: str = "127.0.0.1", port: int = 0, share: bool = 
             page.launch(
                 server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, show_error=False,
                 max_file_size=MAX_UPLOAD_BYTES, footer_links=[], ssr_mode=False, pwa=False, mcp_server=False,
-                enable_monitoring=False, run_history=False, state_session_capacity=MAX_SESSIONS, i18n=TRANSLATIONS,
+                enable_monitoring=False, run_history=False, quiet=True, state_session_capacity=MAX_SESSIONS,
+                i18n=TRANSLATIONS,
                 app_kwargs={"middleware": [Middleware(Gate, folder=Path(folder))]},
                 theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"]),
                 _frontend=False,  # else it gives up if the page takes three seconds, as on a busy machine
@@ -107,22 +111,23 @@ def _generate_tab(model: Model) -> None:
         with gr.Column(scale=1, min_width=280):
             settings = _settings(model)
             number = _number_of_images(DEFAULT_NUMBER)
-            eta = gr.Slider(0, 1, 1, step=0.05, label=text("eta"))
+            eta = _as_sent(gr.Slider(0, 1, 1, step=0.05, label=text("eta")))
             tables = [
                 f"{len(table.timesteps)}" + (", w = {:g}, {:g}".format(*table.guidance[:2]) if any(
                     scale != 1 for scale in table.guidance[:2]) else "") for table in model.tables
             ]  # fmt: skip
-            table = gr.Dropdown(
+            table = _as_sent(gr.Dropdown(
                 [("-", -1), *((name, i) for i, name in enumerate(tables))], value=-1, label=text("calibrated"),
                 visible=bool(tables),
-            )  # fmt: skip
+            ))  # fmt: skip
             button = gr.Button(text("run_generate"), variant="primary")
         output = _output()
 
-    def generate(request: gr.Request, number: int, eta: float, table: int, *settings: Any) -> Iterator[str]:
+    def generate(request: gr.Request, number: Any, eta: Any, table: Any, *settings: Any) -> Iterator[str]:
         texts = _texts(request)
         sampling = _sampling(texts, *settings)
-        chosen = None if table == -1 else model.tables[table]
+        number_of_table = check_int("calibrated", table, -1, len(model.tables) - 1)
+        chosen = None if number_of_table == -1 else model.tables[number_of_table]
         for i, now in enumerate(model.generate(sampling, number, eta, chosen)):
             if not isinstance(now, Progress):
                 yield figures.gallery(now, sampling.seed, texts)
@@ -168,7 +173,7 @@ def _repair_tab(model: Model) -> None:
         output = _output()
     under_mask, mask = gr.Textbox(visible=False), gr.Textbox(visible=False)
 
-    def repair(request: gr.Request, path: str | None, mask: str, number: int, *settings: Any) -> str:
+    def repair(request: gr.Request, path: str | None, mask: str, number: Any, *settings: Any) -> str:
         texts = _texts(request)
         image = _read(model, path, texts)
         sampling = _sampling(texts, *settings)
@@ -216,10 +221,8 @@ def _settings(model: Model, sampled: bool = True) -> list[Any]:
     Args:
         sampled: with noise, which has a seed, and with guidance.
     """
-    return [
-        gr.Number(
-            0, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES, visible=sampled
-        ),
+    inputs = [
+        _seed_input(0, visible=sampled),
         gr.Slider(1, model.max_steps, min(DEFAULT_STEPS, model.max_steps), step=1, label=text("steps")),
         gr.Dropdown(
             [(name, i) for i, name in enumerate(model.class_names)] or [("-", 0)], value=0, label=text("class"),
@@ -228,26 +231,42 @@ def _settings(model: Model, sampled: bool = True) -> list[Any]:
         gr.Slider(0, 8, 1, step=0.1, label=text("guidance"), visible=sampled and model.takes_guidance),
         gr.Slider(0, 4, 1, step=0.1, label=text("autoguidance"), visible=sampled and model.takes_autoguidance),
     ]  # fmt: skip
+    return [_as_sent(each) for each in inputs]
+
+
+def _as_sent(component: Any) -> Any:
+    """An input whose value comes as the browser has sent it, to be checked where it is used.
+
+    Of a wrong one gradio would write a traceback, and not say which input it is.
+    """
+    component.preprocess = lambda value: value
+    return component
+
+
+def _seed_input(value: int, visible: bool = True) -> Any:
+    return _as_sent(
+        gr.Number(value, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES, visible=visible)
+    )
 
 
 def _sampling(
-    texts: dict[str, str], seed: float | None, steps: float, class_label: int, guidance: float, autoguidance: float
+    texts: dict[str, str], seed: Any, steps: Any, class_label: Any, guidance: Any, autoguidance: Any
 ) -> Sampling:
-    return Sampling(_seed(texts, seed), int(steps), class_label, guidance, autoguidance)
+    return Sampling(_seed(texts, seed), steps, class_label, guidance, autoguidance)
 
 
-def _seed(texts: dict[str, str], seed: float | None) -> int:
+def _seed(texts: dict[str, str], seed: Any) -> Any:
     if seed is None:
         raise ValueError(texts["no_seed"])
-    return int(seed)
+    return seed
 
 
 def _number_of_images(value: int) -> Any:
-    return gr.Slider(1, MAX_IMAGES, value, step=1, label=text("number"))
+    return _as_sent(gr.Slider(1, MAX_IMAGES, value, step=1, label=text("number")))
 
 
 def _output() -> Any:
-    with gr.Column(scale=2, min_width=280):
+    with gr.Column(scale=2, min_width=280, elem_classes="demo-results-column"):
         return gr.HTML(label=text("results"), elem_classes="demo-output", min_height=280)
 
 
@@ -261,10 +280,10 @@ def _image_input(model: Model, label: str, seed: int) -> Any:
         # the path of the file as it was uploaded: gradio would decode it
         image.preprocess = lambda payload: None if payload is None else payload.path
         with gr.Row():
-            number = gr.Number(seed, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES)
+            number = _seed_input(seed)
         button = gr.Button(text("draw"), size="sm")
 
-    def draw(request: gr.Request, seed: float | None) -> Image.Image:
+    def draw(request: gr.Request, seed: Any) -> Image.Image:
         drawn = model.draw(Sampling(_seed(_texts(request), seed), min(DEFAULT_STEPS, model.max_steps)))
         return Image.open(io.BytesIO(drawn.png))
 

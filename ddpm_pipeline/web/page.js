@@ -51,7 +51,7 @@ function addStep({ t, x_t, x_0_pred }) {
     show(canvas, values);
     figure.append(canvas);
   }
-  caption.textContent = texts.step(t);
+  caption.textContent = `t = ${t}`;
   figure.append(caption);
   byId("trajectory").append(figure);
 }

@@ -26,7 +26,6 @@ export const TEXTS = {
     DDIM: (n) => `DDIM, ${n} steps`,
     done: (n, s, where) => `${n} steps in ${s} s (${where})`,
     failed: (error) => `That failed: ${error}`,
-    step: (t) => `t = ${t}`,
   },
   zh: {
     language: "English",
@@ -53,6 +52,5 @@ export const TEXTS = {
     DDIM: (n) => `DDIM，${n} 步`,
     done: (n, s, where) => `${n} 步，${s} 秒（${where}）`,
     failed: (error) => `出错了：${error}`,
-    step: (t) => `t = ${t}`,
   },
 };

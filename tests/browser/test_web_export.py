@@ -329,7 +329,7 @@ def test_the_page_speaks_chinese_and_fits_a_phone(opened):
     assert [report for report in reports if of_the_test not in report] == []  # and nothing from another host
 
 
-def test_grey_images_of_a_model_of_2022(package, browser, tmp_path, capsys):
+def test_grey_images_of_a_model_of_2022(package, browser, tmp_path, capsys, caplog, recwarn):
     """One block, no attention, x_0 predicted; on a server that allows several threads and unzips what it sends."""
     pipe = tiny_pipe(scheduler=DDPMScheduler(20, prediction_type="sample"), block_out_channels=(4,), **ONE_BLOCK)
     pipe.save_pretrained(tmp_path / "model")
@@ -341,6 +341,7 @@ def test_grey_images_of_a_model_of_2022(package, browser, tmp_path, capsys):
         patch.setattr(web_export, "LARGE_PAGE", 1e6)
         assert main([*command, "--onnxruntime_web", str(package)]) == 0
     assert "a visitor loads" in capsys.readouterr().out
+    assert "torchvision" not in caplog.text and not recwarn.list  # of what torch.onnx says of itself
     front_matter = yaml.safe_load((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert front_matter["sdk"] == "static" and front_matter["title"] == "Moon: \u6708"
     with open_page(tmp_path / "out", browser, front_matter["custom_headers"]) as (page, reports):
