@@ -1,10 +1,12 @@
 """THE LOADING CHECK: a staged folder loads in the three ways and gives the same images.
 
-Each way runs load_once.py in its own process. Only the first of these can import ddpm_pipeline.
+load_once.py has a process for each way. Only the first of these can import ddpm_pipeline.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from training.hub.files import (
 from training.hub.load_once import WAYS
 
 SCRIPT = Path(__file__).with_name("load_once.py")
+START = "start.txt"  # what load_once.py prints before it begins with a way
 TOLERANCE = 1e-5  # between images in [0, 1]
 NAMES = {"package": "the package", "remote-code": "remote code", "built-in": "the built-in classes"}
 
@@ -80,27 +83,39 @@ def _sample(folder: Path) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
         environment |= {kernels.VARIABLE: "0"}  # only the package has them, and they round otherwise
-        outputs = {way: Path(scratch) / f"{way}.safetensors" for way in WAYS}
-        if has_class_labels(unet):
-            del outputs["built-in"]  # it does not support class labels
-        children = {
-            way: subprocess.Popen(
-                [sys.executable, str(SCRIPT), way, str(folder), str(output), *options],
-                env=environment,
-                cwd=scratch,
-                text=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-            for way, output in outputs.items()
-        }
+        ways = [way for way in WAYS if way != "built-in" or not has_class_labels(unet)]  # it does not support them
+        together = [ways] if sys.platform == "linux" else [[way] for way in ways]  # as load_once.py can
+        with open(Path(scratch) / START, "w") as start:
+            children = [
+                subprocess.Popen(
+                    [sys.executable, str(SCRIPT), str(folder), scratch, *some, *options],
+                    env=environment, cwd=scratch, stdout=start, stderr=start, start_new_session=True,
+                )
+                for some in together
+            ]  # fmt: skip
         try:
-            for way, child in children.items():
-                _, errors = child.communicate()
-                if child.returncode:
-                    message = (errors.strip().splitlines() or ["no message"])[-1]
-                    raise LoadingError(f"the folder does not load with {NAMES[way]}: {message}. Nothing was sent")
+            for child in children:
+                child.wait()
         finally:
-            for child in children.values():
-                child.kill()
-        return {way: load_file(output) for way, output in outputs.items()}
+            for child in children:
+                _kill(child)
+        return {way: _images_of(way, Path(scratch)) for way in ways}
+
+
+def _kill(child: "subprocess.Popen[bytes]") -> None:
+    """With what it has forked."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
+
+
+def _images_of(way: str, scratch: Path) -> dict[str, Any]:
+    file = scratch / f"{way}.safetensors"
+    if file.exists():
+        return load_file(file)
+    logs = [
+        path.read_text(errors="replace").strip() for path in (scratch / f"{way}.txt", scratch / START) if path.exists()
+    ]
+    message = next((log.splitlines()[-1] for log in logs if log), "no message")
+    raise LoadingError(f"the folder does not load with {NAMES[way]}: {message}. Nothing was sent")
