@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 SHORT = {
-    "train": "--denoiser tiny --max_train_steps 2 --max_train_minutes 5 --train_batch_size 2 "
+    "train": f"--denoiser {ROOT}/tests/smallest_network.json --max_train_steps 2 --max_train_minutes 5 "
+    "--train_batch_size 2 "
     "--gradient_accumulation_steps 1 --num_sample_images 2 --ddpm_num_inference_steps 2 --num_validation_images 2 "
     "--validation_steps 1 --checkpointing_steps 1 --mixed_precision no --cpu_threads 1 --lr_warmup_steps 1 "
     "--cache_dir cache",

@@ -31,7 +31,7 @@ def results(tmp_path_factory):
     with Hub({"token": ("user", "write")}) as hub:
         environment = hub.environment(folder / "home", token="token")
         command = [sys.executable, str(ROOT / "tests" / "run_docs.py"), str(folder), *pages]
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert child.returncode == 0, child.stdout + child.stderr
     return json.loads((folder / "results.json").read_text())
 

@@ -13,7 +13,8 @@ from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.arrays import normal, random_images, save_images
 from tests.models import quiet, tiny_unet
 from tests.no_float64 import DEVICE, PretendDevice
-from tests.short_run import SHORT_RUN, flags, run_here
+from tests.short_run import NETWORK, SHORT_RUN, flags, run_here
+from training.denoiser import PRESETS
 
 T = torch.tensor([0, 3, 19])
 PREV_T = torch.tensor([-1, 1, 18])
@@ -197,7 +198,9 @@ EVALUATION = {
 @pytest.mark.filterwarnings("ignore")
 def test_training_and_evaluation(tmp_path, monkeypatch):
     """A run and its evaluation give the numbers that they give on the CPU."""
+    monkeypatch.setitem(PRESETS, "tiny", NETWORK)  # a file of a network is tried on another device
     paths = {"train_data_dir": save_images(tmp_path / "data", 60, 8, 8), "cache_dir": tmp_path / "cache"}
+    paths |= {"denoiser": "tiny"}
 
     def numbers(name):
         run = tmp_path / name

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpm_pipeline.transfer import HostCopy, to_device
 from tests.arrays import save_images
 from tests.no_float64 import DEVICE, OnDevice, PretendDevice
-from tests.short_run import SHORT_RUN, flags, run_here
+from tests.short_run import NETWORK, SHORT_RUN, flags, run_here
 from training import step as step_module
 from training.config import Config
+from training.denoiser import PRESETS
 from training.ema import FlatEMA
 from training.step import Updater, make_optimizer
 
@@ -316,6 +317,7 @@ def test_no_step_waits_on_the_pretend_device(run, monkeypatch):
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     monkeypatch.setattr(Accelerator, "device", property(lambda self: DEVICE))
     monkeypatch.setattr(step_module, "FUSED", ("mps",))
+    monkeypatch.setitem(PRESETS, "tiny", NETWORK)  # a file of a network is tried on another device
     adamw_step = torch.optim.AdamW.step
 
     def unrecorded(*arguments):  # it sorts tensors by their device, which for PyTorch is the CPU
@@ -325,7 +327,7 @@ def test_no_step_waits_on_the_pretend_device(run, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", unrecorded)
     try:
         with PretendDevice(), Functions(run.recorder):
-            run().check()
+            run(denoiser="tiny").check()
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
 

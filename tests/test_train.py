@@ -553,7 +553,7 @@ def test_unreadable_images_are_named(work, capsys):
             "fp16",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs, and there is one"),
         ),
-        ({"resolution": 18}, "18x18"),  # cannot be halved twice
+        ({"resolution": 18, "denoiser": "tiny"}, "18x18"),  # cannot be halved twice
         ({"denoiser": "huge"}, "denoiser is 'huge'"),
     ],
 )
@@ -568,7 +568,7 @@ def test_a_mistake_exits_with_code_2_and_names_the_value(work, capsys, options, 
     [
         ({"seed": 1}, "seed 0, but now it is 1"),
         ({"train_batch_size": 3}, "global batch 4, but now it is 6"),
-        ({"denoiser": "small"}, "denoiser 'tiny', but now it is 'small'"),
+        ({"denoiser": "small"}, "smallest_network.json', but now it is 'small'"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(uninterrupted, work, capsys, options, message):

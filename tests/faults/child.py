@@ -19,14 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "training" / "train.py"
-TINY = {
-    "block_out_channels": (8, 8),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-}
 PRELOAD = [
     "accelerate", "datasets", "ddpm_pipeline.pipeline_ddpm", "jsonargparse", "psutil", "torch._dynamo",
     "torch.distributed.run", "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser",
@@ -182,9 +174,6 @@ def _train(arguments, environment, log, rank, *, fault, crash_at):
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.register(signal.SIGUSR2)
-    from training import denoiser
-
-    denoiser.PRESETS["tiny"] = TINY
     if fault:
         globals()[fault](rank)
     if crash_at:
