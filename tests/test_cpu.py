@@ -340,7 +340,7 @@ def test_a_real_neighbour_is_found():
         assert found
         assert changes[0] < cpus
         assert shared.others > 0.5
-        if not watch(shared, 30, until=lambda: changes[-1] == cpus):
+        if not watch(shared, 10, until=lambda: changes[-1] == cpus):
             pytest.skip(f"others keep this machine busy (load {load:.1f} at the start)")
     else:
         pytest.skip(f"others keep this machine busy (load {load:.1f} at the start)")

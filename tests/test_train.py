@@ -650,6 +650,7 @@ def test_presets_train_on_their_data(work, shared_data, name, config, shape, opt
         "mixed_precision": "no",
         "cpu_threads": 1,
         "num_sample_images": 2,
+        "num_validation_images": 16,
         "ddpm_num_inference_steps": 2,
         **options,
     }
