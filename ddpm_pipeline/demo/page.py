@@ -50,8 +50,9 @@ def serve(model: Model, host: str = "127.0.0.1", port: int = 7860, share: bool =
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, which deletes the uploads
     with serving(model, host, port, share) as page:
-        print("The demo is at", " and at ".join(filter(None, (page.local_url, page.share_url))), flush=True)
-        print("Ctrl-C stops it.", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        addresses = filter(None, (f"http://{shown}:{page.server_port}", page.share_url))
+        print("Ctrl-C stops the demo, which is at", " and at ".join(addresses), flush=True)
         page.block_thread()
 
 
