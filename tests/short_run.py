@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,16 @@ def run_in_child(launcher, script, arguments, cwd=None, expected=0):
             os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == expected, output
     return output
+
+
+def run_on_two(script, arguments):
+    """Run a script of training/ in two processes as under torchrun, forked from one that has imported it: the output."""
+    from tests.faults.child import Run, killed_at_end
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        killed_at_end(Run(arguments, Path(folder) / "log.txt", world_size=2, script=script)) as run,
+    ):
+        codes = run.wait(600)
+        assert codes == [0, 0], run.text()
+        return run.text()

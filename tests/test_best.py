@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.arrays import save_images
 from tests.models import tiny_unet
-from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_on_two
 from training.ema import FlatEMA
 from training.hub import during_training
 from training.run import checkpoint
@@ -259,7 +259,7 @@ def test_the_best_weights_survive_a_resume_on_two_processes(uninterrupted, work)
     unbeatable = [0.3, 0.0, 0.5]  # by the losses of the other process, which are not scripted
     train_until(work, "two", 3, unbeatable)
     arguments = command_line(work, "two", train_batch_size=2, resume_from_checkpoint="latest")
-    run_in_child(["-m", "torch.distributed.run", "--nproc-per-node=2"], "train.py", arguments)
+    run_on_two("train.py", arguments)
     assert checkpoint.verify(work / "two" / "checkpoint-000006")["num_processes"] == 2
     assert equal(weights(work / "two"), ema_of(uninterrupted / "before", 2))
     assert record_of(work / "two")["best"] == {"measure": "validation_loss", "step": 2, "value": 0.0}

@@ -16,7 +16,7 @@ from ddpm_pipeline import DDPMPipeline, classifier
 from ddpm_pipeline.calibrated import load_tables
 from tests.evaluation.helpers import train
 from tests.models import tiny_unet
-from tests.short_run import flags, run_here, run_in_child
+from tests.short_run import flags, run_here, run_on_two
 from training.calibration import results
 from training.calibration.config import CalibrationConfig
 from training.calibration.settings import DDIM, DDPM
@@ -138,8 +138,7 @@ def test_a_damaged_file_of_tables_does_not_count(work, model, capsys):
 def test_two_processes_find_the_table_of_one(work, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     calibrate(work, model, num_inference_steps="3")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run_in_child(launcher, "calibrate.py", arguments(work, other, num_inference_steps="3"))
+    run_on_two("calibrate.py", arguments(work, other, num_inference_steps="3"))
     one, two = tables(model)[3], tables(other)[3]
     assert one.timesteps == two.timesteps
     assert np.abs(np.array(one.network_timesteps) - two.network_timesteps).max() <= 1

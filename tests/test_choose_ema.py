@@ -14,7 +14,7 @@ from ddpm_pipeline import DDPMPipeline, visualize
 from ddpm_pipeline.calibrated import load_tables, save_tables
 from ddpm_pipeline.solver_tables import dpm_solver_table
 from tests.models import quiet, tiny_unet
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, flags, run_here, run_on_two
 from training.evaluation.config import ChoiceConfig
 from training.post_hoc_ema import reconstruct
 from training.run import checkpoint
@@ -168,8 +168,7 @@ def test_two_processes_measure_and_write_the_same(work, run, tmp_path, capsys):
     other = shutil.copytree(run, tmp_path / "other")
     choose(work, run, ema="0.05")
     one = distances(capsys.readouterr().out)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = distances(run_in_child(launcher, "choose_ema.py", arguments(work, other, ema="0.05")))
+    two = distances(run_on_two("choose_ema.py", arguments(work, other, ema="0.05")))
     assert two == (pytest.approx(one[0], rel=1e-3), one[1])
     assert (run / "pipeline" / WEIGHTS).read_bytes() == (other / "pipeline" / WEIGHTS).read_bytes()
 

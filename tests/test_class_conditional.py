@@ -13,7 +13,7 @@ from ddpm_pipeline.likelihood import bits_per_dim, variational_bound
 from ddpm_pipeline.pixels import from_pixels
 from tests.arrays import random_images
 from tests.models import quiet, tiny_unet
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, flags, run_here, run_on_two
 from training.data.classes import Classes
 from training.run import checkpoint
 from training.run.record import SAMPLE_SEED, RunRecord
@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, work):
 
 def test_two_ranks_with_micro_batches_equal_one(run, work):
     arguments = command_line(work, "two", train_batch_size=1, gradient_accumulation_steps=2)
-    run_in_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"], "train.py", arguments)
+    run_on_two("train.py", arguments)
     one, two = (checkpoint.load(folder / "checkpoint-000006")[1] for folder in (run, work / "two"))
     for name, tensor in one.items():
         if tensor.is_floating_point():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.arrays import save_images
 from tests.models import tiny_unet
-from tests.short_run import SHORT_RUN, Interruption, dying_after, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, Interruption, dying_after, flags, run_here, run_on_two
 from training.ema import FlatEMA
 from training.post_hoc_ema import TRACKED, Profile, gamma_of
 from training.run import checkpoint
@@ -107,16 +107,15 @@ def test_a_resumed_run_has_the_averages_of_an_uninterrupted_one(uninterrupted, w
 
 
 def test_snapshots_of_later_steps_are_replaced_by_the_same_on_two_processes(work):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     arguments = command_line(work, "two", train_batch_size=2)
-    run_in_child(launcher, "train.py", arguments)
+    run_on_two("train.py", arguments)
     run = work / "two"
     expected, files_of_last = snapshots(run), files(run, 8)
     assert expected.keys() == names(range(1, 9))
     for step in (4, 8):
         (run / "ema" / f"step-{step:06d}-0.05.safetensors").write_bytes(b"of weights that were thrown away")
     (run / "ema" / "step-000007-0.10.safetensors").unlink()
-    run_in_child(launcher, "train.py", [*arguments, "--resume_from_checkpoint=checkpoint-000003"])
+    run_on_two("train.py", [*arguments, "--resume_from_checkpoint=checkpoint-000003"])
     assert checkpoint.verify(run / "checkpoint-000008")["num_processes"] == 2
     assert files(run, 8) == files_of_last
     assert snapshots(run) == expected

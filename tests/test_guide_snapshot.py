@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ddpm_pipeline import DDPMPipeline
 from tests.arrays import save_images
 from tests.models import quiet, tiny_unet
-from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, dying_after, flags, run_here, run_on_two
 from training.config import Config
 from training.run import checkpoint
 from training.run.best import Best
@@ -119,7 +119,7 @@ def test_a_resumed_run_has_the_guide_of_an_uninterrupted_one(uninterrupted, work
 def test_it_survives_a_resume_on_two_processes(uninterrupted, work):
     train_until(work, "two", 3)
     arguments = command_line(work, "two", train_batch_size=2, resume_from_checkpoint="latest")
-    run_in_child(["-m", "torch.distributed.run", "--nproc-per-node=2"], "train.py", arguments)
+    run_on_two("train.py", arguments)
     assert checkpoint.verify(work / "two" / "checkpoint-000008")["num_processes"] == 2
     assert equal(guide_of(work / "two"), guide_of(uninterrupted))
 

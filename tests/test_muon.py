@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.arrays import save_images
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, flags, run_here, run_on_two
 from training import tune
 from training.config import Config
 from training.denoiser import FORMER, make_denoiser
@@ -215,8 +215,8 @@ def test_a_resumed_run_has_the_same_bits_and_the_same_optimizer(tmp_path, capsys
         arguments = flags(RUN | options | {"output_dir": tmp_path / name} | more)
         if ranks == 1:
             return run_here("train.py", arguments)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        return run_in_child(launcher, "train.py", arguments) and 0
+        run_on_two("train.py", arguments)
+        return 0
 
     assert train("straight") == 0
     straight, resumed = (tmp_path / name / "checkpoint-000004" for name in ("straight", "resumed"))

@@ -11,7 +11,7 @@ from scipy import stats
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.timesteps import ImportanceSampling, draw_timesteps
 from tests.arrays import save_images
-from tests.short_run import SHORT_RUN, flags, run_here, run_in_child
+from tests.short_run import SHORT_RUN, flags, run_here, run_on_two
 
 T = 1000
 SCHEDULER = DDPMScheduler()
@@ -222,8 +222,7 @@ def test_a_resumed_run_draws_the_same_timesteps(tmp_path, capsys):
         assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
 
     # Two processes have the same timesteps as one, and both add to the moments
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_in_child(launcher, "train.py", arguments("shared", resume_from_checkpoint="latest", train_batch_size=2))
+    run_on_two("train.py", arguments("shared", resume_from_checkpoint="latest", train_batch_size=2))
     moments, expected = (load_file(folder / "moments.safetensors") for folder in (shared, straight))
     for name in expected:
         torch.testing.assert_close(moments[name], expected[name], rtol=1e-3, atol=0)

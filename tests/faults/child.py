@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "training" / "train.py"
+TRAINING = ROOT / "training"
 PRELOAD = [
     "accelerate", "datasets", "ddpm_pipeline.pipeline_ddpm", "jsonargparse", "psutil", "torch._dynamo",
     "torch.distributed.run", "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser",
@@ -76,7 +76,7 @@ def _launch(launcher, arguments, log, machine, fault):
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
-    config, _, _ = run.config_from_args(run.parse_args([*launcher, str(TRAIN)]))
+    config, _, _ = run.config_from_args(run.parse_args([*launcher, str(TRAINING / "train.py")]))
     config.start_method = "fork"
     elastic_launch(config, _work)(arguments, log, fault)
 
@@ -90,7 +90,7 @@ def _work(arguments, log, fault):
 
 
 class Run:
-    """A started run of train.py, in one process or several.
+    """A started run of train.py or another script of training/, in one process or several.
 
     Args:
         arguments: its command line.
@@ -100,9 +100,13 @@ class Run:
         crash_at: where rank 0 kills itself, see `install_crash_point`.
         detect_device: do not tell accelerate to use the CPU.
         nodes: for each rank more arguments; then each rank is the only one of a machine of its own.
+        script: of training/.
     """
 
-    def __init__(self, arguments, log, *, world_size=1, fault=None, crash_at=None, detect_device=False, nodes=None):
+    def __init__(
+        self, arguments, log, *, world_size=1, fault=None, crash_at=None, detect_device=False, nodes=None,
+        script="train.py",
+    ):  # fmt: skip
         self.log = log
         log.write_text("")
         common = {} if detect_device else {"ACCELERATE_USE_CPU": "true"}
@@ -117,7 +121,7 @@ class Run:
             environment = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
             if nodes:
                 environment |= {"LOCAL_RANK": "0", "GROUP_RANK": str(rank)}
-            options = {"fault": fault, "crash_at": crash_at if rank == 0 else None}
+            options = {"fault": fault, "crash_at": crash_at if rank == 0 else None, "script": script}
             child = context.Process(
                 target=_train,
                 args=([*map(str, arguments), *(nodes[rank] if nodes else [])], environment, str(log), rank),
@@ -166,7 +170,7 @@ def killed_at_end(run):
         run.kill()
 
 
-def _train(arguments, environment, log, rank, *, fault, crash_at):
+def _train(arguments, environment, log, rank, *, fault, crash_at, script="train.py"):
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ.update(environment)
     with open(log, "a") as file:
@@ -178,8 +182,8 @@ def _train(arguments, environment, log, rank, *, fault, crash_at):
         globals()[fault](rank)
     if crash_at:
         install_crash_point(crash_at)
-    sys.argv = [str(TRAIN), *arguments]
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    sys.argv = [str(TRAINING / script), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 # ---- Crash points ----------------------------------------------------------------------------------------------------
