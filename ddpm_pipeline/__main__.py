@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--distance",
         metavar="EXTRACTOR",
         help="d compares features instead of pixels: those of a model of transformers, its name on the Hub such as "
-        "facebook/dinov2-small or its folder, or of a .pt file",
+        "facebook/dinov2-small or its folder, or of a .pt or .th file",
     )
     fuse.add_argument("--fixed_point_iterations", type=int, default=3, help=iterations_help)
     fuse.add_argument(

@@ -228,10 +228,13 @@ def to_distance(distance: Any, device: torch.device) -> Callable[[Tensor, Tensor
                 "function of two batches of images, or an extractor"
             )
         make_extractor = importlib.import_module(".features", __package__).make_extractor
+        if str(distance) == "classifier":
+            raise ValueError("distance is 'classifier', which is trained on images: give the extractor itself")
         try:
             distance = make_extractor(str(distance), device=device)
         except ValueError as error:
-            raise ValueError(str(error).replace("extractor is", "distance is", 1)) from None
+            message = str(error).replace("extractor is", "distance is", 1).replace('"classifier", ', "")
+            raise ValueError(message) from None
     distance = getattr(distance, "squared_distance", distance)
     if not callable(distance):
         raise ValueError(

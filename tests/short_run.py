@@ -115,7 +115,10 @@ def run_in_child(launcher, script, arguments, cwd=None, expected=0):
 
 
 def run_on_two(script, arguments):
-    """Run a script of training/ in two processes as under torchrun, forked from one that has imported it: the output."""
+    """Run a script of training/ in two processes as under torchrun, forked from one that has imported it.
+
+    Returns its output.
+    """
     from tests.faults.child import Run, killed_at_end
 
     with (

@@ -159,7 +159,7 @@ def test_uploads_are_read_as_in_training_and_within_limits(tmp_path):
     for payload, message in (
         (b"not an image", "the image cannot be read: not an image in a known format$"),
         (b"", "the image cannot be read: empty"),
-        (png(9, 8), "the image is 8 x 9 pixels: give 8 x 8"),
+        (png(9, 8), "the image is 9 wide and 8 high: give one of 8 wide and 8 high"),
         (png(4097, 4097), "4097 x 4097 pixels: give at most"),
         (b"0" * (10 * 2**20 + 1), "the file has 10485761 bytes"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image in a known format"),

@@ -235,6 +235,12 @@ def test_the_seed_of_a_drawn_image_is_named(address, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_port_that_is_taken_is_named(address, model):
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(ValueError, match=f"host and port are 127.0.0.1 and {port}: Address already in use"):
+        page.serving(model, port=port).__enter__()
+
+
 def test_uploads_are_deleted_at_the_end():
     with page.serving(jobs.Model(tiny_pipe(), "user/model")) as served:
         path = Path(Visitor(served.local_url).upload(png())["path"])

@@ -223,6 +223,21 @@ def test_tokens_and_local_paths_are_not_published(run, tmp_path, monkeypatch):
     staged(run, tmp_path / "clean")
 
 
+def test_signatures_and_passwords_in_the_address_of_the_data_are_not_published(run, tmp_path):
+    record = RunRecord.load(run / "pipeline")
+    address = "https://me:pass1234@host/x/train-{000..003}.tar?signature=s3cr3t"
+    dataclasses.replace(record, config=record.config | {"dataset_name": address}).save(run / "pipeline")
+    set_source(run, "9 images of data set train-{000..003}.tar")
+    staged(run, tmp_path / "clean")
+    published = files.list_files(tmp_path / "clean")
+    text = "".join((tmp_path / "clean" / name).read_text() for name in published if name.endswith((".md", ".json")))
+    assert "train-{000..003}.tar" in text and "s3cr3t" not in text and "pass1234" not in text
+    for secret in ("signature=s3cr3t", "me:pass1234"):
+        set_source(run, f"9 images of {secret}")
+        with pytest.raises(ValueError, match=r"README.md would publish secret . of the address of the data"):
+            staged(run, tmp_path / secret.partition("=")[0])
+
+
 @pytest.mark.parametrize("text", ["user/model", "/models", "/model.py", "/data/model", "https://x.org/model"])
 def test_only_whole_paths_count_as_paths_of_this_machine(text):
     """A run may lie at /model, as in a container, and the documentation speaks of user/model."""

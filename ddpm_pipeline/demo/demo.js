@@ -1,6 +1,7 @@
 // The sliders over precomputed frames, and the canvas for a mask. Events are caught at the document, since the page puts
 // new elements in place of old ones.
 const ddpmDemo = (() => {
+  const TABS = "#demo-generate, #demo-interpolate, #demo-repair, #demo-trajectory";
   let image = null; // what is under the mask
   let mask = null; // one 0 or 1 for each pixel, row by row
   let cursor = null; // [x, y] of the keyboard
@@ -81,8 +82,9 @@ const ddpmDemo = (() => {
   });
   // Where settings and results are below each other, the results would be out of view.
   document.addEventListener("click", (event) => {
-    const tab = event.target.closest?.("button.primary")?.closest("[role=tabpanel]");
-    tab?.querySelector(".demo-output")?.scrollIntoView({ block: "nearest", behavior: "smooth" });
+    const tab = event.target.closest?.("button.primary")?.closest(TABS);
+    const output = tab?.querySelector(".demo-output");
+    if (output?.getBoundingClientRect().top > window.innerHeight / 2) output.scrollIntoView();
   });
   document.addEventListener("focusin", draw);
   document.addEventListener("focusout", () => setTimeout(draw));

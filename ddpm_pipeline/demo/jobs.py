@@ -210,7 +210,8 @@ class Model:
             raise ValueError(f"the image cannot be read: {failure_reason(error)}") from None
         if pixels.shape[1:] != (self.height, self.width):  # a model that does not say how its images were resized
             height, width = pixels.shape[1:]
-            raise ValueError(f"the image is {height} x {width} pixels: give {self.height} x {self.width}")
+            given, wanted = f"{width} wide and {height} high", f"{self.width} wide and {self.height} high"
+            raise ValueError(f"the image is {given}: give one of {wanted}")
         return from_pixels(pixels)[None]
 
     def read_mask(self, bits: str) -> Tensor:

@@ -6,6 +6,7 @@ One job runs at a time, the others wait in a queue of bounded length. Nothing is
 import io
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ def serving(model: Model, host: str = "127.0.0.1", port: int = 0, share: bool = 
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_MAX_EVENTS": "1"}
         os.environ |= {"GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000"}  # jobs between two of its tables
         page = make_page(model)
+        _check_free(host, port)
         try:
             page.launch(
                 server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, show_error=False,
@@ -78,6 +80,16 @@ def serving(model: Model, host: str = "127.0.0.1", port: int = 0, share: bool = 
             yield page
         finally:
             page.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise ValueError if another program has this port."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"host and port are {host} and {port}: {error.strerror}; give others") from None
 
 
 def text(key: str) -> Any:

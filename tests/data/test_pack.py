@@ -1,6 +1,7 @@
 """Packing: the pixels, labels and splits of the files, whole or continued, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -183,16 +184,31 @@ def test_what_is_refused(tmp_path, run, monkeypatch):
         load_images(train_data_dir=tmp_path / "packed", cache_dir=tmp_path / "cache")
 
 
+def interrupted(run, tmp_path, monkeypatch):
+    """A packing that has written all shards, and neither labels nor the manifest."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "in_order", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "set", resolution=8)
+    assert (tmp_path / "packed" / pack.STATE).exists() and not (tmp_path / "packed" / "manifest.json").exists()
+
+
 def test_damaged_notes_of_an_interrupted_packing(tmp_path, run, monkeypatch):
     write_folder(tmp_path / "set")
     run(tmp_path / "set", resolution=8)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
-    (tmp_path / "packed" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "packed")
+    interrupted(run, tmp_path, monkeypatch)
     for i, content in enumerate(["", "[]", "{}"]):
         (tmp_path / "packed" / f".train-0000{i}.json").write_text(content)
     run(tmp_path / "set", resolution=8)
     assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == expected
-    (tmp_path / "packed" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "packed")
+    interrupted(run, tmp_path, monkeypatch)
     for content in ("", "[1]"):
         (tmp_path / "packed" / pack.STATE).write_text(content)
         with pytest.raises(ValueError, match=r".packing.json is damaged: delete the folder, and pack again"):
@@ -213,6 +229,26 @@ def test_labels_are_those_that_the_manifest_has_the_hash_of(tmp_path, run):
     )
     with pytest.raises(ValueError, match=r"train-labels.npy is damaged"):
         again.data.labels()
+
+
+def test_a_folder_with_other_files_is_not_written_to(tmp_path, run):
+    write_folder(tmp_path / "set")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-00000.npy").write_text("mine")
+    with pytest.raises(ValueError, match=r"packed', which has other files: train-00000.npy: give a new folder"):
+        run(tmp_path / "set", resolution=8)
+    assert (tmp_path / "packed" / "train-00000.npy").read_text() == "mine"
+
+
+def test_all_unreadable_images_are_named_and_what_is_packed_is_kept(tmp_path, run, monkeypatch):
+    write_folder(tmp_path / "set")
+    for name in ("a/02.png", "b/07.png"):
+        content = (tmp_path / "set" / name).read_bytes()
+        (tmp_path / "set" / name).write_bytes(content[:80])  # its header can be read
+    with pytest.raises(ValueError, match=r"2 of 10 images cannot be read"):
+        run(tmp_path / "set", resolution=8)
+    monkeypatch.setattr(pack, "decode_checked", None)
+    assert "8 images in 3 shards" in run(tmp_path / "set", resolution=8, on_bad_image="skip")
 
 
 def test_one_packing_at_a_time(tmp_path, run):

@@ -121,6 +121,9 @@ def pack(config: PackConfig) -> str:
     if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"output is '{output}', which is in the source: give a folder outside")
     output.mkdir(parents=True, exist_ok=True)
+    others = [path.name for path in output.iterdir() if not path.name.startswith(".packing")]
+    if others and not (output / STATE).exists():
+        raise ValueError(f"output is '{output}', which has other files: {some(sorted(others))}: give a new folder")
     lock = FileLock(output / ".packing.lock", timeout=0, fallback_to_soft=False)
     try:
         with contextlib.suppress(NotImplementedError):  # a file system without locks
@@ -164,7 +167,8 @@ def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
             if isinstance(source, Moons):
                 raise ValueError("source is 'moons': they are drawn, and need no shards")
             records = source.open(Path(scratch) / split)
-            key = cache_key(source, replace(settings, size_rule="any"))
+            # whether a bad image stops: the shards are the same
+            key = cache_key(source, replace(settings, size_rule="any", on_bad_image="skip"))
             plan = _plan(output / STATE, split, key, config.images_per_shard)
             if target is None:
                 target = Target(**plan["target"]) if "target" in plan else _target(records, settings)
@@ -184,7 +188,7 @@ def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
     }
     with replacing(output / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for note in [output / STATE, *output.glob(".*-*.json")]:
+    for note in [output / STATE, *(path for split in splits for path in output.glob(f".{split}-*.json"))]:
         note.unlink()
     for left in output.glob(".packing-*"):  # of a killed process
         remove(left)
@@ -274,8 +278,6 @@ def _pack_split(
         def collect(most: int) -> None:
             while len(waiting) > most:
                 entry = waiting.popleft().result()
-                if entry["unreadable"] and config.on_bad_image == "stop":
-                    _refuse(entry["unreadable"], records.count)
                 found.append(entry)
                 bar.update(entry["count"])
 
@@ -285,6 +287,9 @@ def _pack_split(
                 waiting.append(pool.submit(work, output / f"{split}-{i:05}.npy", items))
                 collect(2 * config.num_workers)  # the encoded images of the others are in memory
             collect(0)
+            unreadable = [line for entry in found for line in entry["unreadable"]]
+            if unreadable and config.on_bad_image == "stop":
+                _refuse(unreadable, records.count)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -2,6 +2,7 @@
 
     <cache_dir>/<key>/<key of a shard>.npy   (n, C, H, W) uint8 or uint16
     <cache_dir>/<key>/<key of a shard>.json  [[row, "name: reason"], ...] of the images that cannot be read, if any
+    <cache_dir>/<key>/<key of a shard>.shorter  the shard was shorter than it should be: another run fetches it anew
     <cache_dir>/<key>/meta.json              the source
 
 The processes of a machine share it: a file is complete or absent, and a lock keeps two from fetching the same shard.
@@ -15,11 +16,12 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import threading
 import time
 import uuid
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from training.data.disk import HOUR, writing
 from training.data.shards import Shard, ShardList, digest_of, packed_array, rows
 from training.data.stores import ShardError
 
+SHORTER = ".shorter"  # beside the array of a shard that was shorter than it should be
 Opened = tuple[np.ndarray, dict[int, str]]  # the images, memory-mapped, and "name: reason" of those that are none
 
 
@@ -58,6 +61,7 @@ class ShardCache:
     folder: Path
     limit: int
     stopped: threading.Event
+    checked: dict[int, int] = field(default_factory=dict)  # packed shards on this machine: the time of their content
 
     def bytes_of(self, shards: Collection[int]) -> int:
         """What these shards take up here when all are fetched."""
@@ -89,6 +93,7 @@ class ShardCache:
         """
         shard = self.found.shards[i]
         if self.is_in_place(i):
+            self._check_in_place(i)
             return self._packed(i, Path(shard.file.url)), {}
         path = self.path(i)
         for _ in range(3):  # another run may delete it in between
@@ -102,6 +107,27 @@ class ShardCache:
                 return array, unreadable
             path.unlink(missing_ok=True)  # a power cut may leave a part of it
         raise ShardError(f"{shard.file.name} cannot be kept in {self.folder}")
+
+    def forget_shorter(self) -> None:
+        """Delete the arrays of shards that were shorter than they should be: they may be whole by now."""
+        for mark in self.folder.glob(f"*{SHORTER}") if self.folder.is_dir() else ():
+            for suffix in (".npy", ".json", SHORTER):
+                mark.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _check_in_place(self, i: int) -> None:
+        """Compare a packed shard on this machine with its sha256, once, and again when its time has changed.
+
+        Raises:
+            ShardError: it cannot be read or is another file.
+        """
+        shard = self.found.shards[i]
+        try:
+            changed = os.stat(shard.file.url).st_mtime_ns
+        except OSError as error:
+            raise ShardError(f"{shard.file.name} cannot be read: {error.strerror}") from error
+        if self.checked.get(i) != changed:
+            self._check(shard, Path(shard.file.url))
+            self.checked[i] = changed
 
     def make_room(self, needed: Collection[int]) -> None:
         """Delete what was not used for longest, and is not needed, until all that is needed fits into the limit."""
@@ -123,7 +149,8 @@ class ShardCache:
             if path.suffix == ".npy" and not path.name.startswith(".") and path not in keep:
                 with contextlib.suppress(OSError):
                     path.unlink()
-                    path.with_suffix(".json").unlink(missing_ok=True)
+                    for suffix in (".json", SHORTER):
+                        path.with_suffix(suffix).unlink(missing_ok=True)
                     excess -= size
 
     # ---- Fetching ----------------------------------------------------------------------------------------------------
@@ -179,7 +206,13 @@ class ShardCache:
                 self._write_decoded(i, self._rest_of_packed(i, raw), path)
             else:
                 self._packed(i, raw)
-                raw.replace(path)
+                with replacing(path) as temporary:
+                    if raw.parent == self.folder:
+                        raw.replace(temporary)
+                    else:  # of the user: it stays where it is
+                        shutil.copyfile(raw, temporary)
+            if is_shorter:
+                path.with_suffix(SHORTER).touch()
         finally:
             if raw.parent == self.folder:
                 raw.unlink(missing_ok=True)

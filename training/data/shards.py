@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
 import tempfile
@@ -32,6 +33,7 @@ from training.data import stores
 from training.data.disk import writing
 from training.data.sources import hub_commit, image_column_of, label_column_of, label_values
 from training.data.stores import SHARDS, TARS, ShardError, StoredFile
+from training.data.tables import features_of, read_footer, read_labels, table_rows, type_of
 from training.data.tars import DAMAGED, images_of, label_of, samples, tar_rows
 from training.messages import some
 from training.progress import progress
@@ -39,7 +41,6 @@ from training.progress import progress
 MANIFEST, INDEX = "manifest.json", "index.json"
 PACKED_FORMAT = "ddpm_pipeline shards 1"
 INDEX_ENTRY = {"labels", "others", "damaged", "digest"}  # of a tar file
-FOOTER = 2**16  # bytes at the end of a parquet file that are read first; its footer is seldom larger
 # The words of the library datasets; a part of validation images keeps its name.
 SPLITS = {name: name for name in ("train", "validation", "valid", "val", "test")}
 SPLITS |= {"training": "train", "dev": "validation", "testing": "test", "eval": "test", "evaluation": "test"}
@@ -112,7 +113,7 @@ def find_shards(
         ValueError: there are no shards of this split.
         ShardError: the place cannot be read.
     """
-    description = f"data set {place.rstrip('/').rpartition('/')[2] or place}"
+    description = f"data set {stores.path_of(place).rstrip('/').rpartition('/')[2] or stores.path_of(place)}"
     local = Path(place).expanduser()
     if not stores.is_remote(place) and (local.exists() or stores.RANGE.search(place)):
         place = str(local)
@@ -122,15 +123,12 @@ def find_shards(
         commit = hub_commit(place, index_dir)
         description, place = f"data set {place}", f"hf://datasets/{place}" + (f"@{commit}" if commit else "")
     given = re.search(rf"/({MANIFEST}|{INDEX})$", place)
-    place = place[: given.start()] if given else place
+    place, is_given = place[: given.start()] if given else place, given is not None
     if not stores.RANGE.search(place) and not stores.path_of(place).endswith(SHARDS):
-        manifest = None if given and given[1] == INDEX else _read_json(join(place, MANIFEST))
+        manifest = None if given and given[1] == INDEX else _read_json(join(place, MANIFEST), is_given)
         if manifest is not None:
-            try:
-                return _packed(place, description, manifest, split)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ShardError(f"{join(place, MANIFEST)} is damaged: {type(error).__name__} {error}") from error
-        index = _read_json(join(place, INDEX)) if place.startswith("http") else None
+            return _packed(place, description, manifest, split)
+        index = _read_json(join(place, INDEX), is_given) if place.startswith("http") else None
         if index is not None:
             try:
                 names = [str(shard["url"]) for shard in index["shardlist"]]
@@ -164,9 +162,11 @@ def is_sharded(place: str) -> bool:
     return any(path.name == MANIFEST or path.name.endswith(SHARDS) for path in folder.rglob("*"))
 
 
-def _read_json(url: str) -> dict[str, Any] | None:
-    """A small file; None if it does not exist."""
+def _read_json(url: str, is_given: bool) -> dict[str, Any] | None:
+    """A small file; None if it does not exist, or if it was not asked for and a web server has a page in its place."""
     content = stores.read_optional(url)
+    if content is not None and url.startswith("http") and not is_given and content.lstrip()[:1] == b"<":
+        return None
     try:
         return None if content is None else dict(json.loads(content))
     except (ValueError, TypeError) as error:
@@ -209,7 +209,7 @@ def _of_files(
         raise ValueError(f"split is {split!r}: give {' or '.join(by_split)}, {place!r} has no other split")
     description, splits = f"{description}, split {split}", tuple(by_split)
     if not tables:
-        return _webdataset(by_split[split], description, splits, label_column or "label", index_dir)
+        return _webdataset(by_split[split], description, splits, label_column, index_dir)
     found = _parquet(by_split[split], place, description, splits, image_column, label_column)
     if tars:
         note = f"{len(tars)} tar files left out, beside parquet files: {some([file.name for file in tars])}"
@@ -231,25 +231,49 @@ def split_of(name: str) -> str:
 def _packed(place: str, description: str, manifest: dict[str, Any], split: str) -> ShardList:
     if manifest.get("format") != PACKED_FORMAT:
         raise ValueError(f"{join(place, MANIFEST)} is not of packed shards: its format is {manifest.get('format')!r}")
-    splits = manifest["splits"]
-    if split not in splits:
-        raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {place!r} has no other split")
-    shards = []
-    for entry in splits[split]["shards"]:
-        file = StoredFile(join(place, entry["name"]), entry["name"], int(entry["bytes"]), str(entry["sha256"]))
-        shards.append(Shard(file, int(entry["count"]), file.version))
-    labels, names = splits[split]["labels"], manifest["class_names"]
+    try:
+        splits = manifest["splits"]
+        _demand(isinstance(splits, dict), "splits")
+        if splits and split not in splits:
+            raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {place!r} has no other split")
+        shape, dtype = tuple(manifest["shape"]), manifest["dtype"]
+        _demand(len(shape) == 3 and all(_is_count(size) and size for size in shape), "shape")
+        _demand(dtype in ("uint8", "uint16"), "dtype")
+        shards = []
+        for entry in splits[split]["shards"]:
+            name, size, count, sha256 = (entry[key] for key in ("name", "bytes", "count", "sha256"))
+            _demand(isinstance(name, str) and re.fullmatch(r"[^/\\\0]*\.npy", name), "name of a shard")
+            _demand(_is_count(size) and _is_count(count) and count * math.prod(shape) <= size, "size of a shard")
+            _demand(isinstance(sha256, str), "sha256 of a shard")
+            shards.append(Shard(StoredFile(join(place, name), name, size, sha256), count, sha256))
+        _demand(len({shard.file.name for shard in shards}) == len(shards), "shard that is there once")
+        labels, names = splits[split]["labels"], manifest["class_names"]
+        _demand(labels is None or re.fullmatch(r"[^/\\\0]*\.npy", labels), "name of the labels")
+        _demand(names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)), "classes")
+    except (KeyError, TypeError) as error:
+        raise ShardError(f"{join(place, MANIFEST)} is damaged: {type(error).__name__} {error}") from error
+    except ShardError as error:
+        raise ShardError(f"{join(place, MANIFEST)} is damaged: {error}") from None
     return ShardList(
         "packed",
         tuple(shards),
         f"{description}, split {split}",
         tuple(splits),
-        shape=tuple(manifest["shape"]),
-        dtype=manifest["dtype"],
+        shape=shape,
+        dtype=dtype,
         labels_file=None if labels is None else join(place, labels),
         labels_sha256=splits[split].get("labels_sha256"),
         class_names=None if names is None else tuple(names),
     )
+
+
+def _demand(holds: Any, what: str) -> None:
+    if not holds:
+        raise ShardError(f"it has no valid {what}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 # ---- Parquet files ---------------------------------------------------------------------------------------------------
@@ -263,27 +287,26 @@ def _parquet(
     image_column: str | None,
     label_column: str | None,
 ) -> ShardList:
-    import datasets
-
-    footers = stores.in_parallel(_footer, files)
+    footers = stores.in_parallel(read_footer, files)
     damaged = [file.name for file, footer in zip(files, footers) if footer is None]
     good = [(file, *footer) for file, footer in zip(files, footers) if footer is not None]
     if not good:
         raise ShardError(f"no shard of {description} can be read: {some(damaged)} are no complete parquet files")
-    features = dict(datasets.Features.from_arrow_schema(good[0][1].schema.to_arrow_schema()))
+    features = dict(features_of(good[0][0], good[0][1]))
     image_column = image_column_of(place, features, image_column)
     label_column = label_column_of(features, label_column)
     shards = []
     for file, metadata, digest in good:
-        columns = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
+        columns = features_of(file, metadata)
         for column in filter(None, (image_column, label_column)):
             if column not in columns:
                 raise ShardError(f"{file.name} has no column {column!r}: {some(list(columns))}")
-        if label_column is not None and columns[label_column] != features[label_column]:
-            raise ShardError(
-                f"{file.name} has a column {label_column!r} of {columns[label_column]}, {good[0][0].name} one of "
-                f"{features[label_column]}"
-            )
+        kinds = [(image_column, type_of(metadata, image_column), type_of(good[0][1], image_column))]
+        if label_column is not None:
+            kinds.append((label_column, columns[label_column], features[label_column]))
+        for column, kind, of_first in kinds:
+            if kind != of_first:
+                raise ShardError(f"{file.name} has a column {column!r} of {kind}, {good[0][0].name} one of {of_first}")
         shards.append(Shard(file, metadata.num_rows, digest))
     return ShardList(
         "parquet",
@@ -297,45 +320,11 @@ def _parquet(
     )
 
 
-def _footer(file: StoredFile, stopped: threading.Event) -> tuple[Any, str] | None:
-    """The metadata of a parquet file and their sha256; None if it is damaged."""
-    import pyarrow
-    from pyarrow import parquet
-
-    start = max(0, file.size - FOOTER)
-    tail = stores.patiently(file.name, lambda: stores.read(file.url, start, file.size), stopped)
-    if len(tail) < 12 or tail[-4:] != b"PAR1":
-        return None
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > len(tail):
-        if length > file.size:
-            return None
-        tail = stores.patiently(file.name, lambda: stores.read(file.url, file.size - length, file.size), stopped)
-    try:
-        metadata = parquet.read_metadata(io.BytesIO(tail))
-    except (pyarrow.ArrowException, OSError):
-        return None
-    return metadata, hashlib.sha256(tail[-length:]).hexdigest()
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[tuple[str, Payload]]:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as table:
-        row = 0
-        for batch in table.iter_batches(64, columns=[column], use_threads=False):
-            for cell in batch.column(0).to_pylist():
-                name = Path(cell.get("path") or "").name if cell else ""
-                content = (cell or {}).get("bytes")  # a text would be the path of a file of this machine
-                yield f"row {row}" + (f" ({name})" if name else ""), content if isinstance(content, bytes) else None
-                row += 1
-
-
 # ---- WebDataset ------------------------------------------------------------------------------------------------------
 
 
 def _webdataset(
-    files: list[StoredFile], description: str, splits: tuple[str, ...], label_column: str, index_dir: Path
+    files: list[StoredFile], description: str, splits: tuple[str, ...], label_column: str | None, index_dir: Path
 ) -> ShardList:
     """Reads each tar file once, and keeps what it has found."""
 
@@ -347,14 +336,19 @@ def _webdataset(
             if isinstance(entry, dict) and entry.keys() == INDEX_ENTRY:
                 return entry
         entry = _read_index(file, label_column, index_dir, stopped)
-        with replacing(kept) as temporary:
-            temporary.write_text(json.dumps(entry), encoding="utf-8")
+        if file.version and not entry["damaged"]:  # else another file may have the same size, or be whole next time
+            with replacing(kept) as temporary:
+                temporary.write_text(json.dumps(entry), encoding="utf-8")
         return entry
 
     with writing(index_dir.parent):
         index_dir.mkdir(parents=True, exist_ok=True)
         found = list(progress(_in_order(index, files), "counting the samples of tar files", len(files), unit=" files"))
     damaged = [file.name for file, entry in zip(files, found) if entry["damaged"]]
+    if damaged and not any(entry["labels"] for entry in found):
+        raise ShardError(f"no shard of {description} can be read: {some(damaged)} are no complete tar files")
+    if label_column and all(label is None for entry in found for label in entry["labels"]):
+        raise ValueError(f"label_column is {label_column!r}: no sample of {description} has it in its .json file")
     shards = [
         Shard(file, len(entry["labels"]), entry["digest"], tuple(entry["labels"])) for file, entry in zip(files, found)
     ]
@@ -377,7 +371,7 @@ def _in_order(work: Any, items: list[Any]) -> Iterator[Any]:
         yield from stores.in_parallel(work, items[start : start + 16])
 
 
-def _read_index(file: StoredFile, label_column: str, folder: Path, stopped: threading.Event) -> dict[str, Any]:
+def _read_index(file: StoredFile, label_column: str | None, folder: Path, stopped: threading.Event) -> dict[str, Any]:
     """The label of each sample, its images but the first, whether the file ends too early, and its sha256."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".counting-") as scratch:
         path = Path(file.url)
@@ -405,7 +399,7 @@ def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payl
     """(name, encoded image) of each image of a shard of which `path` is a copy on this machine; not of packed ones."""
     if found.kind == "parquet":
         assert found.image_column is not None
-        return _parquet_rows(path, found.image_column)
+        return table_rows(path, found.image_column)
     return tar_rows(path)
 
 
@@ -413,7 +407,7 @@ def digest_of(found: ShardList, shard: Shard, path: Path) -> str:
     """The digest that a shard would have by its copy on this machine; "" if it has none."""
     if found.kind != "parquet":
         return sha256_of(path)
-    footer = _footer(StoredFile(str(path), shard.file.name, path.stat().st_size), threading.Event())
+    footer = read_footer(StoredFile(str(path), shard.file.name, path.stat().st_size), threading.Event())
     return "" if footer is None else footer[1]
 
 
@@ -444,7 +438,8 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
     if found.kind == "parquet":
         if found.label_column is None:
             return None
-        return stores.in_parallel(lambda shard, _: _column_of_labels(found, shard), chosen)
+        column, feature = found.label_column, found.label_feature
+        return stores.in_parallel(lambda shard, _: label_values(feature, read_labels(shard.file, column))[0], chosen)
     if found.labels_file is None or found.class_names is None:
         return None
     name = found.labels_file
@@ -453,28 +448,19 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
     if found.labels_sha256 not in (None, hashlib.sha256(content).hexdigest()):
         raise ShardError(f"{name} is damaged: its sha256 is not that of the manifest")
     try:
-        numbers = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        numbers = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+    except (ValueError, EOFError, TypeError) as error:
         raise ShardError(f"{name} is damaged: {error}") from error
-    if numbers.shape != (starts[-1],) or numbers.min() < -1 or numbers.max() >= len(found.class_names):
+    if (
+        numbers.dtype != np.int32
+        or numbers.shape != (starts[-1],)
+        or numbers.min() < -1
+        or numbers.max() >= len(found.class_names)
+    ):
         raise ShardError(
             f"{name} does not have {starts[-1]} labels from -1 to {len(found.class_names) - 1}: pack the data set again"
         )
     return [[names[number] for number in numbers[starts[i] : starts[i + 1]].tolist()] for i in shards]
-
-
-def _column_of_labels(found: ShardList, shard: Shard) -> list[Any]:
-    from pyarrow import ArrowException, parquet
-
-    file: Any = shard.file.url
-    if stores.is_remote(shard.file.url):
-        file = io.BufferedReader(stores.RemoteFile(shard.file), 2**18)
-    try:
-        with parquet.ParquetFile(file) as table:
-            values = table.read(columns=[found.label_column]).column(0).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise ShardError(f"{shard.file.name}: its column {found.label_column!r} cannot be read: {error}") from error
-    return label_values(found.label_feature, values)[0]
 
 
 def class_names_of(found: ShardList) -> tuple[str, ...] | None:

@@ -37,6 +37,7 @@ QUIET = 60.0  # seconds between two warnings
 BLOCK = 2**20  # bytes read at a time
 NOT_FOUND = (404, 410)  # codes of HTTP
 LATER = (408, 425, 429)  # codes of HTTP below 500 that ask to come back
+REFUSED = (401, 403)  # codes of HTTP that stores have for files that do not exist
 NO_HEAD = (401, 403, 405, 501)  # codes of HTTP: GET may be allowed all the same, a signed URL is for one of them
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -67,8 +68,15 @@ def is_remote(place: str) -> bool:
 
 
 def path_of(place: str) -> str:
-    """A place without what follows the path of a web address, such as a signature."""
+    """A place without what is not for others: the password in a URL, and what follows a web address, as a signature."""
+    place = re.sub(r"^(\w+://)[^/@]*@", r"\1", place)
     return place.partition("?")[0] if _is_http(place) else place
+
+
+def user_of(place: str) -> str:
+    """The user and the password in a URL; "" if there are none."""
+    match = re.match(r"\w+://([^/@]*)@", place)
+    return match[1] if match else ""
 
 
 def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None = None) -> T:
@@ -116,6 +124,8 @@ def _warn(message: str) -> None:
 def _is_final(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500 and error.code not in LATER
+    if isinstance(error, http.client.InvalidURL):
+        return True
     return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
 
 
@@ -136,8 +146,8 @@ def list_files(place: str) -> list[StoredFile]:
         ShardError: the store does not answer, or a file of the pattern does not exist.
     """
     if RANGE.search(place):
-        start = place[: place.index("{")].rfind("/") + 1  # of what differs
-        return stat_all([(url, path_of(url)[start:]) for url in expand(place)])
+        start = path_of(place)[: path_of(place).index("{")].rfind("/") + 1  # of what differs
+        return stat_all([(url, _unquoted(url, path_of(url)[start:])) for url in expand(place)])
     if not is_remote(place):
         root = Path(place)
         paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
@@ -145,7 +155,7 @@ def list_files(place: str) -> list[StoredFile]:
         return [stat(str(names[name]), name) for name in sorted(names) if not _is_hidden(name)]
     if _is_http(place):
         if path_of(place).endswith(SHARDS):
-            return stat_all([(place, path_of(place).rpartition("/")[2])])
+            return stat_all([(place, _unquoted(place, path_of(place).rpartition("/")[2]))])
         raise ValueError(
             f"{place} cannot be listed: give the address of a packed folder, of an index.json, of a shard, or of all "
             "shards as in https://host/shard-{000..999}.tar"
@@ -163,6 +173,11 @@ def list_files(place: str) -> list[StoredFile]:
         if not _is_hidden(name):
             files.append(StoredFile(filesystem.unstrip_protocol(full), name, int(info["size"]), _version(info)))
     return files
+
+
+def _unquoted(url: str, name: str) -> str:
+    """The name that a file has on a disk, where a web address has a%20b."""
+    return urllib.parse.unquote(name) if _is_http(url) else name
 
 
 def _is_hidden(name: str) -> bool:
@@ -281,7 +296,9 @@ def read_optional(url: str) -> bytes | None:
     try:
         return patiently(url, lambda: read(url))
     except ShardError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+        cause = error.__cause__
+        is_refused = isinstance(cause, urllib.error.HTTPError) and cause.code in REFUSED
+        if is_refused or isinstance(cause, FileNotFoundError | NotADirectoryError):
             return None
         raise
 

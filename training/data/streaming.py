@@ -211,6 +211,7 @@ def open_shards(
     cache = ShardCache(
         found, target, shape, dtype, settings.min_side, cache_dir / digest, limit, threading.Event()
     )  # fmt: skip
+    cache.forget_shorter()
     images: Any = ShardedImages(cache, log)
     _check_room(images, cache_dir)
     source = "; ".join([f"{len(images)} images of {found.description}", f"{len(found.shards)} shards", *found.notes])

@@ -65,14 +65,14 @@ def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
     return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
-def label_of(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> Any:
-    """That of NAME.cls, or of the column of NAME.json; None if there is none."""
+def label_of(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str | None) -> Any:
+    """That in this column of NAME.json or, without a column, that of NAME.cls or "label" of NAME.json; None: none."""
     try:
-        if "cls" in members:
+        if "cls" in members and column is None:
             text = _content(archive, members["cls"]).decode(errors="backslashreplace").strip()
             return json_label(int(text) if re.fullmatch(r"-?\d+", text) else text)
         if "json" in members:
-            return json_label(dict(json.loads(_content(archive, members["json"]))).get(column))
+            return json_label(dict(json.loads(_content(archive, members["json"]))).get(column or "label"))
     except (*DAMAGED, ValueError, TypeError):
         pass
     return None
@@ -88,7 +88,8 @@ def tar_rows(path: Path) -> Iterator[tuple[str, Payload | Exception]]:
     with tarfile.open(path) as archive:
         for _, members in samples(archive):
             image = images_of(members)[0]
+            name = image.name.encode(errors="backslashreplace").decode()  # it may not be in UTF-8
             try:
-                yield image.name, _content(archive, image)
+                yield name, _content(archive, image)
             except DAMAGED as error:
-                yield image.name, error
+                yield name, error

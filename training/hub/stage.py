@@ -8,13 +8,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from training.data.stores import path_of, user_of
 from training.hub.card import write_card
 from training.hub.files import (
     CARD,
@@ -109,7 +110,7 @@ def stage(
         tables=tables,
     )
     (folder / CARD).write_text(card, encoding="utf-8")
-    check_private_text(folder, run)
+    check_private_text(folder, run, secrets_of(record.config))
     return tag
 
 
@@ -118,7 +119,7 @@ def shareable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     shared = {name: value for name, value in config.items() if name not in LOCAL_FIELDS}
     for name in ("dataset_name", "train_data_dir", "denoiser", "init_from", "extractor"):
         if shared.get(name) and not _is_on_the_hub(name, shared[name]):
-            shared[name] = Path(shared[name]).expanduser().resolve().name
+            shared[name] = Path(path_of(shared[name])).expanduser().resolve().name
     return shared
 
 
@@ -181,11 +182,21 @@ def _read_report(file: Path, weights: Path, log: Callable[[str], object]) -> dic
     return None
 
 
-def check_private_text(folder: Path, run: Path) -> None:
-    """Raise ValueError if a text file contains a token or a path of this machine."""
+def secrets_of(config: Mapping[str, Any]) -> list[str]:
+    """What an address of data has for one's own use: a signature, a password."""
+    places = [str(config.get(name) or "") for name in ("dataset_name", "train_data_dir")]
+    found = [part for place in places if "://" in place for part in (place.partition("?")[2], user_of(place))]
+    return [secret for secret in found if len(secret) > 3]
+
+
+def check_private_text(folder: Path, run: Path, secrets: Sequence[str] = ()) -> None:
+    """Raise ValueError if a text file contains a token, a secret or a path of this machine."""
     from huggingface_hub import get_token
 
-    private = {"an access token": re.compile(r"hf_[A-Za-z0-9]{30,}")}
+    private = {
+        f"secret {i} of the address of the data": re.compile(re.escape(each)) for i, each in enumerate(secrets, 1)
+    }
+    private |= {"an access token": re.compile(r"hf_[A-Za-z0-9]{30,}")}
     token = get_token()
     if token and len(token) > 5:
         private["the access token in use"] = re.compile(re.escape(token))
