@@ -6,6 +6,7 @@ const ddpmDemo = (() => {
   let mask = null; // one 0 or 1 for each pixel, row by row
   let cursor = null; // [x, y] of the keyboard
   let last = null; // where the pointer was
+  let awaited = null; // results that are to come into view
 
   const canvas = () => document.getElementById("demo-mask");
   const brush = () => Number(document.querySelector("#demo-brush input").value) || 1;
@@ -82,10 +83,15 @@ const ddpmDemo = (() => {
   });
   // Where settings and results are below each other, the results would be out of view.
   document.addEventListener("click", (event) => {
-    const tab = event.target.closest?.("button.primary")?.closest(TABS);
-    const output = tab?.querySelector(".demo-output");
-    if (output?.getBoundingClientRect().top > window.innerHeight / 2) output.scrollIntoView();
+    awaited = event.target.closest?.("button.primary")?.closest(TABS)?.querySelector(".demo-output") || awaited;
   });
+  for (const type of ["wheel", "touchmove", "keydown"]) document.addEventListener(type, () => (awaited = null));
+  new MutationObserver(() => {
+    if (!awaited?.querySelector(".demo-results, .demo-progress")) return;
+    const { top, bottom } = awaited.getBoundingClientRect();
+    if (top > window.innerHeight / 2 && bottom > window.innerHeight) awaited.scrollIntoView();
+    else awaited = null;
+  }).observe(document, { childList: true, subtree: true });
   document.addEventListener("focusin", draw);
   document.addEventListener("focusout", () => setTimeout(draw));
 

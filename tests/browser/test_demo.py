@@ -84,6 +84,8 @@ def test_interpolate(opened):
     click(tab, "run_interpolate")
     slider, label = tab.locator(".demo-viewer input"), tab.locator(".demo-viewer output")
     before = label.inner_text()
+    place = "document.querySelector('#demo-interpolate .demo-frame:not([hidden]) img').getBoundingClientRect()"
+    page.wait_for_function(f"{place}.bottom <= innerHeight")  # on a phone it was below the settings
     slider.press("ArrowRight")
     assert label.inner_text() != before and tab.locator(".demo-frame:visible").count() == 1
     assert json.loads(download(page, tab.locator(".demo-frame:visible a").first).text["settings"])["weight"] == 0.625
