@@ -144,14 +144,11 @@ def find_shards(
 
 
 def _check_one_config(files: list[StoredFile], split: str, description: str) -> None:
-    """On the Hub each configuration of a data set has a folder."""
-    folders = {file.name.partition("/")[0] for file in files if _is_shard_of(file, split) and "/" in file.name}
+    """On the Hub each configuration of a data set of tables has a folder; tar files may be in several of one."""
+    tables = [file.name for file in files if file.name.endswith(".parquet") and split_of(file.name) == split]
+    folders = {name.partition("/")[0] for name in tables if "/" in name}
     if len(configs := sorted(name for name in folders if not SPLIT_IN_NAME.search(name.lower()))) > 1:
         raise ValueError(f"dataset_config_name is None: give one, {description} has the folders {some(configs)}")
-
-
-def _is_shard_of(file: StoredFile, split: str) -> bool:
-    return file.name.endswith(SHARDS) and split_of(file.name) == split
 
 
 def is_sharded(place: str) -> bool:
@@ -451,12 +448,8 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
         numbers = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
     except (ValueError, EOFError, TypeError) as error:
         raise ShardError(f"{name} is damaged: {error}") from error
-    if (
-        numbers.dtype != np.int32
-        or numbers.shape != (starts[-1],)
-        or numbers.min() < -1
-        or numbers.max() >= len(found.class_names)
-    ):
+    are_numbers = numbers.dtype == np.int32 and numbers.shape == (starts[-1],)
+    if not are_numbers or numbers.min() < -1 or numbers.max() >= len(found.class_names):
         raise ShardError(
             f"{name} does not have {starts[-1]} labels from -1 to {len(found.class_names) - 1}: pack the data set again"
         )
