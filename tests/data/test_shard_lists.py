@@ -432,6 +432,18 @@ def test_a_signature_and_a_password_are_no_part_of_a_description(tmp_path, load)
     assert stores.user_of("https://me:secret@host/a@b.tar") == "me:secret" and stores.user_of("https://host/a@b") == ""
 
 
+def test_held_out_images_that_cannot_be_read_are_counted(tmp_path, load, capsys):
+    (tmp_path / "set").mkdir()
+    with shards.tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        for i in range(60):
+            add(archive, f"{i:02}.png", b"no image" if i == 20 else png_of(i))
+    split = load(tmp_path / "set", None)
+    assert np.setdiff1d(np.arange(60), split.train_indices).tolist() == [0, 20, 40]
+    assert (np.asarray(split.held_out) == as_arrays([0, 40])).all()
+    assert split.held_out_source == "2 of 60 images, not trained on"
+    assert "WARNING: 1 of the 3 images that are held out cannot be read" in capsys.readouterr().out
+
+
 def test_places_of_other_stores_keep_their_question_marks():
     assert stores.path_of("https://host/a.tar?x=1") == "https://host/a.tar"
     assert stores.path_of("/data/what?.tar") == "/data/what?.tar"

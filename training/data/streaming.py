@@ -151,7 +151,9 @@ def load_streamed_split(
         available = images.indices_in(evenly_spaced(len(images.counts), HELD_OUT_SHARDS))
         chosen = available[evenly_spaced(len(available), number)]
         held_out = _write_sample(data, chosen, cache_dir, data.source)
-        source = f"{number} of {len(data)} images, not trained on" if number else "nothing: too few images"
+        source = f"{len(held_out)} of {len(data)} images, not trained on" if number else "nothing: too few images"
+        if lost := number - len(held_out):
+            log(f"WARNING: {lost} of the {number} images that are held out cannot be read")
         train_indices = np.setdiff1d(every_image, chosen)
     else:
         other = open_shards(
