@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAINING = ROOT / "training"
+TRAIN = TRAINING / "train.py"
 PRELOAD = [
     "accelerate", "datasets", "ddpm_pipeline.pipeline_ddpm", "jsonargparse", "psutil", "torch._dynamo",
     "torch.distributed.run", "torch.utils.tensorboard", "tqdm", "training.config", "training.denoiser",
@@ -76,7 +77,7 @@ def _launch(launcher, arguments, log, machine, fault):
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
-    config, _, _ = run.config_from_args(run.parse_args([*launcher, str(TRAINING / "train.py")]))
+    config, _, _ = run.config_from_args(run.parse_args([*launcher, str(TRAIN)]))
     config.start_method = "fork"
     elastic_launch(config, _work)(arguments, log, fault)
 
