@@ -554,8 +554,7 @@ def test_the_card_says_how_to_ask_for_a_class(tmp_path, null, balance):
     namespace = {}
     exec(code, namespace)
     assert len(namespace["images"]) == 4
-    if null:
-        assert check.check_loading(tmp_path / "out")["remote-code"] == 0
+    assert check.check_loading(tmp_path / "out")["remote-code"] == 0
 
 
 def test_without_classes_the_card_has_no_word_of_them(run, tmp_path):

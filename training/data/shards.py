@@ -292,13 +292,14 @@ def _parquet(
     features = dict(features_of(good[0][0], good[0][1]))
     image_column = image_column_of(place, features, image_column)
     label_column = label_column_of(features, label_column)
+    image_type = type_of(good[0][1], image_column)
     shards = []
     for file, metadata, digest in good:
         columns = features_of(file, metadata)
         for column in filter(None, (image_column, label_column)):
             if column not in columns:
                 raise ShardError(f"{file.name} has no column {column!r}: {some(list(columns))}")
-        kinds = [(image_column, type_of(metadata, image_column), type_of(good[0][1], image_column))]
+        kinds = [(image_column, type_of(metadata, image_column), image_type)]
         if label_column is not None:
             kinds.append((label_column, columns[label_column], features[label_column]))
         for column, kind, of_first in kinds:

@@ -39,6 +39,7 @@ NOT_FOUND = (404, 410)  # codes of HTTP
 LATER = (408, 425, 429)  # codes of HTTP below 500 that ask to come back
 REFUSED = (401, 403)  # codes of HTTP that stores have for files that do not exist
 NO_HEAD = (401, 403, 405, 501)  # codes of HTTP: GET may be allowed all the same, a signed URL is for one of them
+USER = re.compile(r"^(\w+://)([^/@]*)@")  # in a URL, with the password
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -69,14 +70,14 @@ def is_remote(place: str) -> bool:
 
 def path_of(place: str) -> str:
     """A place without what is not for others: the password in a URL, and what follows a web address, as a signature."""
-    place = re.sub(r"^(\w+://)[^/@]*@", r"\1", place)
+    place = USER.sub(r"\1", place)
     return place.partition("?")[0] if _is_http(place) else place
 
 
 def user_of(place: str) -> str:
     """The user and the password in a URL; "" if there are none."""
-    match = re.match(r"\w+://([^/@]*)@", place)
-    return match[1] if match else ""
+    match = USER.match(place)
+    return match[2] if match else ""
 
 
 def patiently(name: str, work: Callable[[], T], stopped: threading.Event | None = None) -> T:
