@@ -272,22 +272,45 @@ INLINE Segment segment(Shape s, long image, long i) {
     return (Segment){image, first, end < s.pixels ? end : s.pixels};
 }
 
-/* The compiler makes a loop of its own for each dtype, with and without SiLU and dropout. */
-#define SPECIALISED(CALL) \
+/* The compiler makes a loop of its own for each dtype, and where they matter with and without SiLU and dropout: once,
+   in functions that are not inlined, for every loop costs time to compile. */
+#define LOOP static __attribute__((noinline)) void
+#define FOR_EACH_DTYPE(CALL) \
     do { \
         Shape given = s; \
-        if (given.bf16 && given.silu) AS(1, 1, CALL) \
-        else if (given.bf16) AS(1, 0, CALL) \
-        else if (given.silu) AS(0, 1, CALL) \
-        else AS(0, 0, CALL) \
+        if (given.bf16) AS(1, CALL) \
+        else AS(0, CALL) \
     } while (0)
-#define AS(BF16, SILU, CALL) \
+#define AS(BF16, CALL) \
     { \
         Shape s = given; \
-        s.bf16 = BF16, s.silu = SILU; \
-        if (given.kept) { CALL; } \
-        else { s.kept = 0; CALL; } \
+        s.bf16 = BF16; \
+        CALL; \
     }
+#define FOR_EACH_KIND(CALL) \
+    do { \
+        if (s.silu && s.kept) FOR_EACH_DTYPE((s.silu = 1, CALL)); \
+        else if (s.silu) FOR_EACH_DTYPE((s.silu = 1, s.kept = 0, CALL)); \
+        else if (s.kept) FOR_EACH_DTYPE((s.silu = 0, CALL)); \
+        else FOR_EACH_DTYPE((s.silu = 0, s.kept = 0, CALL)); \
+    } while (0)
+
+LOOP sum_up(Shape s, Segment at, const void *x, float *sums) { FOR_EACH_DTYPE(sum_segment(s, at, x, sums)); }
+
+LOOP apply(Shape s, Segment at, const void *x, void *y, const float *weight, const float *bias, const float *mean,
+           const float *rstd) {
+    FOR_EACH_KIND(apply_segment(s, at, x, y, weight, bias, mean, rstd));
+}
+
+LOOP differentiate(Shape s, Segment at, const void *dy, const void *x, void *dx, const float *weight, const float *bias,
+                   const float *mean, const float *rstd, float *sums) {
+    FOR_EACH_KIND(differentiate_segment(s, at, dy, x, dx, weight, bias, mean, rstd, sums));
+}
+
+LOOP combine(Shape s, Segment at, const void *dz, const void *x, void *dx, const float *weight, const float *rstd,
+             const float *slope, const float *offset) {
+    FOR_EACH_DTYPE(combine_segment(s, at, dz, x, dx, weight, rstd, slope, offset));
+}
 
 /* A thread takes whole images, which then stay in its cache; or their segments, if there are too few images. For very
    few numbers a second thread would be more work than help. */
@@ -302,8 +325,8 @@ INLINE Segment segment(Shape s, long image, long i) {
 void group_norm_forward(Shape s, const void *x, void *y, const float *weight, const float *bias, float *mean,
                         float *rstd, float *sums) {
     long segments = group_norm_segments(s.pixels);
-#define SUM SPECIALISED(sum_segment(s, segment(s, image, i), x, sums + (image * segments + i) * 2 * s.channels))
-#define APPLY SPECIALISED(apply_segment(s, segment(s, image, i), x, y, weight, bias, mean, rstd))
+#define SUM sum_up(s, segment(s, image, i), x, sums + (image * segments + i) * 2 * s.channels)
+#define APPLY apply(s, segment(s, image, i), x, y, weight, bias, mean, rstd)
     if (s.images >= omp_get_max_threads()) {
         FOR_EACH_IMAGE {
             for (long i = 0; i < segments; i++)
@@ -326,9 +349,9 @@ void group_norm_backward(Shape s, const void *dy, const void *x, void *dx, const
     long segments = group_norm_segments(s.pixels);
     const void *dz = s.silu || s.kept ? dx : dy;
 #define DIFFERENTIATE \
-    SPECIALISED(differentiate_segment(s, segment(s, image, i), dy, x, dx, weight, bias, mean, rstd, \
-                                      sums + (image * segments + i) * 2 * s.channels))
-#define COMBINE SPECIALISED(combine_segment(s, segment(s, image, i), dz, x, dx, weight, rstd, slope, offset))
+    differentiate(s, segment(s, image, i), dy, x, dx, weight, bias, mean, rstd, \
+                  sums + (image * segments + i) * 2 * s.channels)
+#define COMBINE combine(s, segment(s, image, i), dz, x, dx, weight, rstd, slope, offset)
     if (s.images >= omp_get_max_threads()) {
         FOR_EACH_IMAGE {
             for (long i = 0; i < segments; i++)

@@ -1,10 +1,11 @@
 """KERNELS: loops in C, made into a library by the machine's C compiler when they are first needed.
 
-That takes under a second, and the library is kept in the user's cache, one for each processor. It works on Linux with a
+That takes a few seconds, and the library is kept in the user's cache, one for each processor. It works on Linux with a
 compiler named `cc` (or as CC says) and with a torch that uses GNU OpenMP, as those from PyPI do. Everything else, and
 every failure, means that torch computes instead; nothing depends on a kernel but the time.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +59,23 @@ def load() -> tuple[Any, str | None]:
     if compiler is None:
         return None, "there is no C compiler"
     try:
-        library = ctypes.CDLL(str(_compiled(compiler, openmp)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        path = _path_for(compiler, openmp)
+        with contextlib.suppress(OSError, AttributeError):  # not compiled yet, or damaged on the disk: compiled anew
+            return _opened(path), None
+        return _compiled(compiler, openmp, path), None
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         return None, f"{compiler} failed: {getattr(error, 'stderr', None) or error}"
+
+
+def _opened(path: Path) -> Any:
+    """The library of a file. Raises OSError where it is none, and AttributeError where a function is missing."""
+    library = ctypes.CDLL(str(path))
     library.group_norm_segments.argtypes = [ctypes.c_long]
     library.group_norm_segments.restype = ctypes.c_long
     library.group_norm_forward.argtypes = [Shape, *[ctypes.c_void_p] * 7]
     library.group_norm_backward.argtypes = [Shape, *[ctypes.c_void_p] * 12]
     library.Shape = Shape  # type: ignore[attr-defined]  # a ctypes library takes any attribute
-    return library, None
+    return library
 
 
 def processor() -> str:
@@ -78,25 +88,25 @@ def processor() -> str:
     return "\n".join([platform.machine(), *sorted(set(lines))])
 
 
-def _compiled(compiler: str, openmp: str) -> Path:
-    """The path of the library for this processor, compiled if it is not there yet."""
+def _path_for(compiler: str, openmp: str) -> Path:
+    """Where the library is kept that this compiler makes for this processor."""
     parts = (SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, openmp, processor())
-    path = CACHE / f"group_norm-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    if path.is_file():
-        return path
+    return CACHE / f"group_norm-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+def _compiled(compiler: str, openmp: str, path: Path) -> Any:
+    """The library, compiled; it is kept at `path` when it has been opened."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as library:
-        compiled = library.with_suffix(".o")
-        try:
-            # In two steps: linked with -fopenmp it would get a second OpenMP, whose threads compete with torch's.
-            for command in (
-                [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-                [compiler, "-shared", str(compiled), openmp, "-lm", "-o", str(library)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        finally:
-            compiled.unlink(missing_ok=True)
-    return path
+    # The processes of a run compile at the same time: each in files of its own.
+    with replacing(path) as library, tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "group_norm.o"
+        # In two steps: linked with -fopenmp it would get a second OpenMP, whose threads compete with torch's.
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), openmp, "-lm", "-o", str(library)],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        return _opened(library)
 
 
 def _openmp_of_torch() -> str | None:

@@ -335,3 +335,27 @@ def test_without_a_compiler_torch_computes(tmp_path):
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         ).stdout
         assert output.startswith("False True ") and reason in output
+
+
+@needs_kernel
+def test_a_library_is_compiled_once_and_a_damaged_one_anew(tmp_path, monkeypatch):
+    """Two compilations write to different files: one that read what another had half written would keep that."""
+    compiler, made = tmp_path / "cc", tmp_path / "made"
+    compiler.write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" >> {made}\nexec cc "$@" -O0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "whole")
+    for _ in range(2):
+        assert kernels.load.__wrapped__()[0] is not None
+    assert len(made.read_text().split()) == 2  # an object and a library
+    (whole,) = kernels.CACHE.iterdir()
+
+    monkeypatch.setattr(kernels, "CACHE", tmp_path / "damaged")
+    damaged = kernels.CACHE / whole.name
+    damaged.parent.mkdir()
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", str(damaged)], check=True)  # without functions
+    library, reason = kernels.load.__wrapped__()
+    assert reason is None and library.group_norm_segments(1) == 1
+    assert damaged.stat().st_size == whole.stat().st_size
+    names = [name.replace("/damaged/", "/whole/") for name in made.read_text().split()]
+    assert len(names) == len(set(names)) == 4
