@@ -40,7 +40,8 @@ class Config:
             or https://host/shard-{000..999}.tar; a part of them at a time is on this machine's disk, see docs/data.md.
         streaming_cache_gb: disk for this part in cache_dir, in units of 10^9 bytes.
         split: split to train on, as in `datasets.load_dataset`; of a folder of images, its folder train, val or test.
-        image_column: column of the images in a data set that has several; default: the only one.
+        image_column: column of the images in a data set that has several; default: the only one. Of tar files that have
+            several images of a sample: what follows its name, such as photo.png; default: the first.
         label_column: column of the labels, in a data set or in the metadata.csv of train_data_dir; default: the only
             one of class labels or called label; in a folder without it, the folders are the labels.
         include: patterns of the paths to use in train_data_dir, separated by commas, such as cats/* or *_photo.png;

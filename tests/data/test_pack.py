@@ -209,7 +209,7 @@ def test_damaged_notes_of_an_interrupted_packing(tmp_path, run, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "packed").iterdir()} == expected
     shutil.rmtree(tmp_path / "packed")
     interrupted(run, tmp_path, monkeypatch)
-    for content in ("", "[1]"):
+    for content in ("", "[1]", '{"train": 1}'):
         (tmp_path / "packed" / pack.STATE).write_text(content)
         with pytest.raises(ValueError, match=r".packing.json is damaged: delete the folder, and pack again"):
             run(tmp_path / "set", resolution=8)
@@ -249,6 +249,15 @@ def test_all_unreadable_images_are_named_and_what_is_packed_is_kept(tmp_path, ru
         run(tmp_path / "set", resolution=8)
     monkeypatch.setattr(pack, "decode_checked", None)
     assert "8 images in 3 shards" in run(tmp_path / "set", resolution=8, on_bad_image="skip")
+
+
+def test_a_shard_without_an_image_that_can_be_read_is_not_kept(tmp_path, run):
+    write_folder(tmp_path / "set")
+    path = tmp_path / "set" / "a" / "02.png"
+    path.write_bytes(path.read_bytes()[:80])  # its header can be read
+    assert "9 images in 9 shards" in run(tmp_path / "set", resolution=8, on_bad_image="skip", images_per_shard=1)
+    names = {entry["name"] for entry in packed(tmp_path)[2]["splits"]["train"]["shards"]}
+    assert {path.name for path in (tmp_path / "packed").glob("train-0*.npy")} == names
 
 
 def test_one_packing_at_a_time(tmp_path, run):

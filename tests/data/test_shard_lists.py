@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import socket
+import tarfile
 from email.message import Message
 
 import numpy as np
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.data.image_files import cell
+from tests.data.image_files import cell, write_parquet
 from tests.data.shard_files import add, as_arrays, pixels_of, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores
 from training.data.disk import CacheError
@@ -82,15 +84,57 @@ def test_the_configurations_of_a_data_set_are_not_mixed(tmp_path, load, monkeypa
     assert len(load(tmp_path / "set").data) == 8  # folders of one's own
 
 
-def test_images_of_one_name_up_to_the_first_dot_are_counted(tmp_path, load):
+def test_one_of_several_images_of_a_sample_is_chosen(tmp_path, load):
     (tmp_path / "set").mkdir()
-    with shards.tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
         for i in range(3):
-            add(archive, f"image.{i}.png", png_of(i))
-        add(archive, "other.png", png_of(3))
+            add(archive, f"{i}.mask.png", png_of(10 + i))
+            add(archive, f"{i}.Photo.png", png_of(i))
+            add(archive, f"{i}.cls", str(i).encode())
+        add(archive, "3.mask.png", png_of(13))
     split = load(tmp_path / "set")
-    assert "2 images left out: their names up to the first dot are those of the images before" in split.data.source
-    assert (all_images(split) == as_arrays([0, 3])).all()
+    note = "3 images left out (image_column chooses, now the first of a sample): photo.png"
+    assert split.data.source.endswith(note) and (all_images(split) == as_arrays([10, 11, 12, 13])).all()
+    split = load(tmp_path / "set", image_column="Photo.png")
+    assert split.data.source.endswith("4 images left out (image_column is Photo.png): mask.png")
+    assert (all_images(split) == as_arrays([0, 1, 2])).all() and split.data.label_names() == ["0", "1", "2"]
+    with pytest.raises(ValueError, match=r"image_column is 'png': give mask.png or photo.png, as samples end with"):
+        load(tmp_path / "set", image_column="png")
+
+
+def test_the_columns_of_a_table_have_a_cache_and_a_digest_each(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    columns = {"a": [cell(pixels_of(i)) for i in range(3)], "b": [cell(pixels_of(9 - i)) for i in range(3)]}
+    write_parquet(tmp_path / "set" / "0.parquet", **columns)
+    a, b = (load(tmp_path / "set", image_column=column) for column in "ab")
+    assert (all_images(a) == as_arrays([0, 1, 2])).all() and (all_images(b) == as_arrays([9, 8, 7])).all()
+    assert a.data.digest != b.data.digest
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_tar_file_are_followed_and_samples_without_an_image_are_counted(tmp_path, load, capsys, kind):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        add(archive, "first.png", png_of(0))
+        for name, target in (("second.png", "first.png"), ("third.png", "nowhere.png"), ("self.png", "self.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            archive.addfile(link)
+        add(archive, "fourth.png", png_of(4))
+        add(archive, "first.cls", b"1")  # not beside its image
+    split = load(tmp_path / "set")
+    assert split.data.source.endswith("1 samples without an image left out") and len(split.data) == 5
+    assert (split.data.images[np.array([0, 1, 4])] == as_arrays([0, 0, 4])).all()
+    all_images(split)
+    output = capsys.readouterr().out
+    for name, target in (("third.png", "nowhere.png"), ("self.png", "self.png")):
+        assert f"{name}: it is a link to {target}, which is no file of this archive" in output
+
+
+def test_a_folder_may_be_named_as_a_pattern(tmp_path, load):
+    for kind, writer in WRITERS.items():
+        writer(tmp_path / f"{kind}-{{0..1}}", [3])
+        assert len(load(tmp_path / f"{kind}-{{0..1}}").data) == 3
 
 
 # ---- Servers ---------------------------------------------------------------------------------------------------------
@@ -381,14 +425,14 @@ def test_a_tar_file_that_may_not_be_read_is_named(tmp_path, load, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shards.tarfile, "open", refuse)
+    monkeypatch.setattr(tarfile, "open", refuse)
     with pytest.raises(ShardError, match=r"000.tar cannot be read: Permission denied"):
         load(tmp_path / "set")
 
 
 def test_the_column_of_labels_that_was_asked_for_is_taken(tmp_path, load):
     (tmp_path / "set").mkdir()
-    with shards.tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
         for i in range(3):
             add(archive, f"{i}.png", png_of(i))
             add(archive, f"{i}.cls", b"1")
@@ -401,9 +445,7 @@ def test_the_column_of_labels_that_was_asked_for_is_taken(tmp_path, load):
 
 def test_names_that_are_not_utf_8_are_shown(tmp_path, load, capsys):
     (tmp_path / "set").mkdir()
-    with shards.tarfile.open(
-        tmp_path / "set" / "000.tar", "w", format=shards.tarfile.GNU_FORMAT, encoding="latin-1"
-    ) as archive:
+    with tarfile.open(tmp_path / "set" / "000.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
         add(archive, "a.png", png_of(0))
         add(archive, "caf\u00e9.png", b"no image")
     split = load(tmp_path / "set")
@@ -419,9 +461,37 @@ def test_tar_files_none_of_which_can_be_read_are_named(tmp_path, load):
         load(tmp_path / "set")
 
 
-def test_an_address_that_is_none_is_not_waited_for(load):
-    with pytest.raises(ValueError, match="cannot be read: nonnumeric port"):
-        load("http://host:port/a.tar")
+@pytest.mark.parametrize("address", ["host:port/a.tar", "127.0.0.1:99999/a.tar", "/a.tar", "[::1/a.tar", "host:0/a"])
+def test_an_address_that_is_none_is_not_waited_for(load, address):
+    with pytest.raises(ValueError, match=r"is no web address: give https://host/path, or https://host:port/path"):
+        load(f"http://{address}")
+
+
+@pytest.mark.parametrize(("number", "attempts"), [(socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 3)])
+def test_a_host_that_does_not_exist_is_not_waited_for_but_a_name_server_is(load, monkeypatch, number, attempts):
+    asked = []
+
+    def resolve(*args, **options):
+        asked.append(args)
+        raise socket.gaierror(number if len(asked) < 3 else socket.EAI_NONAME, "no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(ShardError, match="cannot be read: no such name"):
+        load("HTTP://host/a.tar")
+    assert len(asked) == attempts
+
+
+def test_what_follows_the_address_of_a_folder_is_for_all_files_in_it(tmp_path, load):
+    write_packed(tmp_path / "packed", [4, 3])
+    write_tables(tmp_path / "tables", [4, 3])
+    names = sorted(path.name for path in (tmp_path / "tables").iterdir())
+    (tmp_path / "tables" / "index.json").write_text(json.dumps({"shardlist": [{"url": name} for name in names]}))
+    with serving(tmp_path) as server:
+        for folder in ("packed", "packed/manifest.json", "packed/", "tables", "tables/index.json"):
+            split = load(f"{server.url}/{folder}?sig=SECRET/abc", cache_dir=tmp_path / folder.replace("/", "-"))
+            assert (all_images(split) == as_arrays(range(7))).all() and split.data.label_names() == list("0120120")
+            assert "SECRET" not in split.data.source
+        assert server.requests and all(request.endswith("?sig=SECRET/abc") for request in server.requests)
 
 
 def test_a_signature_and_a_password_are_no_part_of_a_description(tmp_path, load):
@@ -434,7 +504,7 @@ def test_a_signature_and_a_password_are_no_part_of_a_description(tmp_path, load)
 
 def test_held_out_images_that_cannot_be_read_are_counted(tmp_path, load, capsys):
     (tmp_path / "set").mkdir()
-    with shards.tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
         for i in range(60):
             add(archive, f"{i:02}.png", b"no image" if i == 20 else png_of(i))
     split = load(tmp_path / "set", None)

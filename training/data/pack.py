@@ -211,13 +211,14 @@ def _plan(file: Path, split: str, key: str, images_per_shard: int) -> dict[str, 
             f"output is '{file.parent}', where another packing was interrupted, of other images or with other "
             "settings: delete it, or give another folder"
         )
-    return dict(noted)
+    return noted
 
 
 def _noted(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-    except (ValueError, TypeError) as error:
+        noted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return {split: dict(plan) for split, plan in noted.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: delete the folder, and pack again") from error
 
 
@@ -293,6 +294,9 @@ def _pack_split(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for entry in found:
+        if not entry["count"]:  # no image of it can be read
+            (output / entry["name"]).unlink(missing_ok=True)
     shards = [{name: entry[name] for name in ("name", "count", "bytes", "sha256")} for entry in found if entry["count"]]
     if not shards:
         raise ValueError(f"split {split} has no image that can be read")

@@ -20,6 +20,7 @@ import re
 import tarfile
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,13 +35,13 @@ from training.data.disk import writing
 from training.data.sources import hub_commit, image_column_of, label_column_of, label_values
 from training.data.stores import SHARDS, TARS, ShardError, StoredFile
 from training.data.tables import features_of, read_footer, read_labels, table_rows, type_of
-from training.data.tars import DAMAGED, images_of, label_of, samples, tar_rows
+from training.data.tars import DAMAGED, image_of, images_of, label_of, samples, tar_rows
 from training.messages import some
 from training.progress import progress
 
 MANIFEST, INDEX = "manifest.json", "index.json"
 PACKED_FORMAT = "ddpm_pipeline shards 1"
-INDEX_ENTRY = {"labels", "others", "damaged", "digest"}  # of a tar file
+INDEX_ENTRY = {"labels", "others", "without", "damaged", "digest"}  # of a tar file
 # The words of the library datasets; a part of validation images keeps its name.
 SPLITS = {name: name for name in ("train", "validation", "valid", "val", "test")}
 SPLITS |= {"training": "train", "dev": "validation", "testing": "test", "eval": "test", "evaluation": "test"}
@@ -72,7 +73,7 @@ class ShardList:
         splits: all splits of the data set.
         notes: which shards are left out or damaged.
         shape, dtype: of the images of packed shards, (C, H, W); None and "" for others.
-        image_column, label_column: of parquet files.
+        image_column, label_column: of parquet files; of tar files the end of a name, and a key of NAME.json.
         labels_file, labels_sha256: of packed shards, (N,) int32, indices into class_names, or -1.
         class_names: the order of the labels; None: they have none.
     """
@@ -113,29 +114,32 @@ def find_shards(
         ValueError: there are no shards of this split.
         ShardError: the place cannot be read.
     """
+    stores.check_address(place)
     description = f"data set {stores.path_of(place).rstrip('/').rpartition('/')[2] or stores.path_of(place)}"
     local = Path(place).expanduser()
-    if not stores.is_remote(place) and (local.exists() or stores.RANGE.search(place)):
+    if not stores.is_remote(place) and (local.exists() or stores.is_pattern(place)):
         place = str(local)
     elif not stores.is_remote(place):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
             raise ValueError(f"there are no shards in {place!r}: give a folder, a URL or the name of a data set")
         commit = hub_commit(place, index_dir)
         description, place = f"data set {place}", f"hf://datasets/{place}" + (f"@{commit}" if commit else "")
-    given = re.search(rf"/({MANIFEST}|{INDEX})$", place)
-    place, is_given = place[: given.start()] if given else place, given is not None
-    if not stores.RANGE.search(place) and not stores.path_of(place).endswith(SHARDS):
-        manifest = None if given and given[1] == INDEX else _read_json(join(place, MANIFEST), is_given)
+    given = re.search(rf"/({MANIFEST}|{INDEX})(\?.*)?$", place)
+    place, is_given = place[: given.start()] + (given[2] or "") if given else place, given is not None
+    if not stores.is_pattern(place) and not stores.path_of(place).endswith(SHARDS):
+        manifest = None if given and given[1] == INDEX else _read_json(stores.join(place, MANIFEST), is_given)
         if manifest is not None:
             return _packed(place, description, manifest, split)
-        index = _read_json(join(place, INDEX), is_given) if place.startswith("http") else None
+        index = _read_json(stores.join(place, INDEX), is_given) if stores.is_http(place) else None
         if index is not None:
             try:
                 names = [str(shard["url"]) for shard in index["shardlist"]]
             except (KeyError, TypeError):
-                raise ShardError(f'{join(place, INDEX)} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
-            urls = [name if "://" in name else join(place, name) for name in names]
-            files = stores.stat_all([(url, stores.path_of(url).removeprefix(join(place, ""))) for url in urls])
+                file = stores.path_of(stores.join(place, INDEX))
+                raise ShardError(f'{file} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
+            urls = [name if "://" in name else stores.join(place, name) for name in names]
+            folder = stores.path_of(stores.join(place, ""))
+            files = stores.stat_all([(url, stores.path_of(url).removeprefix(folder)) for url in urls])
             return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
     files = stores.list_files(place)
     if place.startswith("hf://") and config is None:
@@ -162,12 +166,12 @@ def is_sharded(place: str) -> bool:
 def _read_json(url: str, is_given: bool) -> dict[str, Any] | None:
     """A small file; None if it does not exist, or if it was not asked for and a web server has a page in its place."""
     content = stores.read_optional(url)
-    if content is not None and url.startswith("http") and not is_given and content.lstrip()[:1] == b"<":
+    if content is not None and stores.is_http(url) and not is_given and content.lstrip()[:1] == b"<":
         return None
     try:
         return None if content is None else dict(json.loads(content))
     except (ValueError, TypeError) as error:
-        raise ShardError(f"{url} is damaged: {error}") from error
+        raise ShardError(f"{stores.path_of(url)} is damaged: {error}") from error
 
 
 def is_packed(folder: Path) -> bool:
@@ -175,10 +179,6 @@ def is_packed(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("format") == PACKED_FORMAT
     return False
-
-
-def join(place: str, name: str) -> str:
-    return f"{place.rstrip('/')}/{name}"
 
 
 def _of_files(
@@ -206,7 +206,7 @@ def _of_files(
         raise ValueError(f"split is {split!r}: give {' or '.join(by_split)}, {place!r} has no other split")
     description, splits = f"{description}, split {split}", tuple(by_split)
     if not tables:
-        return _webdataset(by_split[split], description, splits, label_column, index_dir)
+        return _webdataset(by_split[split], description, splits, image_column, label_column, index_dir)
     found = _parquet(by_split[split], place, description, splits, image_column, label_column)
     if tars:
         note = f"{len(tars)} tar files left out, beside parquet files: {some([file.name for file in tars])}"
@@ -226,8 +226,9 @@ def split_of(name: str) -> str:
 
 
 def _packed(place: str, description: str, manifest: dict[str, Any], split: str) -> ShardList:
+    file = stores.path_of(stores.join(place, MANIFEST))
     if manifest.get("format") != PACKED_FORMAT:
-        raise ValueError(f"{join(place, MANIFEST)} is not of packed shards: its format is {manifest.get('format')!r}")
+        raise ValueError(f"{file} is not of packed shards: its format is {manifest.get('format')!r}")
     try:
         splits = manifest["splits"]
         _demand(isinstance(splits, dict), "splits")
@@ -242,15 +243,15 @@ def _packed(place: str, description: str, manifest: dict[str, Any], split: str) 
             _demand(isinstance(name, str) and re.fullmatch(r"[^/\\\0]*\.npy", name), "name of a shard")
             _demand(_is_count(size) and _is_count(count) and count * math.prod(shape) <= size, "size of a shard")
             _demand(isinstance(sha256, str), "sha256 of a shard")
-            shards.append(Shard(StoredFile(join(place, name), name, size, sha256), count, sha256))
+            shards.append(Shard(StoredFile(stores.join(place, name), name, size, sha256), count, sha256))
         _demand(len({shard.file.name for shard in shards}) == len(shards), "shard that is there once")
         labels, names = splits[split]["labels"], manifest["class_names"]
         _demand(labels is None or re.fullmatch(r"[^/\\\0]*\.npy", labels), "name of the labels")
         _demand(names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)), "classes")
     except (KeyError, TypeError) as error:
-        raise ShardError(f"{join(place, MANIFEST)} is damaged: {type(error).__name__} {error}") from error
+        raise ShardError(f"{file} is damaged: {type(error).__name__} {error}") from error
     except ShardError as error:
-        raise ShardError(f"{join(place, MANIFEST)} is damaged: {error}") from None
+        raise ShardError(f"{file} is damaged: {error}") from None
     return ShardList(
         "packed",
         tuple(shards),
@@ -258,7 +259,7 @@ def _packed(place: str, description: str, manifest: dict[str, Any], split: str) 
         tuple(splits),
         shape=shape,
         dtype=dtype,
-        labels_file=None if labels is None else join(place, labels),
+        labels_file=None if labels is None else stores.join(place, labels),
         labels_sha256=splits[split].get("labels_sha256"),
         class_names=None if names is None else tuple(names),
     )
@@ -322,18 +323,23 @@ def _parquet(
 
 
 def _webdataset(
-    files: list[StoredFile], description: str, splits: tuple[str, ...], label_column: str | None, index_dir: Path
+    files: list[StoredFile],
+    description: str,
+    splits: tuple[str, ...],
+    image_column: str | None,
+    label_column: str | None,
+    index_dir: Path,
 ) -> ShardList:
     """Reads each tar file once, and keeps what it has found."""
 
     def index(file: StoredFile, stopped: threading.Event) -> dict[str, Any]:
-        key = json.dumps([stores.path_of(file.url), file.size, file.version, label_column])
+        key = json.dumps([stores.path_of(file.url), file.size, file.version, image_column, label_column])
         kept = index_dir / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         with contextlib.suppress(OSError, ValueError):
             entry = json.loads(kept.read_text(encoding="utf-8"))
             if isinstance(entry, dict) and entry.keys() == INDEX_ENTRY:
                 return entry
-        entry = _read_index(file, label_column, index_dir, stopped)
+        entry = _read_index(file, image_column, label_column, index_dir, stopped)
         if file.version and not entry["damaged"]:  # else another file may have the same size, or be whole next time
             with replacing(kept) as temporary:
                 temporary.write_text(json.dumps(entry), encoding="utf-8")
@@ -345,20 +351,29 @@ def _webdataset(
     damaged = [file.name for file, entry in zip(files, found) if entry["damaged"]]
     if damaged and not any(entry["labels"] for entry in found):
         raise ShardError(f"no shard of {description} can be read: {some(damaged)} are no complete tar files")
+    others = Counter[str]()
+    for entry in found:
+        others.update(entry["others"])
+    if image_column and not any(entry["labels"] for entry in found):
+        raise ValueError(f"image_column is {image_column!r}: give {' or '.join(others)}, as samples end with")
     if label_column and all(label is None for entry in found for label in entry["labels"]):
         raise ValueError(f"label_column is {label_column!r}: no sample of {description} has it in its .json file")
     shards = [
         Shard(file, len(entry["labels"]), entry["digest"], tuple(entry["labels"])) for file, entry in zip(files, found)
     ]
     notes = [f"{len(damaged)} tar files are damaged, what can be read of them is used: {some(damaged)}"] * bool(damaged)
-    if others := sum(entry["others"] for entry in found):
-        notes.append(f"{others} images left out: their names up to the first dot are those of the images before them")
+    if others:
+        used = f"image_column is {image_column}" if image_column else "image_column chooses, now the first of a sample"
+        notes.append(f"{others.total()} images left out ({used}): {some(list(others))}")
+    if without := sum(entry["without"] for entry in found):
+        notes.append(f"{without} samples without an image left out")
     return ShardList(
         "webdataset",
         tuple(shard for shard in shards if shard.count),
         description,
         splits,
         notes=tuple(notes),
+        image_column=image_column,
         label_column=label_column,
     )
 
@@ -369,25 +384,37 @@ def _in_order(work: Any, items: list[Any]) -> Iterator[Any]:
         yield from stores.in_parallel(work, items[start : start + 16])
 
 
-def _read_index(file: StoredFile, label_column: str | None, folder: Path, stopped: threading.Event) -> dict[str, Any]:
-    """The label of each sample, its images but the first, whether the file ends too early, and its sha256."""
+def _read_index(
+    file: StoredFile, image_column: str | None, label_column: str | None, folder: Path, stopped: threading.Event
+) -> dict[str, Any]:
+    """What is in a tar file.
+
+    Returns:
+        The `labels` of its samples with an image, the endings of `others`, images that are not used, with their number,
+        how many samples are `without` an image, whether the file is `damaged`, and its `digest`, the sha256.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".counting-") as scratch:
         path = Path(file.url)
         if stores.is_remote(file.url):
             path = Path(scratch) / "shard.tar"
             stores.patiently(file.name, lambda: stores.download(file, path, stopped), stopped)
         labels: list[Any] = []
-        others, damaged = 0, False
+        others, without, damaged = Counter[str](), 0, False
         try:
             with tarfile.open(path) as archive:
-                for _, members in samples(archive):
-                    labels.append(label_of(archive, members, label_column))
-                    others += len(images_of(members)) - 1
+                for members in samples(archive):
+                    used = image_of(members, image_column)
+                    if used is not None:
+                        labels.append(label_of(archive, members, label_column))
+                    images = images_of(members)
+                    others.update(ending for ending in images if ending != used)
+                    without += not images
         except DAMAGED:
             damaged = True
         except OSError as error:
             raise ShardError(f"{file.name} cannot be read: {error.strerror or error}") from error
-        return {"labels": labels, "others": others, "damaged": damaged, "digest": sha256_of(path)}
+        entry = {"labels": labels, "others": others, "without": without, "damaged": damaged}
+        return entry | {"digest": sha256_of(path)}
 
 
 # ---- What is in them -------------------------------------------------------------------------------------------------
@@ -398,7 +425,7 @@ def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payl
     if found.kind == "parquet":
         assert found.image_column is not None
         return table_rows(path, found.image_column)
-    return tar_rows(path)
+    return tar_rows(path, found.image_column)
 
 
 def digest_of(found: ShardList, shard: Shard, path: Path) -> str:

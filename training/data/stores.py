@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -68,10 +69,36 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
+def is_pattern(place: str) -> bool:
+    """Whether it names many files, as shard-{000..999}.tar. A folder on this machine may have any name."""
+    return RANGE.search(place) is not None and (is_remote(place) or not os.path.exists(place))
+
+
+def is_http(place: str) -> bool:
+    return place.lower().startswith(("http://", "https://"))
+
+
 def path_of(place: str) -> str:
     """A place without what is not for others: the password in a URL, and what follows a web address, as a signature."""
     place = USER.sub(r"\1", place)
-    return place.partition("?")[0] if _is_http(place) else place
+    return place.partition("?")[0] if is_http(place) else place
+
+
+def join(place: str, name: str) -> str:
+    """The place of a file in a folder; a signature that follows a web address, as ?sig=..., is for all in it."""
+    folder, mark, signature = place.partition("?") if is_http(place) and "?" not in name else (place, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{signature}"
+
+
+def check_address(place: str) -> None:
+    """Raises ValueError if a web address has no host or no valid port, which is not noticed by asking for it."""
+    try:
+        address = urllib.parse.urlsplit(place)
+        is_valid = not is_http(place) or (address.hostname and address.port != 0)
+    except ValueError:  # of a port above 65535, of brackets
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"{path_of(place)} is no web address: give https://host/path, or https://host:port/path")
 
 
 def user_of(place: str) -> str:
@@ -125,6 +152,8 @@ def _warn(message: str) -> None:
 def _is_final(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500 and error.code not in LATER
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, socket.gaierror):
+        return error.reason.errno == socket.EAI_NONAME  # another number if the name servers do not answer
     if isinstance(error, http.client.InvalidURL):
         return True
     return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
@@ -146,7 +175,7 @@ def list_files(place: str) -> list[StoredFile]:
         ValueError: nothing can be listed there.
         ShardError: the store does not answer, or a file of the pattern does not exist.
     """
-    if RANGE.search(place):
+    if is_pattern(place):
         start = path_of(place)[: path_of(place).index("{")].rfind("/") + 1  # of what differs
         return stat_all([(url, _unquoted(url, path_of(url)[start:])) for url in expand(place)])
     if not is_remote(place):
@@ -154,20 +183,20 @@ def list_files(place: str) -> list[StoredFile]:
         paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
         names = {path.relative_to(root).as_posix() if path != root else path.name: path for path in paths}
         return [stat(str(names[name]), name) for name in sorted(names) if not _is_hidden(name)]
-    if _is_http(place):
+    if is_http(place):
         if path_of(place).endswith(SHARDS):
             return stat_all([(place, _unquoted(place, path_of(place).rpartition("/")[2]))])
         raise ValueError(
             f"{place} cannot be listed: give the address of a packed folder, of an index.json, of a shard, or of all "
             "shards as in https://host/shard-{000..999}.tar"
         )
-    filesystem, path = _filesystem(place)
 
     def find() -> Any:
+        filesystem, path = _filesystem(place)  # some connect here
         filesystem.invalidate_cache()
-        return filesystem.find(path, detail=True)
+        return filesystem, path, filesystem.find(path, detail=True)
 
-    found = patiently(place, find)
+    filesystem, path, found = patiently(place, find)
     files = []
     for full, info in sorted(found.items()):
         name = full.removeprefix(path.rstrip("/") + "/") if full != path else full.rpartition("/")[2]
@@ -178,7 +207,7 @@ def list_files(place: str) -> list[StoredFile]:
 
 def _unquoted(url: str, name: str) -> str:
     """The name that a file has on a disk, where a web address has a%20b."""
-    return urllib.parse.unquote(name) if _is_http(url) else name
+    return urllib.parse.unquote(name) if is_http(url) else name
 
 
 def _is_hidden(name: str) -> bool:
@@ -233,7 +262,7 @@ def stat(url: str, name: str, stopped: threading.Event | None = None) -> StoredF
         if not is_remote(url):
             status = os.stat(url)
             return StoredFile(url, name, status.st_size, f"{status.st_mtime_ns}")
-        if _is_http(url):
+        if is_http(url):
             headers = _headers(url)
             version = headers.get("ETag") or headers.get("Last-Modified") or ""
             return StoredFile(url, name, _length(url, headers), version)
@@ -279,7 +308,7 @@ def read(url: str, start: int = 0, end: int | None = None) -> bytes:
         with open(url, "rb") as file:
             file.seek(start)
             content = file.read() if end is None else file.read(end - start)
-    elif _is_http(url):
+    elif is_http(url):
         headers = {} if (start, end) == (0, None) else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
         with _request(url, headers) as answer:
             content = answer.read()
@@ -311,7 +340,7 @@ def download(file: StoredFile, to: Path, stopped: threading.Event | None = None)
         OSError: the connection ended early.
         ShardError: `stopped` was set.
     """
-    if not _is_http(file.url):
+    if not is_http(file.url):
         if is_remote(file.url):
             filesystem, path = _filesystem(file.url)
             filesystem.get_file(path, str(to))
@@ -362,10 +391,6 @@ class RemoteFile(io.RawIOBase):
         buffer[: len(content)] = content
         self._position = end
         return len(content)
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
 
 
 def _request(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> Any:

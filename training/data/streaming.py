@@ -207,7 +207,7 @@ def open_shards(
         shape, dtype = (target.channels, target.height, target.width), np.dtype(target.dtype)
     # Which images, in which order: the same wherever the shards are, so a run may be resumed with a copy of them.
     content: list[Any] = [(shard.file.name, shard.file.size, shard.count, shard.digest) for shard in found.shards]
-    content += [found.labels_sha256] * (found.labels_sha256 is not None)
+    content += [value for value in (found.image_column, found.labels_sha256) if value is not None]
     prepared = [settings.center_crop, settings.background, settings.min_side] if target else []
     digest = hashlib.sha256(json.dumps([FORMAT, found.kind, shape, str(dtype), prepared, content]).encode()).hexdigest()
     cache = ShardCache(

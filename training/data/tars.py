@@ -20,37 +20,46 @@ from training.data.sources import json_label
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
-def samples(archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The samples of a tar file that have an image: their name, and their members by what follows it.
+Members = dict[str, tarfile.TarInfo]
+
+
+def samples(archive: tarfile.TarFile) -> Iterator[Members]:
+    """The samples of a tar file: their members, by what follows the name that they share.
 
     Members that follow each other belong together if their names are equal up to the first dot after the last slash.
     """
-    name, members = "", dict[str, tarfile.TarInfo]()
-
+    name, members = "", Members()
     try:
         for member in archive:
-            if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
+            is_file = member.isfile() or member.islnk() or member.issym()
+            if not is_file or member.name.rpartition("/")[2].startswith("."):
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, _, ending = base.partition(".")
             if (key := folder + slash + stem) != name:
-                if images_of(members):
-                    yield name, members
+                if members:
+                    yield members
                 name, members = key, {}
             members[ending.lower()] = member
         if not _ends_as_a_whole(archive):
             raise tarfile.ReadError("unexpected end of data")
     except DAMAGED:
-        if images_of(members):
-            yield name, members
+        if members:
+            yield members
         raise
-    if images_of(members):
-        yield name, members
+    if members:
+        yield members
 
 
-def images_of(members: dict[str, tarfile.TarInfo]) -> list[tarfile.TarInfo]:
-    """The images of a sample; the first one is used."""
-    return [member for ending, member in members.items() if f".{ending}".endswith(SUFFIXES)]
+def images_of(members: Members) -> list[str]:
+    """The endings of a sample's images, in order."""
+    return [ending for ending in members if f".{ending}".endswith(SUFFIXES)]
+
+
+def image_of(members: Members, column: str | None) -> str | None:
+    """The ending of the image of a sample that is used: `column`, by default the first; None if it has none."""
+    images = images_of(members)
+    return next((ending for ending in images if column is None or ending == column.lower()), None)
 
 
 def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
@@ -65,7 +74,7 @@ def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
     return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
-def label_of(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str | None) -> Any:
+def label_of(archive: tarfile.TarFile, members: Members, column: str | None) -> Any:
     """That in this column of NAME.json or, without a column, that of NAME.cls or "label" of NAME.json; None: none."""
     try:
         if "cls" in members and column is None:
@@ -79,15 +88,20 @@ def label_of(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo], colu
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
+    try:
+        file = archive.extractfile(member)
+    except (KeyError, RecursionError):
+        raise tarfile.ReadError(f"it is a link to {member.linkname}, which is no file of this archive") from None
     assert file is not None
     return file.read()
 
 
-def tar_rows(path: Path) -> Iterator[tuple[str, Payload | Exception]]:
+def tar_rows(path: Path, column: str | None) -> Iterator[tuple[str, Payload | Exception]]:
     with tarfile.open(path) as archive:
-        for _, members in samples(archive):
-            image = images_of(members)[0]
+        for members in samples(archive):
+            if (ending := image_of(members, column)) is None:
+                continue
+            image = members[ending]
             name = image.name.encode(errors="backslashreplace").decode()  # it may not be in UTF-8
             try:
                 yield name, _content(archive, image)
