@@ -256,9 +256,9 @@ def _as_sent(component: Any) -> Any:
     return component
 
 
-def _seed_input(value: int, visible: bool = True) -> Any:
+def _seed_input(value: int, label: str = "seed", visible: bool = True) -> Any:
     return _as_sent(
-        gr.Number(value, label=text("seed"), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES, visible=visible)
+        gr.Number(value, label=text(label), precision=0, minimum=0, maximum=MAX_SEED - MAX_IMAGES, visible=visible)
     )
 
 
@@ -293,7 +293,7 @@ def _image_input(model: Model, label: str, seed: int) -> Any:
         # the path of the file as it was uploaded: gradio would decode it
         image.preprocess = lambda payload: None if payload is None else payload.path
         with gr.Row():
-            number = _seed_input(seed)
+            number = _seed_input(seed, "seed_to_draw")
         button = gr.Button(text("draw"), size="sm")
 
     def draw(request: gr.Request, seed: Any) -> Image.Image:
