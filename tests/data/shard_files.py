@@ -1,5 +1,6 @@
 """Shards for the tests, and a server that is slow, forgetful or dead when it is told to be."""
 
+import base64
 import contextlib
 import io
 import json
@@ -105,12 +106,15 @@ class Server(ThreadingHTTPServer):
         dead: while it is set, every answer is an error.
         code: of this error.
         head: answer HEAD with this error, or "no length"; "": as a web server.
+        user: user and password that every request must have.
+        by_number: answer /get.tar?id=N with N/000.tar.
     """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.requests, self.slow, self.cut, self.dead = [], {}, {}, threading.Event()
         self.code, self.unannounced, self.head = 503, {}, ""
+        self.user, self.by_number = "", False
 
     @property
     def url(self):
@@ -121,8 +125,20 @@ class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def translate_path(self, path):
+        return super().translate_path(f"/{path[-1]}/000.tar" if self.server.by_number else path)
+
+    def is_refused(self):
+        given = self.headers["Authorization"] or "Basic "
+        if base64.b64decode(given.removeprefix("Basic ")).decode() == self.server.user:
+            return False
+        self.send_error(401)
+        return True
+
     def do_GET(self):
         self.server.requests.append(self.path)
+        if self.is_refused():
+            return
         if self.server.dead.is_set():
             self.send_error(self.server.code)
             return
@@ -145,6 +161,8 @@ class Handler(SimpleHTTPRequestHandler):
         super().do_GET()
 
     def do_HEAD(self):
+        if self.is_refused():
+            return
         if self.server.dead.is_set():
             self.send_error(self.server.code)
             return

@@ -260,6 +260,17 @@ def test_a_shard_without_an_image_that_can_be_read_is_not_kept(tmp_path, run):
     assert {path.name for path in (tmp_path / "packed").glob("train-0*.npy")} == names
 
 
+def test_splits_of_other_channels_are_refused(tmp_path, run):
+    for split, mode in (("train", "L"), ("test", "RGB")):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(pixels_of(i)).convert(mode).save(tmp_path / "set" / split / f"{i}.png")
+    with pytest.raises(
+        ValueError, match=r"split test has images with 3 channels of uint8, split train with 1 of uint8"
+    ):
+        run(tmp_path / "set", resolution=8)
+
+
 def test_one_packing_at_a_time(tmp_path, run):
     write_folder(tmp_path / "set")
     (tmp_path / "packed").mkdir()

@@ -1,6 +1,7 @@
 """Which shards there are, by their names, on servers of all kinds; other content is noticed, and damage is named."""
 
 import contextlib
+import gzip
 import json
 import os
 import shutil
@@ -65,7 +66,33 @@ def test_the_split_is_that_of_the_name(name, split):
 def test_tar_files_beside_tables_are_named(tmp_path, load):
     write_tables(tmp_path / "set", [4])
     write_tars(tmp_path / "set", [3])
-    assert "1 tar files left out, beside parquet files: 000.tar" in load(tmp_path / "set").data.source
+    assert load(tmp_path / "set").data.source.endswith("1 other files left out: 000.tar")
+
+
+def test_files_that_are_left_out_or_absent_are_named(tmp_path, load):
+    write_tables(tmp_path / "set", [4, 3, 2])
+    (tmp_path / "set" / "train-00001-of-00003.parquet").unlink()
+    for name in ("README.md", "info.json", "more.tar.bz2", ".hidden.tar.bz2"):
+        (tmp_path / "set" / name).write_text("")
+    source = load(tmp_path / "set").data.source
+    assert "only 2 of the 3 files train-...-of-00003.parquet are there; 1 other files left out: more.tar.bz2" in source
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_capitals_and_links_to_folders_are_shards_too(tmp_path, load, kind):
+    WRITERS[kind](tmp_path / "elsewhere", [4])
+    (path,) = (tmp_path / "elsewhere").iterdir()
+    path.rename(path.with_suffix(path.suffix.upper()))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert (all_images(load(tmp_path / "set")) == as_arrays(range(4))).all()
+    (tmp_path / "set" / "nowhere.tar").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"nowhere.tar is a link that leads nowhere: replace it"):
+        load(tmp_path / "set")
+    (tmp_path / "set" / "nowhere.tar").unlink()
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"back is a link to a folder that it is in: remove it"):
+        load(tmp_path / "set")
 
 
 def test_the_configurations_of_a_data_set_are_not_mixed(tmp_path, load, monkeypatch):
@@ -98,7 +125,9 @@ def test_one_of_several_images_of_a_sample_is_chosen(tmp_path, load):
     split = load(tmp_path / "set", image_column="Photo.png")
     assert split.data.source.endswith("4 images left out (image_column is Photo.png): mask.png")
     assert (all_images(split) == as_arrays([0, 1, 2])).all() and split.data.label_names() == ["0", "1", "2"]
-    with pytest.raises(ValueError, match=r"image_column is 'png': give mask.png or photo.png, as samples end with"):
+    with pytest.raises(
+        ValueError, match=r"image_column is 'png', which no image of .* ends with: give mask.png or photo.png"
+    ):
         load(tmp_path / "set", image_column="png")
 
 
@@ -109,6 +138,68 @@ def test_the_columns_of_a_table_have_a_cache_and_a_digest_each(tmp_path, load):
     a, b = (load(tmp_path / "set", image_column=column) for column in "ab")
     assert (all_images(a) == as_arrays([0, 1, 2])).all() and (all_images(b) == as_arrays([9, 8, 7])).all()
     assert a.data.digest != b.data.digest
+
+
+def test_of_images_of_one_name_the_first_is_used_and_arrays_are_no_images(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        for name, content in (("0.depth.npy", b"x"), ("0.png", png_of(0)), ("0.PNG", png_of(1)), ("0.png", png_of(2))):
+            add(archive, name, content)
+        for i in (3, 4):
+            add(archive, "1.png", png_of(i))
+            add(archive, "1.cls", str(i).encode())
+    split = load(tmp_path / "set")
+    assert (all_images(split) == as_arrays([0, 3])).all() and split.data.label_names() == [None, "3"]
+    assert "3 images left out (image_column chooses, now the first of a sample): again.png" in split.data.source
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_tar_files_that_were_joined_or_cut_between_members_are_damaged(tmp_path, load, suffix):
+    packed = gzip.compress if suffix == ".tar.gz" else bytes
+    write_tars(tmp_path / "parts", [2, 3], labels=False)
+    first, second = (path.read_bytes() for path in sorted((tmp_path / "parts").iterdir()))
+    for name, content in (("joined", [first, second]), ("cut", [second[:2048]]), ("whole", [first])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"0{suffix}").write_bytes(b"".join(map(packed, content)))
+        split = load(tmp_path / name)
+        note = f"1 tar files are damaged or have more after their end, what can be read of them is used: 0{suffix}"
+        assert (note in split.data.source) == (name != "whole")
+        assert len(split.data) == 2
+
+
+def test_a_link_to_a_folder_in_a_tar_file_is_no_image(tmp_path, load, capsys):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        add(archive, "000.png", png_of(0))
+        for name in ("000.cls", "001.png"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "folder"
+            archive.addfile(link)
+        add(archive, "002.png", png_of(2))
+    split = load(tmp_path / "set")
+    assert (split.data.images[np.array([0, 2])] == as_arrays([0, 2])).all()
+    all_images(split)
+    assert "001.png: it is a link to folder, which is no file of this archive" in capsys.readouterr().out
+
+
+def test_held_out_images_have_the_labels_of_the_column(tmp_path, load):
+    """Also if the same cache has those of another column."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        for i in range(60):
+            add(archive, f"{i:02}.png", png_of(i))
+            add(archive, f"{i:02}.json", json.dumps({"male": i % 2, "smiling": 1 - i % 2}).encode())
+    columns = {"image": [cell(pixels_of(i)) for i in range(60)], "male": [i % 2 for i in range(60)]}
+    (tmp_path / "table").mkdir()
+    write_parquet(tmp_path / "table" / "0.parquet", **columns, smiling=[1 - i % 2 for i in range(60)])
+    for folder in ("set", "table"):
+        for column, of_even, of_first in ((None, None, None), ("male", "0", "1"), ("smiling", "1", "0")):
+            split = load(tmp_path / folder, None, label_column=column)
+            assert split.held_out_set.label_names() == [of_even] * 3
+            assert split.in_memory().data.label_names()[0] == of_first  # image 1: image 0 is held out
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
@@ -422,7 +513,7 @@ def test_a_full_disk_is_not_waited_for(tmp_path, load, monkeypatch):
 def test_a_tar_file_that_may_not_be_read_is_named(tmp_path, load, monkeypatch):
     write_tars(tmp_path / "set", [5])
 
-    def refuse(*args):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(tarfile, "open", refuse)
@@ -492,6 +583,97 @@ def test_what_follows_the_address_of_a_folder_is_for_all_files_in_it(tmp_path, l
             assert (all_images(split) == as_arrays(range(7))).all() and split.data.label_names() == list("0120120")
             assert "SECRET" not in split.data.source
         assert server.requests and all(request.endswith("?sig=SECRET/abc") for request in server.requests)
+
+
+def test_the_index_of_a_folder_is_taken_where_it_is_given(tmp_path, load):
+    write_tables(tmp_path / "set" / "a b", [4, 3])
+    (tmp_path / "set" / "index.json").write_text('{"shardlist": [{"url": "a b/train-00001-of-00002.parquet"}]}')
+    split = load(tmp_path / "set" / "index.json")
+    assert (all_images(split) == as_arrays([4, 5, 6])).all()
+    with serving(tmp_path) as server:
+        quoted = f"{server.url}/set/a%20b/train-00001-of-00002.parquet"
+        for name in (
+            "/set/a%20b/train-00001-of-00002.parquet?x=1",
+            quoted,
+            "../set/a%20b/train-00001-of-00002.parquet",
+        ):
+            (tmp_path / "set" / "index.json").write_text(json.dumps({"shardlist": [{"url": name}]}))
+            remote = load(f"{server.url}/set/index.json?sig=a/b", cache_dir=tmp_path / "other")
+            assert remote.data.digest == split.data.digest
+        assert not any("?x=1?" in request or "?x=1&" in request for request in server.requests)
+        (tmp_path / "set" / "index.json").write_text(
+            json.dumps({"shardlist": [{"url": quoted}, {"url": quoted + "?2"}]})
+        )
+        with pytest.raises(ValueError, match=r"several shards of .* have one name: a b/train-00001-of-00002.parquet"):
+            load(f"{server.url}/set")
+
+
+def test_a_user_and_a_password_are_sent_and_are_in_no_message(tmp_path, load):
+    write_tars(tmp_path, [4])
+    with serving(tmp_path) as server:
+        server.user = "me:p@ss word"
+        with pytest.raises(ShardError, match="cannot be read: HTTP Error 401"):
+            load(f"{server.url}/000.tar")
+        place = f"{server.url}/".replace("://", "://me:p%40ss%20word@")
+        assert len(load(f"{place}000.tar").data) == 4
+        with pytest.raises(ValueError, match="no such file") as error:
+            load(f"{place}001.tar?sig=SECRET")
+        assert "p%40ss" not in str(error.value) and "SECRET" not in str(error.value)
+
+
+def test_files_behind_one_address_with_other_questions(tmp_path, load, monkeypatch):
+    """Of equal size and time, from a server that has no tags."""
+    write_tars(tmp_path / "0", [3])
+    write_tars(tmp_path / "1", [3])
+    monkeypatch.setattr("tests.data.shard_files.png_of", lambda i: png_of(i + 10))
+    write_tars(tmp_path / "1", [3])
+    for number in "01":
+        os.utime(tmp_path / number / "000.tar", (1, 1))
+    with serving(tmp_path) as server:
+        server.by_number = True
+        for number, first in ((0, 0), (1, 10)):
+            split = load(f"{server.url}/get.tar?id={number}")
+            assert (all_images(split) == as_arrays(range(first, first + 3))).all()
+
+
+def test_a_held_out_split_of_other_channels_is_refused(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    for split, channels in (("train", 1), ("test", 3)):
+        write_parquet(
+            tmp_path / "set" / f"{split}.parquet",
+            image=[cell(pixels_of(i)[..., :channels].squeeze()) for i in range(3)],
+        )
+    with pytest.raises(
+        ValueError, match=r"split 'test' has images \(3, 8, 8\) of uint8, the training split \(1, 8, 8\)"
+    ):
+        load(tmp_path / "set", "test")
+
+
+def test_files_of_one_relative_path(tmp_path, load, monkeypatch):
+    """Of equal size and time."""
+    write_tars(tmp_path / "a" / "shards", [3])
+    monkeypatch.setattr("tests.data.shard_files.png_of", lambda i: png_of(i + 10))
+    write_tars(tmp_path / "b" / "shards", [3])
+    for project, first in (("a", 0), ("b", 10)):
+        os.utime(tmp_path / project / "shards" / "000.tar", (1, 1))
+        monkeypatch.chdir(tmp_path / project)
+        assert (all_images(load("shards")) == as_arrays(range(first, first + 3))).all()
+
+
+@pytest.mark.parametrize("name", ["image_column", "label_column", "dataset_config_name"])
+def test_packed_shards_have_no_columns(tmp_path, load, name):
+    write_packed(tmp_path / "set", [4])
+    with pytest.raises(ValueError, match=f"{name} is 'x': packed shards have none"):
+        load(tmp_path / "set", **{name: "x"})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_shard_that_is_replaced_by_a_shorter_one_ends_the_run(tmp_path, load, kind):
+    WRITERS[kind](tmp_path / "set", [8])
+    split = load(tmp_path / "set")
+    WRITERS[kind](tmp_path / "set", [4], **({"labels": False} if kind == "webdataset" else {}))
+    with pytest.raises(ShardError, match="is another file than when the run began"):
+        all_images(split)
 
 
 def test_a_signature_and_a_password_are_no_part_of_a_description(tmp_path, load):

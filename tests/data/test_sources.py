@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm_pipeline.moons import MoonDataset
 from tests.arrays import random_images
 from tests.data.image_files import cell, chw, write_parquet
+from tests.data.shard_files import pixels_of
 from training.data import cache, sources
 from training.data.cache import UnreadableImagesError, load_images
 
@@ -113,6 +114,15 @@ def test_parquet_without_feature_types_and_with_unreadable_rows(folder, load):
     (folder / "data" / "train-00000-of-00001.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="dataset_name is"):
         load(dataset_name=str(folder))
+
+
+@pytest.mark.parametrize("name", ["set[1]", "set*", "set?"])
+def test_a_folder_of_tables_may_be_named_as_a_pattern(tmp_path, load, name):
+    write_parquet(tmp_path / "set1" / "train.parquet", photo=[cell(pixels_of(0))])
+    write_parquet(tmp_path / name / "train.parquet", photo=[cell(pixels_of(1)), cell(pixels_of(2))])
+    assert len(load(dataset_name=str(tmp_path / name))) == 2
+    with pytest.raises(ValueError, match=r"image_column is 'x': give photo"):
+        load(dataset_name=str(tmp_path / name), image_column="x")
 
 
 def test_a_data_set_that_does_not_exist_is_named(load, monkeypatch):

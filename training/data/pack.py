@@ -174,6 +174,8 @@ def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
                 target = Target(**plan["target"]) if "target" in plan else _target(records, settings)
                 wanted += [name for name in HELD_OUT_SPLITS if name in records.splits]
                 description = source.description.partition(", split ")[0]
+            elif "target" not in plan:
+                _check_alike(_target(records, replace(settings, size=(target.height, target.width))), target, split)
             _remember(output / STATE, split, plan | {"target": asdict(target)})
             _check_room(output, split, records.count, target)
             splits[split], names = _pack_split(output, split, records, target, config, names)
@@ -190,7 +192,7 @@ def _pack(config: PackConfig, output: Path, cache_dir: Path) -> str:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for note in [output / STATE, *(path for split in splits for path in output.glob(f".{split}-*.json"))]:
         note.unlink()
-    for left in output.glob(".packing-*"):  # of a killed process
+    for left in [*output.glob(".packing-*"), *output.glob(".*.npy.tmp-*")]:  # of a killed process
         remove(left)
     counts = ", ".join(
         f"{split}: {of['images']:,} images in {len(of['shards'])} shards" for split, of in splits.items()
@@ -246,6 +248,14 @@ def _target(records: Records, settings: DecodeSettings) -> Target:
     if not headers.sizes:
         raise ValueError("no image can be read: " + some(list(headers.unreadable.values())))
     return choose_target(headers, settings)
+
+
+def _check_alike(target: Target, first: Target, split: str) -> None:
+    if (target.channels, target.dtype) != (first.channels, first.dtype):
+        raise ValueError(
+            f"split {split} has images with {target.channels} channels of {target.dtype}, split train with "
+            f"{first.channels} of {first.dtype}: make them alike"
+        )
 
 
 def _refuse(unreadable: list[str], count: int) -> None:

@@ -13,29 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import re
-import tarfile
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from ddpm_pipeline.decode import Payload
 from ddpm_pipeline.files import replacing, sha256_of
 from training.data import stores
 from training.data.disk import writing
-from training.data.sources import hub_commit, image_column_of, label_column_of, label_values
+from training.data.sources import hub_commit, image_column_of, label_column_of
 from training.data.stores import SHARDS, TARS, ShardError, StoredFile
-from training.data.tables import features_of, read_footer, read_labels, table_rows, type_of
-from training.data.tars import DAMAGED, image_of, images_of, label_of, samples, tar_rows
+from training.data.tables import features_of, read_footer, type_of
+from training.data.tars import DAMAGED, image_of, images_of, label_of, open_tar, samples
 from training.messages import some
 from training.progress import progress
 
@@ -45,6 +40,8 @@ INDEX_ENTRY = {"labels", "others", "without", "damaged", "digest"}  # of a tar f
 # The words of the library datasets; a part of validation images keeps its name.
 SPLITS = {name: name for name in ("train", "validation", "valid", "val", "test")}
 SPLITS |= {"training": "train", "dev": "validation", "testing": "test", "eval": "test", "evaluation": "test"}
+NUMBERED = re.compile(r"-(\d+)-of-(\d+)(?=\.)")  # as the Hub numbers the files of a split
+ASIDE = re.compile(r"\.(?:json|md|txt|ya?ml)$|(?:^|/)LICENSE$", re.IGNORECASE)  # files about the data
 SPLIT_IN_NAME = re.compile(rf"(?:^|[^a-z])({'|'.join(SPLITS)})(?=[^a-z]|$)")
 
 
@@ -126,20 +123,25 @@ def find_shards(
         description, place = f"data set {place}", f"hf://datasets/{place}" + (f"@{commit}" if commit else "")
     given = re.search(rf"/({MANIFEST}|{INDEX})(\?.*)?$", place)
     place, is_given = place[: given.start()] + (given[2] or "") if given else place, given is not None
-    if not stores.is_pattern(place) and not stores.path_of(place).endswith(SHARDS):
+    if not stores.is_pattern(place) and not stores.path_of(place).lower().endswith(SHARDS):
         manifest = None if given and given[1] == INDEX else _read_json(stores.join(place, MANIFEST), is_given)
         if manifest is not None:
+            given_in_vain = {"dataset_config_name": config, "image_column": image_column, "label_column": label_column}
+            for name, value in given_in_vain.items():
+                if value is not None:
+                    raise ValueError(f"{name} is {value!r}: packed shards have none, leave it out or pack them again")
             return _packed(place, description, manifest, split)
-        index = _read_json(stores.join(place, INDEX), is_given) if stores.is_http(place) else None
+        is_index = is_given or stores.is_http(place)
+        index = _read_json(stores.join(place, INDEX), is_given) if is_index else None
         if index is not None:
             try:
                 names = [str(shard["url"]) for shard in index["shardlist"]]
             except (KeyError, TypeError):
                 file = stores.path_of(stores.join(place, INDEX))
                 raise ShardError(f'{file} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
-            urls = [name if "://" in name else stores.join(place, name) for name in names]
             folder = stores.path_of(stores.join(place, ""))
-            files = stores.stat_all([(url, stores.path_of(url).removeprefix(folder)) for url in urls])
+            urls = [stores.beside(place, name) for name in names]
+            files = stores.stat_all([(url, stores.name_of(url).removeprefix(folder)) for url in urls])
             return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
     files = stores.list_files(place)
     if place.startswith("hf://") and config is None:
@@ -160,7 +162,7 @@ def is_sharded(place: str) -> bool:
     folder = Path(place).expanduser()
     if not folder.is_dir():
         return place != "moons"
-    return any(path.name == MANIFEST or path.name.endswith(SHARDS) for path in folder.rglob("*"))
+    return any(path.name == MANIFEST or path.name.lower().endswith(SHARDS) for path in folder.rglob("*"))
 
 
 def _read_json(url: str, is_given: bool) -> dict[str, Any] | None:
@@ -194,8 +196,12 @@ def _of_files(
     if config is not None:
         files = [file for file in files if config in file.name.split("/")[:-1]]
         description += f", config {config}"
-    tables = [file for file in files if file.name.endswith(".parquet")]
-    tars = [file for file in files if file.name.endswith(TARS)]
+    names = Counter(file.name for file in files)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"several shards of {place!r} have one name: {some(twice)}; what follows a ? is no part of it")
+    tables = [file for file in files if file.name.lower().endswith(".parquet")]
+    tars = [file for file in files if file.name.lower().endswith(TARS)]
+    others = [file.name for file in files if file not in tables and file not in tars and not ASIDE.search(file.name)]
     if not tables and not tars:
         hint = "; a folder of images is packed by `python -m training.data.pack` first" if files else ""
         raise ValueError(f"there are no shards in {place!r}: give .parquet or .tar files, or a packed folder{hint}")
@@ -205,13 +211,28 @@ def _of_files(
     if split not in by_split:
         raise ValueError(f"split is {split!r}: give {' or '.join(by_split)}, {place!r} has no other split")
     description, splits = f"{description}, split {split}", tuple(by_split)
-    if not tables:
-        return _webdataset(by_split[split], description, splits, image_column, label_column, index_dir)
-    found = _parquet(by_split[split], place, description, splits, image_column, label_column)
-    if tars:
-        note = f"{len(tars)} tar files left out, beside parquet files: {some([file.name for file in tars])}"
-        found = replace(found, notes=(*found.notes, note))
-    return found
+    if tables:
+        found = _parquet(by_split[split], place, description, splits, image_column, label_column)
+        others = [file.name for file in tars] + others
+    else:
+        found = _webdataset(by_split[split], description, splits, image_column, label_column, index_dir)
+    notes = [*found.notes, *_absent([file.name for file in by_split[split]])]
+    if others:
+        notes.append(f"{len(others)} other files left out: {some(others)}")
+    return replace(found, notes=tuple(notes))
+
+
+def _absent(names: list[str]) -> list[str]:
+    """Notes about series such as train-00000-of-00003.parquet that are not complete."""
+    series: dict[tuple[str, ...], set[str]] = {}
+    for name in names:
+        if match := NUMBERED.search(name):
+            series.setdefault((name[: match.start()], match[2], name[match.end() :]), set()).add(match[1])
+    return [
+        f"only {len(numbers)} of the {int(number)} files {start}-...-of-{number}{end} are there"
+        for (start, number, end), numbers in series.items()
+        if len(numbers) < int(number)
+    ]
 
 
 def split_of(name: str) -> str:
@@ -333,7 +354,7 @@ def _webdataset(
     """Reads each tar file once, and keeps what it has found."""
 
     def index(file: StoredFile, stopped: threading.Event) -> dict[str, Any]:
-        key = json.dumps([stores.path_of(file.url), file.size, file.version, image_column, label_column])
+        key = json.dumps([stores.identity(file), image_column, label_column])
         kept = index_dir / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         with contextlib.suppress(OSError, ValueError):
             entry = json.loads(kept.read_text(encoding="utf-8"))
@@ -355,13 +376,17 @@ def _webdataset(
     for entry in found:
         others.update(entry["others"])
     if image_column and not any(entry["labels"] for entry in found):
-        raise ValueError(f"image_column is {image_column!r}: give {' or '.join(others)}, as samples end with")
+        allowed = " or ".join(others) or "other tar files"
+        raise ValueError(f"image_column is {image_column!r}, which no image of {description} ends with: give {allowed}")
     if label_column and all(label is None for entry in found for label in entry["labels"]):
         raise ValueError(f"label_column is {label_column!r}: no sample of {description} has it in its .json file")
     shards = [
         Shard(file, len(entry["labels"]), entry["digest"], tuple(entry["labels"])) for file, entry in zip(files, found)
     ]
-    notes = [f"{len(damaged)} tar files are damaged, what can be read of them is used: {some(damaged)}"] * bool(damaged)
+    notes = []
+    if damaged:
+        what = "tar files are damaged or have more after their end, what can be read of them is used"
+        notes.append(f"{len(damaged)} {what}: {some(damaged)}")
     if others:
         used = f"image_column is {image_column}" if image_column else "image_column chooses, now the first of a sample"
         notes.append(f"{others.total()} images left out ({used}): {some(list(others))}")
@@ -401,7 +426,7 @@ def _read_index(
         labels: list[Any] = []
         others, without, damaged = Counter[str](), 0, False
         try:
-            with tarfile.open(path) as archive:
+            with open_tar(path) as archive:
                 for members in samples(archive):
                     used = image_of(members, image_column)
                     if used is not None:
@@ -415,77 +440,3 @@ def _read_index(
             raise ShardError(f"{file.name} cannot be read: {error.strerror or error}") from error
         entry = {"labels": labels, "others": others, "without": without, "damaged": damaged}
         return entry | {"digest": sha256_of(path)}
-
-
-# ---- What is in them -------------------------------------------------------------------------------------------------
-
-
-def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payload | Exception]]:
-    """(name, encoded image) of each image of a shard of which `path` is a copy on this machine; not of packed ones."""
-    if found.kind == "parquet":
-        assert found.image_column is not None
-        return table_rows(path, found.image_column)
-    return tar_rows(path, found.image_column)
-
-
-def digest_of(found: ShardList, shard: Shard, path: Path) -> str:
-    """The digest that a shard would have by its copy on this machine; "" if it has none."""
-    if found.kind != "parquet":
-        return sha256_of(path)
-    footer = read_footer(StoredFile(str(path), shard.file.name, path.stat().st_size), threading.Event())
-    return "" if footer is None else footer[1]
-
-
-def packed_array(found: ShardList, shard: Shard, path: Path) -> np.ndarray:
-    """The images of a packed shard, (n, C, H, W), memory-mapped: n is less than its count if the file is cut off.
-
-    Raises:
-        ValueError: the file is something else.
-    """
-    assert found.shape is not None
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        start, size = file.tell(), path.stat().st_size
-    if (shape, fortran_order, dtype) != ((shard.count, *found.shape), False, np.dtype(found.dtype)):
-        raise ValueError(f"it has {shape} {dtype}, the manifest {(shard.count, *found.shape)} {found.dtype}")
-    complete = min(shard.count, (size - start) // (int(np.prod(found.shape)) * dtype.itemsize))
-    return (
-        np.memmap(path, dtype, "r", start, (complete, *found.shape)) if complete else np.empty((0, *shape[1:]), dtype)
-    )
-
-
-def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None:
-    """The labels of the images of these shards, None where one has none; None: the data set has no labels."""
-    chosen = [found.shards[i] for i in shards]
-    if found.kind == "webdataset":
-        return [list(shard.labels or ()) for shard in chosen]
-    if found.kind == "parquet":
-        if found.label_column is None:
-            return None
-        column, feature = found.label_column, found.label_feature
-        return stores.in_parallel(lambda shard, _: label_values(feature, read_labels(shard.file, column))[0], chosen)
-    if found.labels_file is None or found.class_names is None:
-        return None
-    name = found.labels_file
-    content = stores.patiently(name, lambda: stores.read(name))
-    starts, names = np.cumsum([0, *(shard.count for shard in found.shards)]), [*found.class_names, None]
-    if found.labels_sha256 not in (None, hashlib.sha256(content).hexdigest()):
-        raise ShardError(f"{name} is damaged: its sha256 is not that of the manifest")
-    try:
-        numbers = np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
-    except (ValueError, EOFError, TypeError) as error:
-        raise ShardError(f"{name} is damaged: {error}") from error
-    are_numbers = numbers.dtype == np.int32 and numbers.shape == (starts[-1],)
-    if not are_numbers or numbers.min() < -1 or numbers.max() >= len(found.class_names):
-        raise ShardError(
-            f"{name} does not have {starts[-1]} labels from -1 to {len(found.class_names) - 1}: pack the data set again"
-        )
-    return [[names[number] for number in numbers[starts[i] : starts[i + 1]].tolist()] for i in shards]
-
-
-def class_names_of(found: ShardList) -> tuple[str, ...] | None:
-    """The order of the classes; None: they are sorted."""
-    if found.kind == "parquet" and found.label_column is not None:
-        return label_values(found.label_feature, [])[1]
-    return found.class_names

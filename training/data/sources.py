@@ -8,8 +8,11 @@ decode.py); moons are drawn as pixels.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +130,14 @@ def _open_dataset(
 ) -> Records:
     import datasets  # takes seconds to import, and a filled cache does not need it
 
-    is_local = Path(name).is_dir()
+    is_local, place = Path(name).is_dir(), name
+    if is_local and glob.escape(name) != name:  # datasets would take the folder's name for a pattern
+        place = str(scratch / "data")
+        shutil.copytree(Path(name).resolve(), place, copy_function=os.symlink)
     try:
         # datasets copies local files, so the copy is temporary. Downloads go into its own cache, to be shared.
         table = datasets.load_dataset(
-            name, config, split=split, revision=revision, cache_dir=str(scratch) if is_local else None
+            place, config, split=split, revision=revision, cache_dir=str(scratch) if is_local else None
         )
     except Exception as error:  # of several libraries: a connection that fails is no OSError
         settings = f"dataset_name is {name!r}, dataset_config_name is {config!r}, split is {split!r}"

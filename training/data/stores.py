@@ -7,6 +7,7 @@ not waited for.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import math
@@ -71,7 +72,7 @@ def is_remote(place: str) -> bool:
 
 def is_pattern(place: str) -> bool:
     """Whether it names many files, as shard-{000..999}.tar. A folder on this machine may have any name."""
-    return RANGE.search(place) is not None and (is_remote(place) or not os.path.exists(place))
+    return RANGE.search(path_of(place)) is not None and (is_remote(place) or not os.path.exists(place))
 
 
 def is_http(place: str) -> bool:
@@ -90,12 +91,34 @@ def join(place: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{mark}{signature}"
 
 
+def beside(folder: str, name: str) -> str:
+    """The place of a file that an index in this folder names, by a name or an address of its own."""
+    if is_remote(name):
+        return name
+    if not is_http(folder):
+        return join(folder, name)
+    signature = "" if "?" in name else folder[len(folder.partition("?")[0]) :]
+    return urllib.parse.urljoin(join(folder.partition("?")[0], ""), name) + signature
+
+
+def name_of(place: str) -> str:
+    """What a file is called, with its folders, where a web address has a%20b for a space."""
+    return urllib.parse.unquote(path_of(place)) if is_http(place) else place
+
+
+def identity(file: StoredFile) -> list[Any]:
+    """What tells a file from all others, wherever they are. A signature does not, if the server has a tag for files."""
+    url = file.url if is_remote(file.url) else os.path.abspath(file.url)
+    return [path_of(url) if file.version.startswith(('"', 'W/"')) else url, file.size, file.version]
+
+
 def check_address(place: str) -> None:
     """Raises ValueError if a web address has no host or no valid port, which is not noticed by asking for it."""
     try:
         address = urllib.parse.urlsplit(place)
         is_valid = not is_http(place) or (address.hostname and address.port != 0)
-    except ValueError:  # of a port above 65535, of brackets
+        (address.hostname or "").encode("idna")
+    except ValueError:  # of a port above 65535, of brackets, of labels that are empty or too long
         is_valid = False
     if not is_valid:
         raise ValueError(f"{path_of(place)} is no web address: give https://host/path, or https://host:port/path")
@@ -176,19 +199,20 @@ def list_files(place: str) -> list[StoredFile]:
         ShardError: the store does not answer, or a file of the pattern does not exist.
     """
     if is_pattern(place):
-        start = path_of(place)[: path_of(place).index("{")].rfind("/") + 1  # of what differs
-        return stat_all([(url, _unquoted(url, path_of(url)[start:])) for url in expand(place)])
+        before = path_of(place).partition("{")[0]
+        start = len(name_of(before[: before.rfind("/") + 1]))  # of what differs
+        return stat_all([(url, name_of(url)[start:]) for url in expand(place)])
     if not is_remote(place):
         root = Path(place)
-        paths = [path for path in root.rglob("*") if path.is_file()] if root.is_dir() else [root]
+        paths = _files_below(root, root) if root.is_dir() else [root]
         names = {path.relative_to(root).as_posix() if path != root else path.name: path for path in paths}
-        return [stat(str(names[name]), name) for name in sorted(names) if not _is_hidden(name)]
+        return [stat(str(names[name]), name) for name in sorted(names)]
     if is_http(place):
-        if path_of(place).endswith(SHARDS):
-            return stat_all([(place, _unquoted(place, path_of(place).rpartition("/")[2]))])
+        if path_of(place).lower().endswith(SHARDS):
+            return stat_all([(place, name_of(place).rpartition("/")[2])])
         raise ValueError(
-            f"{place} cannot be listed: give the address of a packed folder, of an index.json, of a shard, or of all "
-            "shards as in https://host/shard-{000..999}.tar"
+            f"{path_of(place)} cannot be listed: give the address of a packed folder, of an index.json, of a shard, or "
+            "of all shards as in https://host/shard-{000..999}.tar"
         )
 
     def find() -> Any:
@@ -205,9 +229,23 @@ def list_files(place: str) -> list[StoredFile]:
     return files
 
 
-def _unquoted(url: str, name: str) -> str:
-    """The name that a file has on a disk, where a web address has a%20b."""
-    return urllib.parse.unquote(name) if is_http(url) else name
+def _files_below(folder: Path, root: Path) -> Iterator[Path]:
+    """All files, also in folders that are links.
+
+    Raises:
+        ValueError: a link leads nowhere, or to a folder that it is in.
+    """
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            if path.is_symlink() and path.resolve() in (root.resolve(), *folder.resolve().parents, folder.resolve()):
+                raise ValueError(f"{path} is a link to a folder that it is in: remove it")
+            yield from _files_below(path, root)
+        elif path.is_symlink():
+            raise ValueError(f"{path} is a link that leads nowhere: replace it")
 
 
 def _is_hidden(name: str) -> bool:
@@ -261,7 +299,7 @@ def stat(url: str, name: str, stopped: threading.Event | None = None) -> StoredF
     def ask() -> StoredFile:
         if not is_remote(url):
             status = os.stat(url)
-            return StoredFile(url, name, status.st_size, f"{status.st_mtime_ns}")
+            return StoredFile(url, name, status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns}")
         if is_http(url):
             headers = _headers(url)
             version = headers.get("ETag") or headers.get("Last-Modified") or ""
@@ -270,7 +308,7 @@ def stat(url: str, name: str, stopped: threading.Event | None = None) -> StoredF
         info = filesystem.info(path)
         return StoredFile(url, name, int(info["size"]), _version(info))
 
-    return patiently(url, ask, stopped)
+    return patiently(path_of(url), ask, stopped)
 
 
 def _headers(url: str) -> Any:
@@ -290,7 +328,7 @@ def _length(url: str, headers: Any) -> int:
     """Of a file, by the headers of an answer with all or a part of it."""
     text = (headers["Content-Range"] or headers["Content-Length"] or "").rpartition("/")[2]
     if not text.isdecimal():
-        raise ShardError(f"{url} cannot be read: the server does not say how long it is")
+        raise ShardError(f"{path_of(url)} cannot be read: the server does not say how long it is")
     return int(text)
 
 
@@ -324,7 +362,7 @@ def read(url: str, start: int = 0, end: int | None = None) -> bytes:
 def read_optional(url: str) -> bytes | None:
     """A whole file; None if it does not exist."""
     try:
-        return patiently(url, lambda: read(url))
+        return patiently(path_of(url), lambda: read(url))
     except ShardError as error:
         cause = error.__cause__
         is_refused = isinstance(cause, urllib.error.HTTPError) and cause.code in REFUSED
@@ -387,7 +425,7 @@ class RemoteFile(io.RawIOBase):
         end = min(self._position + len(buffer), self._file.size)
         if end <= self._position:
             return 0
-        content = patiently(self._file.url, lambda: read(self._file.url, self._position, end))
+        content = patiently(path_of(self._file.url), lambda: read(self._file.url, self._position, end))
         buffer[: len(content)] = content
         self._position = end
         return len(content)
@@ -396,7 +434,9 @@ class RemoteFile(io.RawIOBase):
 def _request(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> Any:
     # Content-Length must be that of the file, not of a compressed copy.
     headers = {"User-Agent": "ddpm_pipeline", "Accept-Encoding": "identity"} | (headers or {})
-    url = urllib.parse.quote(url, safe="%/:?&=+,;@!$'()*~[]")  # spaces, other alphabets, #
+    if user := user_of(url):
+        headers["Authorization"] = f"Basic {base64.b64encode(urllib.parse.unquote(user).encode()).decode()}"
+    url = urllib.parse.quote(USER.sub(r"\1", url), safe="%/:?&=+,;@!$'()*~[]")  # spaces, other alphabets, #
     try:
         return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:

@@ -31,9 +31,10 @@ from training.data.cache import FORMAT, DecodeSettings, Headers, attempt, choose
 from training.data.disk import CacheError, create_folder, free_bytes, writing
 from training.data.image_set import ImageSet, open_cache
 from training.data.shard_cache import ShardCache
+from training.data.shard_content import class_names_of, labels_of, rows
 from training.data.shard_order import ShardOrder
 from training.data.shard_stream import ShardedImages
-from training.data.shards import ShardList, class_names_of, find_shards, labels_of, rows
+from training.data.shards import ShardList, find_shards
 from training.data.sizes import Rule, nearest_size
 from training.data.split import (
     HELD_OUT_EVERY,
@@ -158,7 +159,7 @@ def load_streamed_split(
     else:
         other = open_shards(
             find(split=held_out_split), replace(settings, size=(data.height, data.width), size_rule="any"), cache_dir,
-            int(cache_gb * 1e9), log, images.cache.target,
+            int(cache_gb * 1e9), log,
         )  # fmt: skip
         check_alike(other, data, held_out_split)
         of_other: Any = other.images
@@ -177,14 +178,13 @@ def open_shards(
     cache_dir: Path,
     limit: int,
     log: Callable[[str], None],
-    target: Target | None = None,
 ) -> StreamedSet:
     """The images of a list of shards, none of which is read yet, except for the first if they are not packed.
 
     Args:
         limit: bytes of disk for decoded shards.
-        target: what to decode them to; None: it is chosen by the first shard.
     """
+    target = None
     if not found.shards:
         raise ValueError(f"{found.description} has no images")
     if found.kind == "packed":
@@ -203,7 +203,7 @@ def open_shards(
             )
     else:
         with writing(cache_dir):
-            target = target or _target_of_first(found, settings, cache_dir)
+            target = _target_of_first(found, settings, cache_dir)
         shape, dtype = (target.channels, target.height, target.width), np.dtype(target.dtype)
     # Which images, in which order: the same wherever the shards are, so a run may be resumed with a copy of them.
     content: list[Any] = [(shard.file.name, shard.file.size, shard.count, shard.digest) for shard in found.shards]
@@ -294,7 +294,7 @@ def _write_sample(data: ImageSet, chosen: np.ndarray, cache_dir: Path, source: s
     shards = images.shards_of(chosen)
     numbers = np.unique(shards).tolist()
     versions = [(found.shards[i].file.version, found.shards[i].file.size) for i in numbers]  # new ones are read anew
-    parts = [data.digest, source, hashlib.sha256(chosen.tobytes()).hexdigest(), versions]
+    parts = [data.digest, source, found.label_column, hashlib.sha256(chosen.tobytes()).hexdigest(), versions]
     folder = cache_dir / hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def write(new: Path, scratch: Path) -> dict[str, Any]:

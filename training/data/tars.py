@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import lzma
 import re
@@ -19,8 +18,24 @@ from training.data.sources import json_label
 
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
-
+IMAGES = tuple(suffix for suffix in SUFFIXES if suffix != ".npy")  # what an array is, its path says
 Members = dict[str, tarfile.TarInfo]
+
+
+class Header(tarfile.TarInfo):
+    """A header of a tar file. The one of zeros at its end is noted: where the file is cut off, there is none."""
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed does not have it
+            archive.has_end = True
+            raise
+
+
+def open_tar(path: Path) -> tarfile.TarFile:
+    return tarfile.open(path, tarinfo=Header)
 
 
 def samples(archive: tarfile.TarFile) -> Iterator[Members]:
@@ -40,9 +55,10 @@ def samples(archive: tarfile.TarFile) -> Iterator[Members]:
                 if members:
                     yield members
                 name, members = key, {}
-            members[ending.lower()] = member
-        if not _ends_as_a_whole(archive):
-            raise tarfile.ReadError("unexpected end of data")
+            while (ending := ending.lower()) in members:  # the first one counts
+                ending = f"again.{ending}"
+            members[ending] = member
+        _check_end(archive)
     except DAMAGED:
         if members:
             yield members
@@ -53,7 +69,7 @@ def samples(archive: tarfile.TarFile) -> Iterator[Members]:
 
 def images_of(members: Members) -> list[str]:
     """The endings of a sample's images, in order."""
-    return [ending for ending in members if f".{ending}".endswith(SUFFIXES)]
+    return [ending for ending in members if f".{ending}".endswith(IMAGES)]
 
 
 def image_of(members: Members, column: str | None) -> str | None:
@@ -62,16 +78,25 @@ def image_of(members: Members, column: str | None) -> str | None:
     return next((ending for ending in images if column is None or ending == column.lower()), None)
 
 
-def _ends_as_a_whole(archive: tarfile.TarFile) -> bool:
-    """Whether zeros follow the last member. tarfile takes a cut between two members, or in a header, for the end.
+def _check_end(archive: Any) -> None:
+    """Raises ReadError unless zeros follow the last member, to the end: tarfile takes every cut in a header for it."""
+    if not getattr(archive, "has_end", False):
+        raise tarfile.ReadError("unexpected end of data")
+    archive.fileobj.seek(archive.offset + tarfile.BLOCKSIZE)
+    while block := archive.fileobj.read(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("there is more after its end")
 
-    A compressed file has its own end, and to seek in it is slow.
-    """
-    file: Any = archive.fileobj
-    if not isinstance(file, io.BufferedReader):
-        return True
-    file.seek(archive.offset)
-    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+def is_whole_tar(path: Path) -> bool:
+    """Whether a tar file has its end, and nothing after it."""
+    try:
+        with open_tar(path) as archive:
+            archive.getmembers()
+            _check_end(archive)
+    except DAMAGED:
+        return False
+    return True
 
 
 def label_of(archive: tarfile.TarFile, members: Members, column: str | None) -> Any:
@@ -91,13 +116,14 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     try:
         file = archive.extractfile(member)
     except (KeyError, RecursionError):
-        raise tarfile.ReadError(f"it is a link to {member.linkname}, which is no file of this archive") from None
-    assert file is not None
+        file = None
+    if file is None:
+        raise tarfile.ReadError(f"it is a link to {member.linkname}, which is no file of this archive")
     return file.read()
 
 
 def tar_rows(path: Path, column: str | None) -> Iterator[tuple[str, Payload | Exception]]:
-    with tarfile.open(path) as archive:
+    with open_tar(path) as archive:
         for members in samples(archive):
             if (ending := image_of(members, column)) is None:
                 continue
