@@ -610,15 +610,22 @@ def test_the_index_of_a_folder_is_taken_where_it_is_given(tmp_path, load):
 
 def test_a_user_and_a_password_are_sent_and_are_in_no_message(tmp_path, load):
     write_tars(tmp_path, [4])
+    write_packed(tmp_path / "packed", [4])
     with serving(tmp_path) as server:
         server.user = "me:p@ss word"
         with pytest.raises(ShardError, match="cannot be read: HTTP Error 401"):
             load(f"{server.url}/000.tar")
         place = f"{server.url}/".replace("://", "://me:p%40ss%20word@")
         assert len(load(f"{place}000.tar").data) == 4
-        with pytest.raises(ValueError, match="no such file") as error:
-            load(f"{place}001.tar?sig=SECRET")
-        assert "p%40ss" not in str(error.value) and "SECRET" not in str(error.value)
+        for name, options, message in (
+            ("001.tar", {}, "no such file"),
+            ("000.tar", {"split": "test"}, "split is 'test'"),
+            ("", {}, "cannot be listed"),
+            ("packed", {"split": "test"}, "split is 'test'"),
+        ):
+            with pytest.raises(ValueError, match=message) as error:
+                load(f"{place}{name}?sig=SECRET", **options)
+            assert "p%40ss" not in str(error.value) and "SECRET" not in str(error.value)
 
 
 def test_files_behind_one_address_with_other_questions(tmp_path, load, monkeypatch):

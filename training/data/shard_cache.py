@@ -258,7 +258,7 @@ class ShardCache:
         shard, row = self.found.shards[i], 0
         work = partial(decode_checked, target=self.target, min_side=self.min_side)
         try:
-            for row, (name, payload) in enumerate(rows(self.found, shard, raw)):
+            for row, (name, payload) in enumerate(rows(self.found, raw)):
                 if row == shard.count:
                     raise ShardError(f"{shard.file.name} has more than {shard.count} images: it has changed")
                 if self.stopped.is_set():

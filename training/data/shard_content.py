@@ -21,8 +21,8 @@ from training.data.tables import read_footer, read_labels, table_rows
 from training.data.tars import is_whole_tar, tar_rows
 
 
-def rows(found: ShardList, shard: Shard, path: Path) -> Iterator[tuple[str, Payload | Exception]]:
-    """(name, encoded image) of each image of a shard of which `path` is a copy on this machine; not of packed ones."""
+def rows(found: ShardList, path: Path) -> Iterator[tuple[str, Payload | Exception]]:
+    """(name, encoded image) of each image of a shard, which `path` is a copy of on this machine; not of packed ones."""
     if found.kind == "parquet":
         assert found.image_column is not None
         return table_rows(path, found.image_column)
@@ -77,8 +77,8 @@ def labels_of(found: ShardList, shards: Sequence[int]) -> list[list[Any]] | None
         return stores.in_parallel(lambda shard, _: label_values(feature, read_labels(shard.file, column))[0], chosen)
     if found.labels_file is None or found.class_names is None:
         return None
-    name = found.labels_file
-    content = stores.patiently(name, lambda: stores.read(name))
+    file, name = found.labels_file, stores.path_of(found.labels_file)
+    content = stores.patiently(name, lambda: stores.read(file))
     starts, names = np.cumsum([0, *(shard.count for shard in found.shards)]), [*found.class_names, None]
     if found.labels_sha256 not in (None, hashlib.sha256(content).hexdigest()):
         raise ShardError(f"{name} is damaged: its sha256 is not that of the manifest")

@@ -139,7 +139,7 @@ def find_shards(
             except (KeyError, TypeError):
                 file = stores.path_of(stores.join(place, INDEX))
                 raise ShardError(f'{file} has no {{"shardlist": [{{"url": ...}}, ...]}}') from None
-            folder = stores.path_of(stores.join(place, ""))
+            folder = stores.name_of(stores.join(place, ""))
             urls = [stores.beside(place, name) for name in names]
             files = stores.stat_all([(url, stores.name_of(url).removeprefix(folder)) for url in urls])
             return _of_files(files, place, description, split, config, image_column, label_column, index_dir)
@@ -193,6 +193,7 @@ def _of_files(
     label_column: str | None,
     index_dir: Path,
 ) -> ShardList:
+    place = stores.path_of(place)  # for messages
     if config is not None:
         files = [file for file in files if config in file.name.split("/")[:-1]]
         description += f", config {config}"
@@ -201,7 +202,7 @@ def _of_files(
         raise ValueError(f"several shards of {place!r} have one name: {some(twice)}; what follows a ? is no part of it")
     tables = [file for file in files if file.name.lower().endswith(".parquet")]
     tars = [file for file in files if file.name.lower().endswith(TARS)]
-    others = [file.name for file in files if file not in tables and file not in tars and not ASIDE.search(file.name)]
+    others = [name for name in names if not name.lower().endswith(SHARDS) and not ASIDE.search(name)]
     if not tables and not tars:
         hint = "; a folder of images is packed by `python -m training.data.pack` first" if files else ""
         raise ValueError(f"there are no shards in {place!r}: give .parquet or .tar files, or a packed folder{hint}")
@@ -247,14 +248,14 @@ def split_of(name: str) -> str:
 
 
 def _packed(place: str, description: str, manifest: dict[str, Any], split: str) -> ShardList:
-    file = stores.path_of(stores.join(place, MANIFEST))
+    file, folder = stores.path_of(stores.join(place, MANIFEST)), stores.path_of(place)
     if manifest.get("format") != PACKED_FORMAT:
         raise ValueError(f"{file} is not of packed shards: its format is {manifest.get('format')!r}")
     try:
         splits = manifest["splits"]
         _demand(isinstance(splits, dict), "splits")
         if splits and split not in splits:
-            raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {place!r} has no other split")
+            raise ValueError(f"split is {split!r}: give {' or '.join(splits)}, {folder!r} has no other split")
         shape, dtype = tuple(manifest["shape"]), manifest["dtype"]
         _demand(len(shape) == 3 and all(_is_count(size) and size for size in shape), "shape")
         _demand(dtype in ("uint8", "uint16"), "dtype")

@@ -220,7 +220,7 @@ def list_files(place: str) -> list[StoredFile]:
         filesystem.invalidate_cache()
         return filesystem, path, filesystem.find(path, detail=True)
 
-    filesystem, path, found = patiently(place, find)
+    filesystem, path, found = patiently(path_of(place), find)
     files = []
     for full, info in sorted(found.items()):
         name = full.removeprefix(path.rstrip("/") + "/") if full != path else full.rpartition("/")[2]

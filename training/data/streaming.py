@@ -266,7 +266,7 @@ def _target_of_first(found: ShardList, settings: DecodeSettings, cache_dir: Path
         reasons: list[str] = []
         is_whole = True
         try:
-            for name, payload in islice(rows(found, shard, path), FIRST_IMAGES):
+            for name, payload in islice(rows(found, path), FIRST_IMAGES):
                 header, reason = attempt(partial(read_header, min_side=settings.min_side), payload)
                 if header is None:
                     reasons.append(f"{name}: {reason}")
