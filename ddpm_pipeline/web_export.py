@@ -193,9 +193,10 @@ def fetch_package(work: Path) -> Path:
         raise ValueError(f"npm cannot fetch {PACKAGE} {VERSION}: {hint}. npm says: {detail[-500:]}") from None
     archive = work / f"{PACKAGE}-{VERSION}.tgz"
     check_integrity(archive)
+    # Python 3.11.3 and older have no filters; what is in the archive is known, as its hash is.
+    options: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(archive) as tar:
-        # Python 3.11.3 and older have no filters; what is in the archive is known, as its hash is.
-        tar.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        tar.extractall(work, **options)
     return work / "package"
 
 
