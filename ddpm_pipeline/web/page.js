@@ -142,6 +142,7 @@ function begin(settings, { provider, dtype }) {
   byId("sampler").replaceChildren(...page.samplers.map(() => new Option()));
   byId("class").replaceChildren(...(page.classes ?? []).map((name) => new Option(name)));
   byId("class-label").hidden = !page.classes;
+  for (const canvas of document.querySelectorAll("canvas.large")) [canvas.height, canvas.width] = page.size;
   for (const element of document.querySelectorAll(":disabled")) element.disabled = element.id === "save";
   showStatus((t) => t.ready);
   showTexts();
