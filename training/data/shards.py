@@ -111,6 +111,8 @@ def find_shards(
         ValueError: there are no shards of this split.
         ShardError: the place cannot be read.
     """
+    scheme, mark, rest = place.partition("://")
+    place = scheme.lower() + mark + rest if mark else place
     stores.check_address(place)
     description = f"data set {stores.path_of(place).rstrip('/').rpartition('/')[2] or stores.path_of(place)}"
     local = Path(place).expanduser()
