@@ -17,6 +17,7 @@ from pyarrow import parquet
 from tests.data.image_files import cell, write_parquet
 from tests.data.shard_files import add, as_arrays, pixels_of, png_of, serving, write_packed, write_tables, write_tars
 from training.data import shards, stores
+from training.data.classes import find_classes
 from training.data.disk import CacheError
 from training.data.shards import find_shards, split_of
 from training.data.stores import ShardError, StoredFile
@@ -129,6 +130,16 @@ def test_one_of_several_images_of_a_sample_is_chosen(tmp_path, load):
         ValueError, match=r"image_column is 'png', which no image of .* ends with: give mask.png or photo.png"
     ):
         load(tmp_path / "set", image_column="png")
+
+
+def test_labels_that_only_their_types_tell_apart_are_no_classes(tmp_path, load):
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "000.tar", "w") as archive:
+        for i, label in enumerate([1, "1", "b"]):
+            add(archive, f"{i}.png", png_of(i))
+            add(archive, f"{i}.json", json.dumps({"label": label}).encode())
+    with pytest.raises(ValueError, match=r"different labels are called 1, such as a number and a text"):
+        find_classes(load(tmp_path / "set"))
 
 
 def test_the_columns_of_a_table_have_a_cache_and_a_digest_each(tmp_path, load):

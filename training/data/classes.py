@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,8 @@ def find_classes(split: DataSplit) -> Classes:
     """The classes of the images of a split.
 
     Raises:
-        ValueError: fewer than two classes, an image without a label, or a held-out image of another class.
+        ValueError: fewer than two classes, two of one name, an image without a label, or a held-out image of another
+            class.
     """
     names = split.data.class_names()
     if len(names) < 2:
@@ -95,6 +97,8 @@ def find_classes(split: DataSplit) -> Classes:
             f"the images have {len(names)} different labels, and classes need at least 2 ({split.data.source}): give "
             "folders of classes, a metadata.csv with the columns file_name and label, or --label_column"
         )
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"different labels are called {some(twice)}, such as a number and a text: make them alike")
     labels = split.data.labels()
     assert labels is not None
     if len(unlabelled := np.flatnonzero(labels == len(names))):
