@@ -335,7 +335,8 @@ def export(args: argparse.Namespace) -> None:
 
     check_folder_of_page(args.output)
     path = Path(args.model)
-    name = path.resolve().parent.name if path.name == "pipeline" else path.name
+    path = path.resolve() if path.is_dir() else path  # of ".", too, the name is that of the folder
+    name = path.parent.name if path.name == "pipeline" else path.name
     errors = export_web(
         load_pipeline(args),
         args.output,

@@ -176,8 +176,19 @@ def _normalize(vectors: Tensor) -> Tensor:
 
 
 def distance_ratio(distance: Distance, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """d(a, x) / (d(a, x) + d(b, x)): 0 at a, 1 at b."""
-    to_a, to_b = distance(a, x), distance(b, x)
+    """d(a, x) / (d(a, x) + d(b, x)): 0 at a, 1 at b.
+
+    Raises:
+        ValueError: the distance does not give a number for each image that is 0 or more.
+    """
+    distances = distance(a, x), distance(b, x)
+    for d in distances:
+        if not isinstance(d, Tensor) or d.shape != x.shape[:1]:
+            found = tuple(d.shape) if isinstance(d, Tensor) else type(d).__name__
+            raise ValueError(f"distance gives {found} for two batches of {len(x)} images: give numbers, ({len(x)},)")
+        if not (d >= -1e-5).all() or d.isinf().any():  # 1 - cosine is rounded to less than 0
+            raise ValueError(f"distance gives {d.tolist()}: give finite numbers of 0 or more")
+    to_a, to_b = (d.clamp(min=0) for d in distances)
     return to_a / (to_a + to_b).clamp(min=1e-30)
 
 

@@ -32,6 +32,12 @@ def class_names_of(unet: UNet2DModel) -> tuple[str, ...] | None:
     return None if names is None else _checked_names(names, unet.config["num_class_embeds"])
 
 
+def listed_class_names(unet: UNet2DModel) -> list[str]:
+    """Classes to choose from: their names, or their numbers where none are saved; none if the model has no classes."""
+    number = unet.config["num_class_embeds"]
+    return [] if number is None else list(class_names_of(unet) or map(str, range(number)))
+
+
 def record_class_names(unet: UNet2DModel, names: Sequence[str]) -> None:
     """Save the names of classes 0, 1, ... with the network, in its configuration.
 

@@ -17,6 +17,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import tarfile
@@ -30,8 +31,9 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from .calibrated import Guidance, Table, fitted_tables
 from .files import replacing
 from .images import check_image_size
-from .labels import class_names_of, null_class
+from .labels import listed_class_names
 from .onnx_network import write_networks
+from .pixels import height_width
 from .schedulers import set_schedule
 from .scheduling_ddpm import DDPMScheduler
 from .solver_tables import dpm_solver_table
@@ -99,14 +101,11 @@ def export_web(
         shutil.copytree(PAGE, new)
         write_runtime(package, new / "onnxruntime")
         errors = write_networks(unet, new)
-        names, number = class_names_of(unet), unet.config["num_class_embeds"]
-        if number is not None:
-            number -= null_class(unet) is not None
         page = {
             "title": title,
             "channels": unet.config["in_channels"],
             "size": check_image_size(unet, None, None, None),
-            "classes": None if number is None else list(names or map(str, range(number)))[:number],
+            "classes": listed_class_names(unet) or None,
             "bound": scheduler.config["clip_sample_range"] if scheduler.config["clip_sample"] else None,
             "networks": list(errors),
             "samplers": samplers,
@@ -128,6 +127,8 @@ def check_model(unet: UNet2DModel, scheduler: Any) -> None:
         raise ValueError(f"the images have {unet.config['in_channels']} channels: the page shows 1, 3 or 4")
     if unet.config["sample_size"] is None:
         raise ValueError("the network has sample_size None: the page has images of one size, in unet/config.json")
+    if unet.config["in_channels"] * math.prod(height_width(unet.config["sample_size"])) < 16:
+        raise ValueError(f"the images have size {unet.config['sample_size']}: the page draws 16 numbers or more")
     size = 4 * sum(parameter.numel() for parameter in unet.parameters())
     if size > MAX_WEIGHTS:
         raise ValueError(

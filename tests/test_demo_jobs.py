@@ -104,8 +104,8 @@ def test_repair_keeps_what_is_not_painted():
     assert not np.array_equal(*map(pixels, pictures))
     with pytest.raises(ValueError, match="the mask is empty"):
         demo.repair(image, demo.read_mask("0" * 64), FOUR, 1)
-    for wrong in ("1" * 63, "2" * 64, ""):
-        with pytest.raises(ValueError, match=f"the mask has {len(wrong)} pixels"):
+    for wrong in ("1" * 63, "2" * 64, "", None):
+        with pytest.raises(ValueError, match=r"the mask is no text of \d+ x \d+ characters 0 or 1"):
             demo.read_mask(wrong)
 
 
@@ -150,6 +150,15 @@ def test_every_job_ends_when_its_time_is_up():
     ):
         with pytest.raises(TimeUpError):
             job()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"channels": 2}, "2 channels: the demo shows 1, 3 or 4"), ({"class_embed_type": "timestep"}, "is 'timestep'")],
+)
+def test_a_model_that_no_job_can_use_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Model(tiny_pipe(**options), "user/model")
 
 
 def test_uploads_are_read_as_in_training_and_within_limits(tmp_path):

@@ -109,6 +109,8 @@ def test_visitors_at_once_get_their_own_images(address):
         "/gradio_api/file=/etc/passwd",
         "/gradio_api/file={folder}/../../etc/passwd",
         "/gradio_api/file=setup.cfg",
+        "/gradio_api/file=/%00",
+        f"/gradio_api/file=/{'a' * 300}",
         "/monitoring",
         "/docs",
     ],
@@ -136,6 +138,8 @@ def test_nothing_shows_a_path_of_the_machine(address):
         ["{folder}"],
         "{folder}",
         "{folder}/away.png",
+        "/a\0b",
+        "/\ud800",
         None,
     ],
 )
@@ -221,6 +225,7 @@ def test_an_empty_seed_is_named(address):
         ([1, 1, -1, 1.5, 4, 0, 1, 1], "seed is 1.5: give an integer from 0 to"),
         ([1, 1, -1, 0, 21, 0, 1, 1], "steps is 21: give an integer from 1 to 20"),
         ([1, 1, -1, 0, [], 0, 1, 1], r"steps is \[\]: give an integer from 1 to 20"),
+        ([1, 1, -1, "<b>" * 999, 4, 0, 1, 1], r"seed is '(&lt;b&gt;)+&lt;b?.{0,5}$"),
     ],
 )
 def test_numbers_that_are_wrong_are_named(address, capfd, inputs, message):

@@ -81,6 +81,22 @@ def test_balance_takes_another_distance():
     assert to_a / (to_a + to_b) == pytest.approx(0.2, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("distance", "message"),
+    [
+        (lambda x, y: (x - y).abs().mean(), r"distance gives \(\) for two batches of 1 images: give numbers, \(1,\)"),
+        (lambda x, y: (x - y).abs(), r"distance gives \(1, 1, 8, 8\) for two batches"),
+        (lambda x, y: "far", r"distance gives str for two batches"),
+        (lambda x, y: torch.full((len(x),), torch.nan), r"distance gives \[nan\]: give finite numbers of 0 or more"),
+        (lambda x, y: -squared_pixel_distance(x, y), r"distance gives \[-\d+\.\d+\]: give finite"),
+    ],
+)
+def test_a_distance_that_is_none_is_refused(distance, message):
+    x_0 = gaussian_images(2)
+    with pytest.raises(ValueError, match=message):
+        gaussian_pipe().fuse(x_0[0], x_0[1], 0.2, balance=True, distance=distance, num_inference_steps=2)
+
+
 class LeftHalf(torch.nn.Module):
     """Features for TorchScript: the pixels of the left half, of images of 8 x 8."""
 

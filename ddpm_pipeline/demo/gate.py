@@ -58,8 +58,11 @@ class Gate:
         """Whether it is a file there: gradio deletes what jobs were given, and stops at a folder."""
         if not isinstance(path, str) or not Path(path).is_absolute():
             return False
-        file = Path(path).resolve()
-        return file.is_relative_to(self.folder) and file.is_file()
+        try:
+            file = Path(path).resolve()
+            return file.is_relative_to(self.folder) and file.is_file()
+        except (OSError, ValueError):  # a null character, half a character, a name that is too long
+            return False
 
     def _check_upload(self, request: Request) -> HTTPStatus:
         """Its size must be known before it is read, and there must be room for it."""

@@ -21,7 +21,7 @@ from ..arguments import MAX_SEED
 from ..calibrated import Table, load_tables, why_not
 from ..decode import IMAGE_CHANNELS, decode_for, failure_reason, parse_colour, read_header
 from ..images import background_of, size_of, to_output
-from ..labels import class_names_of, null_class
+from ..labels import listed_class_names, null_class
 from ..pipeline_ddpm import DDPMPipeline
 from ..pixels import from_pixels, height_width
 from ..scheduling_ddpm import DDPMScheduler, check_int
@@ -98,13 +98,19 @@ class Model:
             raise ValueError(f"the scheduler is a {type(scheduler).__name__}: the demo needs our DDPMScheduler")
         if unet.config["sample_size"] is None:
             raise ValueError("the network has sample_size None: the demo needs a model with a size")
+        if unet.config["in_channels"] not in (1, 3, 4):
+            raise ValueError(f"the images have {unet.config['in_channels']} channels: the demo shows 1, 3 or 4")
+        if unet.config["class_embed_type"] is not None:
+            raise ValueError(
+                f"class_embed_type is {unet.config['class_embed_type']!r}: the demo has numbered classes alone"
+            )
         self.pipe, self.name, self.time_limit = pipe, _shown_name(name), time_limit
         self.height, self.width = height_width(unet.config["sample_size"])
         if max(self.height, self.width) > MAX_SIDE:
             raise ValueError(f"the images are {self.height} x {self.width} pixels: the demo takes up to {MAX_SIDE}")
         self.channels: int = unet.config["in_channels"]
         self.max_steps = min(MAX_STEPS, scheduler.num_steps)
-        self.class_names = _class_names(unet)
+        self.class_names = listed_class_names(unet)
         self.takes_guidance = null_class(unet) is not None
         self.takes_autoguidance = pipe.guide is not None
         self.tables: list[Table] = [
@@ -216,8 +222,8 @@ class Model:
 
     def read_mask(self, bits: str) -> Tensor:
         """A mask painted on the page, one character 0 or 1 for each pixel, row by row, as (H, W) bool."""
-        if len(bits) != self.height * self.width or set(bits) - {"0", "1"}:
-            raise ValueError(f"the mask has {len(bits)} pixels: give {self.height} x {self.width} of 0 or 1")
+        if not isinstance(bits, str) or len(bits) != self.height * self.width or set(bits) - {"0", "1"}:
+            raise ValueError(f"the mask is no text of {self.height} x {self.width} characters 0 or 1")
         return torch.tensor([bit == "1" for bit in bits]).view(self.height, self.width)
 
     def preview(self, image: Tensor) -> bytes:
@@ -286,15 +292,6 @@ def _shown_name(name: str) -> str:
         return name  # on the Hub
     path = path.resolve()
     return path.parent.name if path.name == "pipeline" else path.name
-
-
-def _class_names(unet: Any) -> list[str]:
-    """What the classes are called, without the null class; none if the model has no classes."""
-    number = unet.config["num_class_embeds"]
-    if number is None:
-        return []
-    names = class_names_of(unet)
-    return list(names) if names else [str(i) for i in range(number)]
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

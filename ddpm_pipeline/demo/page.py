@@ -3,6 +3,7 @@
 One job runs at a time, the others wait in a queue of bounded length. Nothing is loaded from other hosts.
 """
 
+import html
 import io
 import os
 import signal
@@ -28,6 +29,7 @@ from .texts import TEXTS, language_of
 
 HERE = Path(__file__).parent
 MAX_WAITING = 20  # jobs in the queue; further ones are refused
+MAX_MESSAGE = 500  # characters of what a visitor is told, which may repeat what came
 MAX_SESSIONS = 100  # visits whose results and settings are remembered
 KEEP_FILES = 3600  # seconds that an uploaded image stays on the disk
 PREVIEW_EVERY = 4  # steps of sampling between two previews
@@ -327,7 +329,7 @@ def _told(model: Model, job: Callable[..., Any]) -> Callable[..., Any]:
                 _texts(request)["too_long"].format(seconds=model.time_limit), print_exception=False
             ) from None
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+            raise gr.Error(html.escape(str(error)[:MAX_MESSAGE], quote=False), print_exception=False) from None
 
     return told
 

@@ -72,6 +72,19 @@ def test_the_samplers_give_the_images_of_the_pipeline(prediction_type, rescale_b
     assert [sampler["is_deterministic"] for sampler in web_export.make_samplers(pipe, 7)] == [False, True]
 
 
+@pytest.mark.parametrize(("model", "title"), [(".", "birds"), ("../birds", "birds"), ("pipeline", "birds")])
+def test_the_title_is_the_name_of_the_folder(tmp_path, monkeypatch, model, title):
+    (tmp_path / "birds" / "pipeline").mkdir(parents=True)
+    tiny_pipe().save_pretrained(tmp_path / "birds")
+    tiny_pipe().save_pretrained(tmp_path / "birds" / "pipeline")
+    titles = []
+    monkeypatch.setattr(web_export, "export_web", lambda pipe, folder, title, **options: titles.append(title) or {})
+    monkeypatch.chdir(tmp_path / "birds")
+    (tmp_path / "out").mkdir()
+    assert main(["export", model, str(tmp_path / "out"), "--web"]) == 0
+    assert titles == [title]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -79,6 +92,7 @@ def test_the_samplers_give_the_images_of_the_pipeline(prediction_type, rescale_b
         ({"channels": 2}, "2 channels"),
         ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
         ({"size": None}, "sample_size None"),
+        ({"size": 2}, "size 2: the page draws 16 numbers or more"),
         ({"block_out_channels": (4, 8)}, r"has 0\.0 GB of weights in float32: a browser has room for 0"),
     ],
 )

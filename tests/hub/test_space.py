@@ -133,7 +133,7 @@ def test_a_dry_run_shows_the_space(published):
     assert "ddpm_pipeline/demo/page.py" in out and "sdk: gradio" in out and "files, for the Space alice/dry" in out
 
 
-@pytest.mark.parametrize("names", [("user/mine/x", None), ("user/mine", "user/-demo")])
+@pytest.mark.parametrize("names", [("user/mine/x", None), ("user/mine", "user/-demo"), ("user/mine", "")])
 def test_names_are_checked_first(tmp_path, names):
     with pytest.raises(ValueError, match=r"Repo id"):
         push.show(tmp_path / "no run", names[0], space=names[1])

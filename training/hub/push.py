@@ -125,7 +125,7 @@ def show(
     """
     from huggingface_hub.utils import validate_repo_id
 
-    for name in filter(None, (repo_id, space)):
+    for name in (repo_id,) if space is None else (repo_id, space):
         validate_repo_id(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder, demo = Path(scratch, "model"), Path(scratch, "space")
