@@ -329,18 +329,15 @@ def run(pipe: Any, args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the web page of a model, and say what is in it."""
-    from .files import folder_size
+    from .files import folder_size, model_name
     from .onnx_network import MAX_ERROR
     from .web_export import LARGE_PAGE, check_folder_of_page, export_web
 
     check_folder_of_page(args.output)
-    path = Path(args.model)
-    path = path.resolve() if path.is_dir() else path  # of ".", too, the name is that of the folder
-    name = path.parent.name if path.name == "pipeline" else path.name
     errors = export_web(
         load_pipeline(args),
         args.output,
-        title=args.title or name,
+        title=args.title or Path(model_name(args.model)).name,  # of user/model on the Hub, model
         num_inference_steps=args.num_inference_steps,
         onnxruntime_web=args.onnxruntime_web,
     )

@@ -32,6 +32,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def model_name(model: str) -> str:
+    """What a model is called, without the path of its folder: runs/moons/pipeline is "moons"."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model  # on the Hub
+    path = path.resolve()
+    return path.parent.name if path.name == "pipeline" else path.name
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:

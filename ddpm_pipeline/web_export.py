@@ -29,6 +29,7 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from .calibrated import Guidance, Table, fitted_tables
+from .decode import IMAGE_CHANNELS
 from .files import replacing
 from .images import check_image_size
 from .labels import listed_class_names
@@ -123,7 +124,7 @@ def check_model(unet: UNet2DModel, scheduler: Any) -> None:
         )
     if scheduler.config["thresholding"]:
         raise ValueError("the scheduler has thresholding=True: the page clips, or does nothing; set it to False")
-    if unet.config["in_channels"] not in (1, 3, 4):
+    if unet.config["in_channels"] not in IMAGE_CHANNELS:
         raise ValueError(f"the images have {unet.config['in_channels']} channels: the page shows 1, 3 or 4")
     if unet.config["sample_size"] is None:
         raise ValueError("the network has sample_size None: the page has images of one size, in unet/config.json")

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +19,13 @@ from torch import Tensor
 from ..arguments import MAX_SEED
 from ..calibrated import Table, load_tables, why_not
 from ..decode import IMAGE_CHANNELS, decode_for, failure_reason, parse_colour, read_header
+from ..files import model_name
 from ..images import background_of, size_of, to_output
 from ..labels import listed_class_names, null_class
 from ..pipeline_ddpm import DDPMPipeline
 from ..pixels import from_pixels, height_width
 from ..scheduling_ddpm import DDPMScheduler, check_int
-from ..visualize import grid, to_uint8
+from ..visualize import grid
 
 MAX_IMAGES = 16  # of one job
 MAX_STEPS = 250  # sampling steps of one job
@@ -98,13 +98,13 @@ class Model:
             raise ValueError(f"the scheduler is a {type(scheduler).__name__}: the demo needs our DDPMScheduler")
         if unet.config["sample_size"] is None:
             raise ValueError("the network has sample_size None: the demo needs a model with a size")
-        if unet.config["in_channels"] not in (1, 3, 4):
+        if unet.config["in_channels"] not in IMAGE_CHANNELS:
             raise ValueError(f"the images have {unet.config['in_channels']} channels: the demo shows 1, 3 or 4")
         if unet.config["class_embed_type"] is not None:
             raise ValueError(
                 f"class_embed_type is {unet.config['class_embed_type']!r}: the demo has numbered classes alone"
             )
-        self.pipe, self.name, self.time_limit = pipe, _shown_name(name), time_limit
+        self.pipe, self.name, self.time_limit = pipe, model_name(name), time_limit
         self.height, self.width = height_width(unet.config["sample_size"])
         if max(self.height, self.width) > MAX_SIDE:
             raise ValueError(f"the images are {self.height} x {self.width} pixels: the demo takes up to {MAX_SIDE}")
@@ -285,15 +285,6 @@ class _Watch:
         pass
 
 
-def _shown_name(name: str) -> str:
-    """The name of a model without the path of its folder: runs/moons/pipeline is "moons"."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return name  # on the Hub
-    path = path.resolve()
-    return path.parent.name if path.name == "pipeline" else path.name
-
-
 def _number(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}: give a number from {least:g} to {most:g}")
@@ -304,11 +295,8 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def _to_pil(image: Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1] to a PIL image; of other numbers of channels than PIL has, what `visualize` shows."""
-    if len(image) in IMAGE_CHANNELS:
-        return to_output(image[None].clamp(-1, 1).nan_to_num(), "pil")[0]
-    pixels = to_uint8(image[None])[0]
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    """(C, H, W) in [-1, 1] to a PIL image."""
+    return to_output(image[None].clamp(-1, 1).nan_to_num(), "pil")[0]
 
 
 def _encode(image: Image.Image, settings: dict[str, Any] | None = None) -> bytes:

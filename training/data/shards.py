@@ -153,7 +153,7 @@ def find_shards(
 
 def _check_one_config(files: list[StoredFile], split: str, description: str) -> None:
     """On the Hub each configuration of a data set of tables has a folder; tar files may be in several of one."""
-    tables = [file.name for file in files if file.name.endswith(".parquet") and split_of(file.name) == split]
+    tables = [file.name for file in files if file.name.lower().endswith(".parquet") and split_of(file.name) == split]
     folders = {name.partition("/")[0] for name in tables if "/" in name}
     if len(configs := sorted(name for name in folders if not SPLIT_IN_NAME.search(name.lower()))) > 1:
         raise ValueError(f"dataset_config_name is None: give one, {description} has the folders {some(configs)}")

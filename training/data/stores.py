@@ -97,8 +97,8 @@ def beside(folder: str, name: str) -> str:
         return name
     if not is_http(folder):
         return join(folder, name)
-    signature = "" if "?" in name else folder[len(folder.partition("?")[0]) :]
-    return urllib.parse.urljoin(join(folder.partition("?")[0], ""), name) + signature
+    folder, mark, signature = folder.partition("?")
+    return urllib.parse.urljoin(join(folder, ""), name) + ("" if "?" in name else mark + signature)
 
 
 def name_of(place: str) -> str:
