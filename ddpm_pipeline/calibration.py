@@ -12,6 +12,7 @@ The teacher is DPM-Solver++ 2M with many steps. A sampler of N steps should draw
 The third part minimizes any sum of squares of what is drawn (`Objective`), for instance the difference between
 moments of samples and of training images, which corrects errors of the network that the teacher has as well. Then
 there is another beginning, too: the best of many solvers as they are (solver_tables.py), by the same sum of squares.
+With many steps it is the only one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LEAST_GAIN = 0.01  # an iteration that gains less is the last
 MAX_MOVE = 10.0  # of a number in one iteration, in finite differences
 ALL_FREE = 10  # up to so many steps every number of a table is free; else it changes smoothly over the steps
 KNOTS = 4  # of the smooth changes
+KEPT_SOLVERS = 6
 
 Total = Callable[[Tensor], Tensor]  # the sum of a tensor over all processes
 
@@ -239,6 +241,9 @@ class Parameters(NamedTuple):
     differences: list[float]
 
 
+MakeParameters = Callable[[Table, DDPMScheduler], Parameters]
+
+
 def all_numbers(table: Table, scheduler: DDPMScheduler) -> Parameters:
     """Every coefficient, and every timestep of the network, rounded."""
     sizes, num_train_timesteps = [len(row) for row in table.coefficients], scheduler.num_steps
@@ -362,7 +367,7 @@ def gauss_newton(trial: Trial, parameters: Parameters, damping: float = DAMPING)
 def improve(
     trial: Trial,
     held_out: Trial,
-    make_parameters: Callable[[Table, DDPMScheduler], Parameters],
+    make_parameters: MakeParameters,
     max_iterations: int,
     least_damping: float = 0.0,
 ) -> tuple[Trial, Trial]:
@@ -425,15 +430,19 @@ def network_errors(run: Run, sampler: Sampler, images: Tensor, total: Total) -> 
     return NetworkErrors(variances, scales)
 
 
-def best_solver(trial: Trial, spacings: Sequence[Sequence[int]], errors: Callable[[Run], NetworkErrors]) -> Trial:
+def best_solver(
+    few: Trial, trial: Trial, spacings: Sequence[Sequence[int]], errors: Callable[[Run], NetworkErrors]
+) -> Trial:
     """The best of `solver_tables`, changed by what `errors` finds of it where that helps.
 
     Args:
+        few: with few noises, on which all of them are tried; the best KEPT_SOLVERS go to `trial`.
         trial: of any table with this number of steps and the guidance of the sampler.
     """
     scheduler, guidance = trial.sampler.scheduler, trial.run.table.guidance
     tables = [table._replace(guidance=guidance) for table in solver_tables(scheduler, spacings)]
-    best = min(map(trial.of, tables), key=Trial.value)
+    kept = sorted(tables, key=lambda table: few.of(table).value())[:KEPT_SOLVERS]
+    best = min(map(trial.of, kept), key=Trial.value)
     found = errors(best.run)
     for change in (
         lambda table: with_optimal_variance(table, found.x_0_variances),

@@ -12,12 +12,12 @@ from diffusers import DDPMPipeline as BuiltInDDPMPipeline
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from ddpm_pipeline import DDPMPipeline, classifier
+from ddpm_pipeline import DDPMPipeline, calibration, classifier
 from ddpm_pipeline.calibrated import load_tables
 from tests.evaluation.helpers import train
 from tests.models import tiny_unet
 from tests.short_run import flags, run_here, run_on_two
-from training.calibration import results
+from training.calibration import calibrator, results
 from training.calibration.config import CalibrationConfig
 from training.calibration.settings import DDIM, DDPM
 
@@ -121,6 +121,20 @@ def test_further_features_of_the_fit(work, model, tmp_path, capsys):
     assert "use_images is false: leave out one of them" in capsys.readouterr().err
     calibrate(work, model, expected=2, fit_extractor=file, extractor=file, compare="true")
     assert "extractor and fit_extractor are both" in capsys.readouterr().err
+
+
+def test_many_steps_start_from_a_solver_not_from_the_teachers_steps(work, model, monkeypatch):
+    found = []
+
+    def best_solver(*args):
+        found.append(calibration.best_solver(*args))
+        return found[-1]
+
+    monkeypatch.setattr(calibrator, "best_solver", best_solver)
+    monkeypatch.delattr(calibrator, "fit_steps")
+    monkeypatch.setattr(calibrator, "ALL_FREE", 2)
+    calibrate(work, model, num_inference_steps=3)
+    assert tables(model)[3].timesteps == found[0].run.table.timesteps
 
 
 def test_a_damaged_file_of_tables_does_not_count(work, model, capsys):
@@ -238,9 +252,10 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
     assert "calibrated" in text and DDIM.name in text and DDPM.name in text
     assert Image.open(folder / "comparison.png").width > 100
     records = json.loads((folder / "comparison.json").read_text())["records"]
-    assert len(records) == 12  # of few samples first, to find the best settings
+    numbers = [record["inputs"]["num_samples"] for record in records]
+    assert numbers == [32, 32, 96, 96, 64, 64, 64] * 2  # the best settings of a screening go on
     own = [record["inputs"]["table"]["timesteps"] for record in records if record["is_calibrated"]]
-    assert [len(timesteps) for timesteps in own] == [2, 2, 3, 3]
+    assert [len(timesteps) for timesteps in own] == [2, 3]
     values = [record["results"][0]["estimate"][0] for record in records]
     assert all(math.isfinite(value) and value > 0 for value in values)
 

@@ -342,14 +342,22 @@ def test_the_best_solver_is_corrected_where_that_helps(scheduler: DDPMScheduler)
     start = c.Trial(sampler, sampler.run(tables[0], x_t), Variances(data))
     least = min(start.of(table).value() for table in tables)
 
-    def found(x_0_variance: float, scale: float) -> c.Trial:
-        return c.best_solver(start, spacings, lambda run: c.NetworkErrors([x_0_variance] * 4, [scale] * 4))
+    def found(x_0_variance: float, scale: float, few: c.Trial = start) -> c.Trial:
+        return c.best_solver(few, start, spacings, lambda run: c.NetworkErrors([x_0_variance] * 4, [scale] * 4))
 
     best = found(0.0, 1.0)
     assert best.run.table in tables and best.value() == least
     assert found(0.0, 0.99).value() < least or found(0.0, 1.01).value() < least
     assert found(0.02, 1.0).value() < least
     assert found(9.0, 0.1).run.table == best.run.table
+
+    class Others(Variances):
+        def residuals(self, images: Tensor) -> Tensor:
+            return 1 / super().residuals(images).norm(keepdim=True)
+
+    on_few = found(0.0, 1.0, start._replace(objective=Others(data)))  # which keeps the worst of all
+    kept = sorted((start.of(table).value() for table in tables), reverse=True)[: c.KEPT_SOLVERS]
+    assert on_few.value() == min(kept) > least
 
 
 # ---- Moments ---------------------------------------------------------------------------------------------------------

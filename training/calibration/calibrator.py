@@ -31,8 +31,9 @@ from ddpm_pipeline.calibrated import (
 from ddpm_pipeline.calibration import (
     ALL_FREE,
     DAMPING,
+    KEPT_SOLVERS,
+    MakeParameters,
     NetworkErrors,
-    Parameters,
     Run,
     Sampler,
     TeacherObjective,
@@ -64,7 +65,7 @@ from training.progress import progress, quiet_libraries
 from training.run.record import SCHEDULER_CONFIG
 from training.run.runtime import Runtime
 
-VERSION = 4  # of what is fitted; another one does not continue
+VERSION = 5  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
@@ -205,11 +206,10 @@ class Calibrator:
         for number in missing:
             started = time.monotonic()
             times = best_times(teacher.run, self.pipe.scheduler, number, self._total)
-            table = fit_steps(teacher.sampler, teacher.run, times, self._total)
             if self.moments is None:
-                table = self._fit_to_teacher(table, teacher, held_out)
+                table = self._fit_to_teacher(self._fit_steps(teacher, times), teacher, held_out)
             else:
-                table = self._fit_to_images(table)
+                table = self._fit_to_images(teacher, times)
             rounded = [[round(value, 6) for value in row] for row in table.coefficients]
             noise = tuple(round(deviation, 6) for deviation in table.noise)
             self.tables[number] = table._replace(coefficients=rounded, noise=noise)
@@ -217,28 +217,44 @@ class Calibrator:
                 fits.write(self.tables)
             self.runtime.print(f"{number} steps: calibrated in {(time.monotonic() - started) / 60:.1f} min")
 
+    def _fit_steps(self, teacher: Trial, times: list[int]) -> Table:
+        return fit_steps(teacher.sampler, teacher.run, times, self._total)
+
     def _fit_to_teacher(self, table: Table, teacher: Trial, held_out: Trial) -> Table:
         make_parameters = all_numbers if len(table.timesteps) <= ALL_FREE else smooth_changes
         trials = teacher.of(table), held_out.of(table)
         return self._improve("", trials, make_parameters, TEACHER_ITERATIONS)[0].run.table
 
-    def _fit_to_images(self, table: Table) -> Table:
-        """From this table; then from the best solver as it is, if that is clearly better than what was found."""
-        number, numel = len(table.timesteps), int(np.prod(self._shape))
+    def _fit_to_images(self, teacher: Trial, times: list[int]) -> Table:
+        """From the teacher's steps; then from the best solver as it is, if that is clearly better than what was found.
+
+        With many steps from the solver alone: it is right, and what is wrong is the network.
+        """
+        number, numel = len(times), int(np.prod(self._shape))
         num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (5 * 2 * number * numel)))
         if num_images < self.config.num_images:
             self.runtime.print(f"{number} steps: fitted with {num_images} images, for which there is memory")
-        blank, blank_held_out = self.trial(2, num_images, table), self.trial(3, num_images // 2, table)
+        any_table = dpm_solver_table(self.pipe.scheduler, times)._replace(guidance=self.guidance)
+        blank, blank_held_out, few = (
+            self.trial(which, share, any_table)
+            for which, share in ((2, num_images), (3, num_images // 2), (3, max(LEAST_IMAGES // 2, num_images // 8)))
+        )
 
-        def fit(title: str, start: Table) -> tuple[Trial, Trial]:
+        def fit(title: str, start: Table, *kinds: tuple[str, MakeParameters, int]) -> Trial:
             trials = blank.of(start), blank_held_out.of(start)
-            trials = self._improve(title, trials, smooth_changes, MOMENT_ITERATIONS, DAMPING)
-            return self._improve(f"{title}, noise", trials, smooth_changes_and_noise, NOISE_ITERATIONS, DAMPING)
+            for kind, make_parameters, iterations in kinds:
+                trials = self._improve(title + kind, trials, make_parameters, iterations, DAMPING)
+            return trials[1]
 
-        _, found = fit("", table)
-        solver = self._best_solver(blank_held_out)
+        noise = (", noise", smooth_changes_and_noise, NOISE_ITERATIONS)
+        both = (("", smooth_changes, MOMENT_ITERATIONS), noise)
+        if number > ALL_FREE:
+            solver = self._best_solver(few, blank_held_out)
+            return fit("", solver.run.table, noise).run.table
+        found = fit("", self._fit_steps(teacher, times), *both)
+        solver = self._best_solver(few, blank_held_out)
         if solver.value() < CLEARLY_LESS * found.value():
-            _, found = fit(", from a solver", solver.run.table)
+            found = fit(", from a solver", solver.run.table, *both)
         return found.run.table
 
     def trial(self, which: int, number: int, table: Table) -> Trial:
@@ -247,14 +263,15 @@ class Calibrator:
         sampler, noise = self._sampler(which, number)
         return Trial(sampler, Run(table, [noise], []), self.moments)
 
-    def _best_solver(self, trial: Trial) -> Trial:
-        """With the number of steps of this trial, at its timesteps or at evenly spaced ones."""
+    def _best_solver(self, few: Trial, trial: Trial) -> Trial:
+        """With the number of steps of these trials, at their timesteps or at evenly spaced ones."""
         scheduler, timesteps = self.pipe.scheduler, trial.run.table.timesteps
-        number, images = len(timesteps), trial.run.states[0]
+        number = len(timesteps)
         spacings = [timesteps, trailing_times(scheduler, number), leading_times(scheduler, number)]
-        runs = len(solver_tables(scheduler, spacings)) + len(NetworkErrors._fields)
-        with self._progress(f"{number} steps, solvers", runs * number * len(images), trial.sampler):
-            return best_solver(trial, spacings, self.errors)
+        of_few = len(solver_tables(scheduler, spacings)) * len(few.run.states[0])
+        of_trial = (KEPT_SOLVERS + len(NetworkErrors._fields)) * len(trial.run.states[0])
+        with self._progress(f"{number} steps, solvers", (of_few + of_trial) * number, few.sampler, trial.sampler):
+            return best_solver(few, trial, spacings, self.errors)
 
     def errors(self, run: Run) -> NetworkErrors:
         """On held-out images, or on training images if none are held out."""
@@ -273,7 +290,7 @@ class Calibrator:
         self,
         title: str,
         trials: tuple[Trial, Trial],
-        make_parameters: Callable[[Table, DDPMScheduler], Parameters],
+        make_parameters: MakeParameters,
         max_iterations: int,
         least_damping: float = 0.0,
     ) -> tuple[Trial, Trial]:

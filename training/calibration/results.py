@@ -47,10 +47,8 @@ if TYPE_CHECKING:
 FOLDER, FITS, COMPARISON = "calibration", "tables.json", "comparison.json"
 MAX_REFERENCE_IMAGES = 10_000  # that samples are compared with
 SCREENED, COMPARED = 2**24, 2**25  # added to the seeds for the comparison: noises that were not fitted to
-SCREENED_IMAGES = 96  # samples of every setting of every scheduler
-COMPARED_SETTINGS = 5  # those at their best get as many samples as we
-KEPT_SETTINGS = 32  # the best with MANY_CALLS or more are screened with the next number
-MANY_CALLS = 10
+SCREENINGS = ((32, 40), (96, 5))  # samples of each setting, and how many settings go on: last, to as many as ours
+MANY_CALLS = 10  # with as many or more, those that go on after the first screening are tried with the next number
 CLIPPED = {"thresholding": True, "sample_max_value": 1.0}  # as clip_sample, which DPM-Solver++ of diffusers has not
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -127,25 +125,25 @@ def compare_all(calibrator: Calibrator) -> None:
         built_in = [dataclasses.replace(each, call={**each.call, **guidance}) for each in SETTINGS]
     own = dataclasses.replace(CALIBRATED, call={**CALIBRATED.call, **guidance})
     path = calibrator.results / COMPARISON
-    sets = [samples_of(calibrator, SCREENED, SCREENED_IMAGES), samples_of(calibrator, COMPARED, config.num_samples)]
-    screening, final = ((measure_of(calibrator, samples), samples) for samples in sets)
+
+    def measured(first: int, number: int) -> tuple[Measure, Samples]:
+        samples = samples_of(calibrator, first, number)
+        return measure_of(calibrator, samples), samples
+
+    screenings = [(measured(SCREENED, number), going_on) for number, going_on in SCREENINGS]
+    final = measured(COMPARED, config.num_samples)
 
     records = []
     for number in sorted(config.num_inference_steps):
         fitted = calibrator.tables[number]
         calls = num_calls(fitted.network_timesteps, guidance)
-        compared = partial(
-            compare,
-            calibrator.model,
-            calls,
-            fitted=fitted,
-            path=path,
-            runtime=runtime,
-        )
-        screened = compared([*built_in, own], *screening)
-        records += compared([*best_settings(built_in, screened, COMPARED_SETTINGS), own], *final)
+        compared = partial(compare, calibrator.model, calls, fitted=fitted, path=path, runtime=runtime)
+        rounds = [built_in]
+        for screening, going_on in screenings:
+            rounds.append(best_settings(rounds[-1], compared(rounds[-1], *screening), going_on))
+        records += compared([*rounds[-1], own], *final)
         if calls >= MANY_CALLS:
-            built_in = best_settings(built_in, screened, KEPT_SETTINGS)
+            built_in = rounds[1]
     if runtime.is_main:
         lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
         _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
@@ -153,8 +151,8 @@ def compare_all(calibrator: Calibrator) -> None:
             plot(records, path.with_suffix(".png"))
     for line in summary(records):
         runtime.print(line)
-    measured = "and its plot beside it" if summary(records) else "but no setting could be measured"
-    runtime.print(f"the comparison: {path.with_suffix('.md')}, {measured}")
+    plotted = "and its plot beside it" if summary(records) else "but no setting could be measured"
+    runtime.print(f"the comparison: {path.with_suffix('.md')}, {plotted}")
 
 
 def samples_of(calibrator: Calibrator, first: int, number: int) -> Samples:
