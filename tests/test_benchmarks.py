@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import bench, compare, levers, sampler, sampling, scripts, trace
+from benchmarks import bench, compare, levers, peers, sampler, sampling, scripts, trace
 from benchmarks.clock import Timing, run_script
 from benchmarks.compare import Comparison, Measurement, alternate
 from benchmarks.networks import HEADS_OF_8, count_flop
@@ -154,7 +154,9 @@ def test_stand_in_transforms_equal_their_definitions():
     cropped = to_tensor(transforms.RandomCrop(32)(image))
     windows = expected.unfold(1, 32, 1).unfold(2, 32, 1)
     assert ((windows - cropped[:, None, None]).abs().amax((0, 3, 4)) < 1e-6).sum() == 1
+    torch.testing.assert_close(to_tensor(transforms.CenterCrop((32, 20))(image)), expected[:, 4:36, 15:35])
     assert transforms.Resize(20)(image).size == (25, 20)
+    assert transforms.Resize((10, 30))(image).size == (30, 10)
     torch.testing.assert_close(
         transforms.ConvertImageDtype(torch.float32)(transforms.PILToTensor()(image)), transforms.ToTensor()(image)
     )
@@ -260,6 +262,7 @@ def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies
         "interpolation",
         "killed",
         "levers",
+        "peers",
         "nodes",
         "solvers",
     ],
@@ -301,3 +304,18 @@ def test_a_lever_that_does_not_exist_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         levers.main()
     assert "levers has 'more': give some of base, stratified" in capsys.readouterr().err
+
+
+def test_the_time_to_a_distance_is_on_a_line_between_two_runs():
+    def row(trainer, minutes, distance):
+        of = {"trainer": trainer, "images": 1000, "minutes": minutes}
+        return {**of, "frechet_distance": distance, "kernel_distance": [0.5, 0.01]}
+
+    ours = [row(peers.OURS, 1.0, 80.0), row(peers.OURS, 4.0, 20.0), row(peers.OURS, 16.0, 10.0)]
+    assert peers.minutes_to(40.0, ours) == pytest.approx(2.0)
+    assert peers.minutes_to(20.0, ours) == pytest.approx(4.0)
+    assert peers.minutes_to(90.0, ours) == 1.0
+    assert peers.minutes_to(9.0, ours) is None
+    lines = peers.lines_of([*ours, row(peers.DIFFUSERS, 9.0, 40.0), row(peers.DIFFUSERS, 20.0, 9.0)])
+    assert lines[-2].endswith("| 40 | 0.5 &plusmn; 0.01 | 2.0 | 4.5 |")
+    assert lines[-1].endswith("| 9 | 0.5 &plusmn; 0.01 |  |  |")

@@ -35,12 +35,16 @@ class Lambda:
 
 
 class Resize:
-    """Resize the shorter side to `size`."""
+    """Resize the shorter side to `size`; a pair is the height and width to resize to."""
 
-    def __init__(self, size: int, interpolation: Image.Resampling = InterpolationMode.BILINEAR) -> None:
+    def __init__(
+        self, size: int | tuple[int, int], interpolation: Image.Resampling = InterpolationMode.BILINEAR
+    ) -> None:
         self.size, self.interpolation = size, interpolation
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if not isinstance(self.size, int):
+            return image.resize(self.size[::-1], self.interpolation)
         short = min(image.size)
         if short == self.size:
             return image
@@ -49,22 +53,23 @@ class Resize:
 
 
 class CenterCrop:
-    """Crop a square of `size` from the centre."""
+    """Crop a square of `size`, or a height and width, from the centre."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        self.height, self.width = (size, size) if isinstance(size, int) else size
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        left, top = ((side - self.size) // 2 for side in image.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+        left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+        return image.crop((left, top, left + self.width, top + self.height))
 
 
 class RandomCrop(CenterCrop):
-    """Crop a square of `size` at random."""
+    """Crop a square of `size`, or a height and width, at random."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        left, top = (random.randint(0, side - self.size) for side in image.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+        left = random.randint(0, image.width - self.width)
+        top = random.randint(0, image.height - self.height)
+        return image.crop((left, top, left + self.width, top + self.height))
 
 
 class RandomHorizontalFlip:
