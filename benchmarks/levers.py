@@ -1,11 +1,11 @@
 """What helps training: one change at a time, at equal images or minutes. `python benchmarks/levers.py DATA...`
 
-    python benchmarks/levers.py mnist=FOLDER cifar10=FOLDER --max_train_images 32000 --levers base,stratified,min_snr
+    python benchmarks/levers.py mnist=FOLDER cifar10=FOLDER --max_train_images 32000 --levers "base,muon + batch 16"
 
-For each data set, lever and seed a run of train.py with the network `tiny`, in --output_dir. Of its EMA weights:
-Frechet and kernel distance of samples from the training images, with 25 calls of DPM-Solver++ 2M, the same seeds for
-all; and the error of x_0_pred on 512 held-out images with the weight of v, whatever the network predicts. What is
-measured is kept in benchmarks/results/levers-NAME.json, so the same command continues where it was stopped.
+For each data set, lever and seed a run of train.py with the network `tiny`, at 32 pixels, in --output_dir. Of its EMA
+weights: Frechet and kernel distance of samples from the training images, with 25 calls of DPM-Solver++ 2M, the same
+seeds for all; and the error of x_0_pred on 512 held-out images with the weight of v, whatever the network predicts.
+What is measured is kept in benchmarks/results/levers-NAME.json, so the same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ddpm_pipeline.features import make_extractor
 from ddpm_pipeline.pixels import to_pixels
 from training.calibration.compare import Samples, draw
 from training.calibration.settings import KARRAS, TRAILING, Setting, make_plan
+from training.denoiser import make_denoiser, network_of
 from training.evaluation.config import EvalConfig
 from training.evaluation.measures import compare_features
 from training.evaluation.reference import choose_real_images, load_split
@@ -45,7 +46,7 @@ LEVERS: dict[str, list[str]] = {
     "nearest of 8 noises": ["--noise_candidates", "8"],
     "input perturbation 0.1": ["--input_perturbation", "0.1"],
     "x_0": ["--prediction_type", "sample"],
-    "x_0, weight of v": ["--prediction_type", "sample", "--loss_weighting", "v_prediction"],
+    "x_0 with the weight of v": ["--prediction_type", "sample", "--loss_weighting", "v_prediction"],
     **{
         name: ["--loss_weighting", name]
         for name in ("sample", "epsilon", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound")
@@ -57,12 +58,18 @@ LEVERS: dict[str, list[str]] = {
     "constant lr": ["--lr_scheduler", "constant"],
     "hold": ["--lr_scheduler", "hold"],
     "muon": ["--optimizer", "muon"],
-    "muon, hold": ["--optimizer", "muon", "--lr_scheduler", "hold"],
+    "dropout 0.1": ["--dropout", "0.1"],
     "learned variance": ["--variance_type", "learned_range"],
     "EMA 0.99": ["--ema_max_decay", "0.99"],
     "EMA 0.999": ["--ema_max_decay", "0.999"],
 }
-CALLS = 25
+# What UNet2DModel offers at as many operations.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "heads of 16": {"attention_head_dim": 16},
+    "skip scaling": {"mid_block_scale_factor": 2**0.5},
+}
+SIDE, CALLS = 32, 25
 SOLVER = Setting("DPM-Solver++ 2M, Karras", "DPMSolverMultistepScheduler", {**TRAILING, **KARRAS})
 SEED = 2**26  # of the samples
 NUM_REFERENCE, NUM_VALIDATION = 10_000, 512
@@ -72,7 +79,10 @@ MEASURES = ("frechet_distance", "kernel_distance", "held_out_error")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", nargs="+", help="NAME=FOLDER of a data set laid out as on the Hub, or of images")
-    parser.add_argument("--levers", default="base", help=f"separated by commas, of: {', '.join(LEVERS)}")
+    known = ", ".join([*LEVERS, *NETWORKS])
+    parser.add_argument(
+        "--levers", default="base", help=f"separated by commas, several at once joined by +, of: {known}"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="of the runs; default: %(default)s")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--max_train_images", type=int)
@@ -83,9 +93,10 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result")
     args = parser.parse_args()
     data = dict(each.split("=", 1) for each in args.data)
-    levers, seeds = args.levers.split(","), [int(seed) for seed in args.seeds.split(",")]
-    if unknown := [lever for lever in levers if lever not in LEVERS]:
-        parser.error(f"levers has {unknown[0]!r}: give some of {', '.join(LEVERS)}")
+    levers = [" + ".join(parts_of(lever)) for lever in args.levers.split(",")]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    if unknown := [part for lever in levers for part in parts_of(lever) if part not in LEVERS | NETWORKS]:
+        parser.error(f"levers has {unknown[0]!r}: give some of {known}")
     if args.max_train_images:
         length_options = ["--max_train_images", str(args.max_train_images)]
     else:
@@ -99,19 +110,38 @@ def main() -> None:
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 run = args.output_dir / f"{name}-{lever}-{length_options[1]}-{seed}".replace(" ", "_")
-                train(run, folder, [*length_options, "--seed", str(seed), *LEVERS[lever]], args.cpu_threads)
+                train(run, folder, [*length_options, "--seed", str(seed), *options_of(lever, run)], args.cpu_threads)
                 rows.append(key | measure(run, args.num_samples, args.cpu_threads))
                 write_json(path, {"machine": machine(), "rows": rows})
                 print(json.dumps(rows[-1]), flush=True)
     print(*lines_of(rows), f"result: {path}", sep="\n")
 
 
+def parts_of(lever: str) -> list[str]:
+    return [part.strip() for part in lever.split("+")]
+
+
+def options_of(lever: str, run: Path) -> list[str]:
+    """Of train.py; the network is a file beside the run."""
+    options, changes = list[str](), dict[str, Any]()
+    for part in parts_of(lever):
+        options += LEVERS.get(part, [])
+        changes |= NETWORKS.get(part, {})
+    if not changes:
+        return ["--denoiser", "tiny", *options]
+    tiny = make_denoiser("tiny", height=SIDE, width=SIDE, in_channels=1)
+    folder = run.with_name(f"{run.name}-network")
+    write_json(folder / "config.json", {"_class_name": "UNet2DModel", **network_of(tiny), **changes})
+    return ["--denoiser", str(folder / "config.json"), *options]
+
+
 def train(run: Path, folder: str, options: Sequence[str], cpu_threads: int | None) -> None:
     """A run to its end, in its folder; one that is there already is continued."""
     source = "--dataset_name" if any(Path(folder).rglob("*.parquet")) else "--train_data_dir"
     command = [sys.executable, str(ROOT / "training" / "train.py"), source, folder, "--output_dir", str(run)]
-    command += ["--denoiser", "tiny", "--resume_from_checkpoint", "auto", "--save_images_steps", "0"]
-    command += ["--validation_steps", "0", "--on_bad_image", "skip", *options]
+    command += ["--resolution", str(SIDE), "--resume_from_checkpoint", "auto", "--save_images_steps", "0"]
+    command += ["--validation_steps", "0", "--num_sample_images", "1", "--ddpm_num_inference_steps", "1"]
+    command += ["--on_bad_image", "skip", *options]
     command += [] if cpu_threads is None else ["--cpu_threads", str(cpu_threads)]
     run.mkdir(parents=True, exist_ok=True)
     with (run / "log.txt").open("a", encoding="utf-8") as log:

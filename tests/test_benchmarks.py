@@ -18,6 +18,7 @@ from benchmarks.compare import Comparison, Measurement, alternate
 from benchmarks.networks import HEADS_OF_8, count_flop
 from benchmarks.stand_in.torchvision import transforms
 from training.config import parse
+from training.denoiser import find_network, make_denoiser, network_of
 
 
 def test_the_ratio_is_the_median_of_the_ratios_of_each_round():
@@ -294,9 +295,17 @@ def test_a_lever_is_compared_with_the_base_above_real_images():
     assert lines[3] == "| d | 9 | muon | 1 | 64 | 3 &plusmn; nan | 0.3 &plusmn; nan | 1 &plusmn; nan | 0.50 |"
 
 
-def test_every_lever_is_a_setting_of_train_py():
-    for options in levers.LEVERS.values():
+def test_every_lever_is_a_setting_of_train_py_or_a_network(tmp_path):
+    for lever in [*levers.LEVERS, *levers.NETWORKS]:
+        options = levers.options_of(lever, tmp_path / lever)
         assert parse(["--dataset_name", "moons", *options]).dataset_name == "moons"
+    options = levers.options_of("batch 16 + heads of 16+muon", tmp_path / "run")
+    assert options[2:] == ["--train_batch_size", "16", "--optimizer", "muon"]
+    network, tiny = (
+        network_of(make_denoiser(find_network(name), height=32, width=32, in_channels=3))
+        for name in (options[1], "tiny")
+    )
+    assert json.dumps(network) == json.dumps({**tiny, "attention_head_dim": 16})
 
 
 def test_a_lever_that_does_not_exist_is_named(monkeypatch, capsys):
