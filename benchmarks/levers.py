@@ -51,8 +51,10 @@ LEVERS: dict[str, list[str]] = {
         name: ["--loss_weighting", name]
         for name in ("sample", "epsilon", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound")
     },
+    "batch 8": ["--train_batch_size", "8"],
     "batch 16": ["--train_batch_size", "16"],
     "batch 32": ["--train_batch_size", "32"],
+    "batch 64": ["--train_batch_size", "64"],
     "lr 5e-4": ["--learning_rate", "5e-4"],
     "lr 2e-3": ["--learning_rate", "2e-3"],
     "constant lr": ["--lr_scheduler", "constant"],

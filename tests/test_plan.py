@@ -135,6 +135,37 @@ def test_a_resumed_run_keeps_its_batches(runtime, monkeypatch):
     assert plan.plan_passes(config, runtime, memory, {}) == Passes(32, 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "images_per_second", "expected"),
+    [
+        ({}, 1000, 64),  # an hour
+        ({"max_train_minutes": 10}, 214, 64),
+        ({"max_train_minutes": 10}, 213, 32),  # 127,800 images, 1,997 steps of 64
+        ({"max_train_minutes": 10}, 100, 16),
+        ({"max_train_minutes": 10}, 1, 16),
+        ({"max_train_minutes": 1}, None, 64),  # without a trial
+        ({"max_train_images": 128_000}, None, 64),
+        ({"max_train_images": 127_000}, None, 32),
+        ({"max_train_images": 16_000}, 10_000, 16),
+        ({"max_train_images": 128_000, "max_train_minutes": 1}, 10, 16),
+        ({"max_train_steps": 100}, 10, 64),  # who counts steps wants so many
+        ({"max_train_images": 1000, "gradient_accumulation_steps": 2}, None, 64),
+    ],
+)
+def test_a_short_run_has_smaller_batches(settings, images_per_second, expected):
+    config = Config(dataset_name="moons", **settings)
+    budget = Budget.of(config, config.global_batch(1))
+    assert plan.default_batch(config, budget, images_per_second, None) == expected
+
+
+def test_a_resumed_run_has_the_batch_it_had():
+    for accumulation, before in ((1, 64), (1, 16), (1, 66), (2, 128)):
+        config = Config(dataset_name="moons", max_train_images=100, gradient_accumulation_steps=accumulation)
+        default = plan.default_batch(config, Budget.of(config, 64), 1.0, {"global_batch": before})
+        assert config.global_batch(1, default) == before
+    assert config.global_batch(3, default) == 132  # which is refused, as before
+
+
 def test_memory_in_a_container(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "CGROUP", tmp_path)
     free = plan.available_bytes(torch.device("cpu"))

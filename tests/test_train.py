@@ -269,6 +269,16 @@ def test_a_run_resumes_with_other_accumulation_steps_and_the_same_global_batch(u
         assert after == pytest.approx(before, rel=1e-5)
 
 
+def test_a_short_run_without_a_batch_size_has_16_images_a_step_and_keeps_them(work):
+    left_out = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps")
+    options = {name: value for name, value in OPTIONS.items() if name not in left_out}
+    options |= {"train_data_dir": work / "images", "output_dir": work / "short", "cache_dir": work / "cache"}
+    for images, settings in ((32, {}), (48, {"resume_from_checkpoint": "latest"})):
+        assert run_here("train.py", flags(options | settings | {"max_train_images": images})) == 0
+        record = RunRecord.load(work / "short" / "pipeline")
+        assert (record.step, record.global_batch) == (images // 16, 16)
+
+
 def test_bf16_keeps_the_weights_in_float32(work):
     options = {"mixed_precision": "bf16", "train_batch_size": 1, "max_train_steps": 1, "num_sample_images": 1}
     assert train(work, "bf16", **options) == 0

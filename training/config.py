@@ -16,7 +16,7 @@ from training.messages import some
 
 CONFIGS = Path(__file__).parent / "configs"
 
-GLOBAL_BATCH = 64  # images of a step, if no batch size is given
+GLOBAL_BATCH = 64  # images of a step, if no batch size is given; less in short runs
 
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -96,8 +96,8 @@ class Config:
         input_perturbation: standard deviation of further noise in the input of the network, relative to the noise that
             is there and that the target knows, such as 0.1; 0: none.
         train_batch_size: images per forward pass and process. The global batch is this times the number of processes
-            times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, in as few
-            forward passes as memory allows.
+            times gradient_accumulation_steps. "auto": a global batch of 64 times gradient_accumulation_steps, or of 16
+            or 32 in a short run, in as few forward passes as memory allows.
         gradient_accumulation_steps: forward passes per step.
         global_batch_size: images of a step on all processes together, whatever their number, which has to divide it;
             gradient_accumulation_steps then follows, so a run can go on with more or fewer processes. Default: see
@@ -290,16 +290,16 @@ class Config:
                 f"{world_size * size}"
             )
 
-    def batch_of_rank(self, world_size: int) -> int:
+    def batch_of_rank(self, world_size: int, default: int = GLOBAL_BATCH) -> int:
         """Images of a step on each rank, see `check_world_size`."""
         if self.global_batch_size is not None:
             return self.global_batch_size // world_size
-        size = -(-GLOBAL_BATCH // world_size) if self.train_batch_size == "auto" else self.train_batch_size
+        size = -(-default // world_size) if self.train_batch_size == "auto" else self.train_batch_size
         return size * self.gradient_accumulation_steps
 
-    def global_batch(self, world_size: int) -> int:
+    def global_batch(self, world_size: int, default: int = GLOBAL_BATCH) -> int:
         """Images of a step on all ranks."""
-        return self.batch_of_rank(world_size) * world_size
+        return self.batch_of_rank(world_size, default) * world_size
 
     @property
     def trackers(self) -> list[str]:

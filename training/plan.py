@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Images, each counted as often as it is seen; rules of thumb. The moons look right after 32,000, digits after 150,000,
 # all with the smallest family; before a larger one is worth its time, it should see as many.
 ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
+ENOUGH_STEPS, LEAST_BATCH = 2000, 16
 MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW (or one of Muon), the EMA and a copy in
@@ -154,7 +155,37 @@ def images_per_second(unet: Any, image_shape: ImageShape, runtime: Runtime) -> f
 # ---- Memory and batch ------------------------------------------------------------------------------------------------
 
 
-def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict[str, Any] | None) -> Passes:
+def default_batch(
+    config: Config, budget: Budget, images_per_second: float | None, manifest: dict[str, Any] | None
+) -> int:
+    """Images of a step if no batch size is given: GLOBAL_BATCH; in a run that is limited in images or time and comes to
+    fewer than ENOUGH_STEPS with them, a half or a quarter.
+
+    Args:
+        budget: for steps of GLOBAL_BATCH images.
+        images_per_second: of a trial; None: it is not known.
+        manifest: of the checkpoint that the run continues from, with its batch.
+    """
+    if manifest is not None:
+        return int(manifest["global_batch"]) // config.gradient_accumulation_steps
+    if config.max_train_steps is not None or config.gradient_accumulation_steps > 1:
+        return GLOBAL_BATCH
+    images = budget.steps * GLOBAL_BATCH
+    if images_per_second:
+        images = min(images, budget.seconds * images_per_second)
+    batch = GLOBAL_BATCH
+    while batch > LEAST_BATCH and images < ENOUGH_STEPS * batch:
+        batch //= 2
+    return batch
+
+
+def plan_passes(
+    config: Config,
+    runtime: Runtime,
+    memory: Memory,
+    manifest: dict[str, Any] | None,
+    default_batch: int = GLOBAL_BATCH,
+) -> Passes:
     """How each rank computes its images of a step, the same on all ranks.
 
     Args:
@@ -163,7 +194,7 @@ def plan_passes(config: Config, runtime: Runtime, memory: Memory, manifest: dict
         ValueError: that does not fit into memory; the message says what does.
     """
     available = available_to_rank(runtime)
-    of_rank, memory = config.batch_of_rank(runtime.world_size), runtime.broadcast(memory)
+    of_rank, memory = config.batch_of_rank(runtime.world_size, default_batch), runtime.broadcast(memory)
     before = (manifest or {}).get("batch_size")
     if config.train_batch_size == "auto" and before and of_rank % before == 0 and memory.of(before) <= available:
         return Passes(before, of_rank // before)

@@ -87,7 +87,7 @@ def main(config: Config, stop: StopSignal) -> int:
         from training import plan, tune
         from training.denoiser import check_size, find_network, load_initial_weights, network_of, size_rule
         from training.ema import FlatEMA
-        from training.run.inputs import load_inputs
+        from training.run.inputs import load_inputs, make_batches
         from training.run.validation import Validator
 
     quiet_libraries()
@@ -107,7 +107,7 @@ def main(config: Config, stop: StopSignal) -> int:
     check_held_out(config.keep_best, len(inputs.split.held_out))
 
     # ---- Model: diffusion process and network ------------------------------------------------------------------------
-    scheduler, budget = make_scheduler(config), Budget.of(config, inputs.global_batch)
+    scheduler, budget = make_scheduler(config), Budget.of(config, config.global_batch(runtime.world_size))
     image_shape = (data.channels, data.height, data.width)
     make = partial(make_network, config=config, inputs=inputs, device=device)
     network = network or plan.choose_family(make, image_shape, runtime, config, budget)
@@ -124,9 +124,16 @@ def main(config: Config, stop: StopSignal) -> int:
         runtime.in_turn(lambda: load_initial_weights(model_name, unet, scheduler, runtime.print))
     tune.apply(tune.default_tuning(device.type, runtime.dtype), unet)
     memory = plan.measure_memory(unet, image_shape, runtime, plan.averages_of(config))
-    passes = plan.plan_passes(config, runtime, memory, found and found[1])  # before the trial, for which it may not fit
+    manifest = found and found[1]
+    plan.plan_passes(config, runtime, memory, manifest)  # before the trial, for which it may not fit
     tuning = tune.choose(config, runtime, unet, image_shape, found)
     tune.apply(tuning, unet)
+    rate = runtime.world_size * (tuning.images_per_second or 0)
+    default_batch = runtime.broadcast(plan.default_batch(config, budget, rate, manifest))
+    passes = plan.plan_passes(config, runtime, memory, manifest, default_batch)
+    global_batch = config.global_batch(runtime.world_size, default_batch)
+    budget = Budget.of(config, global_batch)
+    batches = make_batches(inputs, config, runtime, global_batch)
 
     # ---- EMA, the weights of it that are kept, averages, moments of the loss, optimizer ------------------------------
     ema = FlatEMA(unet, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
@@ -150,7 +157,7 @@ def main(config: Config, stop: StopSignal) -> int:
         with runtime.together():
             if runtime.is_main:
                 digests = data.digest, None if classes is None else classes.digest
-                failures.check_same_run(*found, config, inputs.global_batch, inputs.num_images, data.source, *digests)
+                failures.check_same_run(*found, config, global_batch, inputs.num_images, data.source, *digests)
         state = resume.restore(
             *found, config, budget, runtime, unet=unet, ema=ema, optimizer=optimizer, best=best, guide=guide,
             averages=averages, importance=importance,
@@ -174,29 +181,28 @@ def main(config: Config, stop: StopSignal) -> int:
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     log = Log(output_dir, config, after_step=state.step, enabled=runtime.is_main)
-    sampler = EMASampler(config, runtime, unet, scheduler, ema, guide, log, stop, inputs)
+    sampler = EMASampler(config, runtime, unet, scheduler, ema, guide, log, stop, inputs, batches)
     validator = Validator(config, runtime, inputs, sampler, log, best)
     publisher = during_training.BackgroundPublisher(config) if runtime.is_main and config.push_to_hub else None
-    record = make_record(config, runtime, inputs, tuning, passes.batch_size, network_of(unet))
+    record = make_record(config, runtime, inputs, tuning, global_batch, passes.batch_size, network_of(unet))
     of_timesteps = loss_weights(scheduler, config.loss_weighting)
     of_timesteps = None if of_timesteps is None else of_timesteps.to(runtime.device)
     loss = Loss(scheduler, of_timesteps, num_levels(data.images.dtype))
-    run = Run(config, budget, passes, runtime, output_dir, data, inputs.batches, scheduler, unet, model, ema, optimizer,
+    run = Run(config, budget, passes, runtime, output_dir, data, batches, scheduler, unet, model, ema, optimizer,
               record, log, sampler, validator, best, guide, averages, loss, importance, publisher,
               stop, replaces_earlier)  # fmt: skip
-    rate = runtime.world_size * (tuning.images_per_second or 0)
     if rate and found is None:
-        budget.expect(inputs.global_batch / rate)
-    steps = plan.expected_steps(budget, rate / inputs.global_batch if rate and found is None else None)
+        budget.expect(global_batch / rate)
+    steps = plan.expected_steps(budget, rate / global_batch if rate and found is None else None)
     runtime.print(describe(run, memory, steps))
     if rate:
-        for warning in plan.length_warnings(steps * inputs.global_batch, len(inputs.split.train_indices), rate, config):
+        for warning in plan.length_warnings(steps * global_batch, len(inputs.split.train_indices), rate, config):
             runtime.print(warning)
     first_step = state.step
     try:
         interrupted = train(run, state)
     finally:
-        inputs.batches.close()
+        batches.close()
     if interrupted:
         if state.saved_step == state.step:
             runtime.print(f"stopped by a signal: checkpoint after step {state.step} written. To continue: "
@@ -211,8 +217,8 @@ def main(config: Config, stop: StopSignal) -> int:
     if state.step > first_step:
         skipped = f", {state.skipped} skipped" if state.skipped else ""
         runtime.print(f"trained {state.step - first_step} steps in {duration(state.clock.seconds)}{skipped}")
-        if inputs.batches.stream is not None:
-            runtime.print(f"waited {duration(inputs.batches.stream.seconds_waited)} for shards")
+        if batches.stream is not None:
+            runtime.print(f"waited {duration(batches.stream.seconds_waited)} for shards")
 
     # ---- Save --------------------------------------------------------------------------------------------------------
     if best.weights_before(state.step) is not None:
@@ -266,11 +272,17 @@ def make_network(denoiser: Denoiser, config: Config, inputs: Inputs, device: tor
 
 
 def make_record(
-    config: Config, runtime: Runtime, inputs: Inputs, tuning: Tuning, batch_size: int, network: dict[str, Any]
+    config: Config,
+    runtime: Runtime,
+    inputs: Inputs,
+    tuning: Tuning,
+    global_batch: int,
+    batch_size: int,
+    network: dict[str, Any],
 ) -> RunRecord:
     split, classes = inputs.split, inputs.classes
     return RunRecord(
-        global_batch=inputs.global_batch,
+        global_batch=global_batch,
         batch_size=batch_size,
         num_processes=runtime.world_size,
         device=device_name(runtime.device),

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images, classes (None: not conditioned) and batches."""
+    """Images, classes and labels (None: not conditioned)."""
 
     split: DataSplit
     classes: Classes | None
-    batches: Batches
-    global_batch: int
+    labels: Labels | None
     num_class_embeds: int | None  # of the network: one for each class and, if labels are dropped, the null class
 
     @property
@@ -63,30 +62,33 @@ def load_inputs(config: Config, runtime: Runtime, size_rule: Rule) -> Inputs:
         runtime.print(f"held out: {len(split.held_out)} images, {split.held_out_source}")
     if classes is not None:
         runtime.print(str(classes))
-    global_batch = config.global_batch(runtime.world_size)
-    stream = None
+    return Inputs(split, classes, labels, num_class_embeds)
+
+
+def make_batches(inputs: Inputs, config: Config, runtime: Runtime, global_batch: int) -> Batches:
+    """The batches of all steps, of so many images; from shards, they begin to be read."""
+    data, stream = inputs.split.data, None
     if config.streaming:
         images: Any = data.images
-        order = ShardOrder(images.counts, split.train_indices, config.seed)
+        order = ShardOrder(images.counts, inputs.split.train_indices, config.seed)
         turn = runtime.rank % runtime.processes_per_node, runtime.processes_per_node
         stream = ShardStream(images, order, global_batch, config.dataloader_num_workers or FETCHES, turn)
         runtime.print(
             f"streaming: {order.group_size} of {len(images.counts)} shards at a time, about "
             f"{order.group_size * len(images) / len(images.counts):,.0f} images are shuffled together"
         )
-    batches = Batches(
+    return Batches(
         data.images,
-        train_indices=split.train_indices,
+        train_indices=inputs.split.train_indices,
         batch_size=global_batch,
         seed=config.seed,
         random_flip=config.random_flip,
         random_vertical_flip=config.random_vertical_flip,
         random_rotate90=config.random_rotate90,
-        labels=labels,
+        labels=inputs.labels,
         stream=stream,
         device=runtime.device,
     )
-    return Inputs(split, classes, batches, global_batch, num_class_embeds)
 
 
 def load_split(config: Config, size_rule: Rule, log: Callable[[str], None]) -> DataSplit:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ddpm_pipeline import DDPMPipeline, DDPMScheduler
     from training.config import Config
+    from training.data.batches import Batches
     from training.ema import FlatEMA
     from training.run.inputs import Inputs
     from training.run.kept import GuideSnapshot
@@ -52,6 +53,7 @@ class EMASampler:
         log: Log,
         stop: StopSignal,
         inputs: Inputs,
+        batches: Batches,
     ) -> None:
         self.unet, self.scheduler = unet, scheduler
         self._config, self._runtime, self._ema, self._log, self._stop = config, runtime, ema, log, stop
@@ -59,9 +61,9 @@ class EMASampler:
         self._classes = inputs.classes
         # The training image whose forward process is in trajectory.png, (1, C, H, W) in [-1, 1], and its label.
         first = torch.zeros(1, dtype=torch.int64)
-        (self._x_0, _), self._x_0_label = inputs.batches.batch(0, first), None
+        (self._x_0, _), self._x_0_label = batches.batch(0, first), None
         if self._classes is not None:
-            i = np.searchsorted(inputs.split.train_indices, inputs.batches.indices(0, first))
+            i = np.searchsorted(inputs.split.train_indices, batches.indices(0, first))
             self._x_0_label = self._classes.train[i].tolist()
 
     @contextmanager
