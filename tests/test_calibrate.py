@@ -244,6 +244,7 @@ def test_an_output_folder_with_another_model_is_not_touched(work, model, tmp_pat
 @pytest.mark.parametrize("use_images", ["true", "false"])
 def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypatch, capsys, use_images):
     monkeypatch.setattr(results, "SETTINGS", [DDIM, DDPM])
+    monkeypatch.setattr(results, "SCREENINGS", ((16, 2), (32, 1)))
     settings = {"num_samples": 64, "compare": "true", "extractor": "pixels", "use_images": use_images}
     calibrate(work, model, num_inference_steps="2,3", **settings)
     assert "2 calls, " in capsys.readouterr().out
@@ -253,7 +254,7 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
     assert Image.open(folder / "comparison.png").width > 100
     records = json.loads((folder / "comparison.json").read_text())["records"]
     numbers = [record["inputs"]["num_samples"] for record in records]
-    assert numbers == [32, 32, 96, 96, 64, 64, 64] * 2  # the best settings of a screening go on
+    assert numbers == [16, 16, 32, 32, 64, 64, 64] * 2  # those that go on, DDIM and DDPM always, have more samples
     own = [record["inputs"]["table"]["timesteps"] for record in records if record["is_calibrated"]]
     assert [len(timesteps) for timesteps in own] == [2, 3]
     values = [record["results"][0]["estimate"][0] for record in records]
