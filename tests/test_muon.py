@@ -67,6 +67,14 @@ def test_a_batch_is_its_matrices_one_by_one(shape):
     torch.testing.assert_close(orthogonalise(g), one_by_one, rtol=1e-4, atol=1e-5)
 
 
+def test_float32_does_for_long_matrices_with_singular_values_of_all_sizes():
+    s = torch.logspace(0, -4, 112, dtype=torch.float64)
+    u, v = (torch.linalg.qr(random_matrices(n, 112, seed=n))[0] for n in (112, 1008))
+    g = (u * s @ v.mT)[None]
+    error = orthogonalise(g.float()).double() - orthogonalise(g)
+    assert error.norm() < 1e-3 * orthogonalise(g).norm()
+
+
 def test_bfloat16_is_as_good_as_its_digits():
     g = random_matrices(2, 32, 288)
     result = orthogonalise(g.bfloat16())

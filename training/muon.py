@@ -28,6 +28,7 @@ MOMENTUM = 0.95  # mu, Jordan et al. 2024
 A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial, from the same source: steep at 0, and near 1 from 0.7 to 1.2
 ITERATIONS = 5
 UPDATE_RMS = 0.2  # of an update at a learning rate of 1, Liu et al. 2025
+LONG = 2  # times as many columns as rows
 LEAST_NORM = 1e-7  # of a gradient; a smaller one is rounding errors
 FIRST_AND_LAST = ("conv_in", "conv_out")  # of a UNet2DModel: they are where pixels come in and go out
 
@@ -117,14 +118,31 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     takes each singular value s to a s + b s^3 + c s^5 and leaves U and V as they are. ITERATIONS of it multiply small
     ones by up to a^5 = 485, so those below about 1/600 of the Frobenius norm stay below 0.68.
 
+    Each step multiplies X by a polynomial P of X X^T from the left, so X X^T becomes P X X^T P. Of matrices that are
+    much longer than wide only these small products are computed, and X is multiplied once, by all P. That squares
+    singular values, for which bfloat16 has too few digits.
+
     Args:
         matrices: (N, rows, columns), in the dtype to compute in.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices  # X X^T is then the smaller product
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=LEAST_NORM)  # no singular value exceeds this norm
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-        x = torch.baddbmm(x, polynomial, x, beta=A)
+    rows, columns = x.shape[1:]
+    if x.dtype == torch.bfloat16 or columns < LONG * rows:
+        for _ in range(ITERATIONS):
+            x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=A)
+    else:
+        gram, a = x @ x.mT, A * torch.eye(rows, dtype=x.dtype, device=x.device)
+        product = step = _polynomial(gram) + a
+        for _ in range(ITERATIONS - 1):
+            gram = step @ gram @ step
+            step = _polynomial(gram) + a
+            product = step @ product
+        x = product @ x
     return x.mT if is_tall else x
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    """b G + c G^2 of each matrix G."""
+    return torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
