@@ -82,16 +82,15 @@ class Muon(torch.optim.AdamW):
         if grad_scale is not None:
             g /= grad_scale
 
-        new_m = MOMENTUM * m + g
-        o = orthogonalise((g + MOMENTUM * new_m).to(self._dtype)).float()
+        m.mul_(MOMENTUM).add_(g)
+        o = orthogonalise(g.add_(m, alpha=MOMENTUM).to(self._dtype)).float()
         scale = UPDATE_RMS * math.sqrt(max(w.shape[1:]))
-        new_w = w - learning_rate * (scale * o + weight_decay * w)
+        w.mul_(1 - learning_rate * weight_decay).sub_(o, alpha=learning_rate * scale)
 
-        for tensors, old, new in ((weights, w, new_w), (momenta, m, new_m)):
-            if found_inf is not None:
-                new = torch.where(found_inf > 0, old, new)
-            for tensor, matrix in zip(tensors, new):
-                tensor.copy_(matrix.view(tensor.shape))
+        for tensors, matrices in ((weights, w), (momenta, m)):
+            for tensor, matrix in zip(tensors, matrices):
+                new = matrix.view(tensor.shape)
+                tensor.copy_(new if found_inf is None else torch.where(found_inf > 0, tensor, new))
 
 
 def matrix_names(network: nn.Module) -> set[str]:
@@ -131,18 +130,25 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     rows, columns = x.shape[1:]
     if x.dtype == torch.bfloat16 or columns < LONG * rows:
         for _ in range(ITERATIONS):
-            x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=A)
+            x = torch.baddbmm(x, _polynomial(torch.bmm(x, x.mT)), x, beta=A)
     else:
-        gram, a = x @ x.mT, A * torch.eye(rows, dtype=x.dtype, device=x.device)
-        product = step = _polynomial(gram) + a
+        gram = torch.bmm(x, x.mT)
+        product = step = _with_identity(gram)
         for _ in range(ITERATIONS - 1):
-            gram = step @ gram @ step
-            step = _polynomial(gram) + a
-            product = step @ product
-        x = product @ x
+            gram = torch.bmm(torch.bmm(step, gram), step)
+            step = _with_identity(gram)
+            product = torch.bmm(step, product)
+        x = torch.bmm(product, x)
     return x.mT if is_tall else x
 
 
 def _polynomial(gram: Tensor) -> Tensor:
     """b G + c G^2 of each matrix G."""
     return torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
+
+
+def _with_identity(gram: Tensor) -> Tensor:
+    """a + b G + c G^2."""
+    polynomial = _polynomial(gram)
+    polynomial.diagonal(dim1=1, dim2=2).add_(A)
+    return polynomial
