@@ -193,7 +193,7 @@ def held_out_error(pipe: Any, held_out: Any, runtime: Runtime) -> float:
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A table in Markdown: means over the seeds, with the standard error of each mean.
+    """A table in Markdown: means over the seeds, with the standard error of each mean of several.
 
     The ratio is that of the kernel distances above the real-data baseline.
     """
@@ -218,8 +218,8 @@ def _value(of: Any) -> float:
 
 
 def _mean(values: Sequence[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.4g} &plusmn; {error:.2g}"
+    mean = f"{statistics.mean(values):.4g}"
+    return mean if len(values) < 2 else f"{mean} &plusmn; {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
 
 
 def _above_real(group: Sequence[dict[str, Any]]) -> float:

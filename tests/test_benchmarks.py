@@ -292,7 +292,7 @@ def test_a_lever_is_compared_with_the_base_above_real_images():
     rows = [row("base", 0, 0.4), row("base", 1, 0.6), row("muon", 0, 0.3)]  # 0.5 and 0.3 in the mean
     lines = levers.lines_of(rows)
     assert lines[2] == "| d | 9 | base | 2 | 64 | 5 &plusmn; 1 | 0.5 &plusmn; 0.1 | 1 &plusmn; 0 | 1.00 |"
-    assert lines[3] == "| d | 9 | muon | 1 | 64 | 3 &plusmn; nan | 0.3 &plusmn; nan | 1 &plusmn; nan | 0.50 |"
+    assert lines[3] == "| d | 9 | muon | 1 | 64 | 3 | 0.3 | 1 | 0.50 |"
 
 
 def test_every_lever_is_a_setting_of_train_py_or_a_network(tmp_path):
