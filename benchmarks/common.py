@@ -41,6 +41,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def data_option(folder: str) -> str:
+    """The setting that a folder is given as: of a data set laid out as on the Hub, or of image files."""
+    return "dataset_name" if any(Path(folder).rglob("*.parquet")) else "train_data_dir"
+
+
 def file_name(text: str) -> str:
     """The name of a processor or GPU as it stands in the name of a file: lower case, with hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

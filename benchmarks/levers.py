@@ -24,7 +24,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, machine, minutes_since, write_json
+from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, data_option, machine, minutes_since, write_json
 from ddpm_pipeline import DDPMScheduler
 from ddpm_pipeline.features import make_extractor
 from ddpm_pipeline.pixels import to_pixels
@@ -139,8 +139,8 @@ def options_of(lever: str, run: Path) -> list[str]:
 
 def train(run: Path, folder: str, options: Sequence[str], cpu_threads: int | None) -> None:
     """A run to its end, in its folder; one that is there already is continued."""
-    source = "--dataset_name" if any(Path(folder).rglob("*.parquet")) else "--train_data_dir"
-    command = [sys.executable, str(ROOT / "training" / "train.py"), source, folder, "--output_dir", str(run)]
+    source = [f"--{data_option(folder)}", folder]
+    command = [sys.executable, str(ROOT / "training" / "train.py"), *source, "--output_dir", str(run)]
     command += ["--resolution", str(SIDE), "--resume_from_checkpoint", "auto", "--save_images_steps", "0"]
     command += ["--validation_steps", "0", "--num_sample_images", "1", "--ddpm_num_inference_steps", "1"]
     command += ["--on_bad_image", "skip", *options]

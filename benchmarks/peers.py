@@ -37,7 +37,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, machine, write_json
+from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, data_option, machine, write_json
 from benchmarks.scripts import HERE, needs_stand_in, peer_script
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.features import extract_features, make_extractor
@@ -46,7 +46,7 @@ from ddpm_pipeline.pixels import to_pixels
 from training.data.cache import ImageSet, load_images
 from training.data.split import evenly_spaced
 from training.denoiser import make_denoiser
-from training.evaluation.report import make_figure
+from training.evaluation.report import make_figure, save_figure
 from training.progress import progress
 
 OURS, DIFFUSERS, LUCIDRAINS = "train.py", "train_unconditional.py", "denoising-diffusion-pytorch"
@@ -205,8 +205,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the result")
     args = parser.parse_args()
     torch.set_num_threads(args.cpu_threads)
-    source = "dataset_name" if any(Path(args.data).rglob("*.parquet")) else "train_data_dir"
-    options: dict[str, Any] = {source: args.data, "resolution": args.resolution, "on_bad_image": "skip"}
+    options: dict[str, Any] = {data_option(args.data): args.data, "resolution": args.resolution, "on_bad_image": "skip"}
     data = load_images(**options, background="black", cache_dir=CACHE_DIR)
     peers = Peers(data, args.output_dir / args.name, args.diffusers, args.cpu_threads)
     trainers = [OURS, *([DIFFUSERS] if args.diffusers else [])]
@@ -278,9 +277,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         points = sorted((row["minutes"], row["frechet_distance"]) for row in rows if row["trainer"] == trainer)
         axes.plot(*zip(*points), marker="o", label=trainer)
     axes.set(xscale="log", yscale="log", xlabel="minutes", ylabel="Frechet distance")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, [axes], path)
 
 
 if __name__ == "__main__":
