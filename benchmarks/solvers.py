@@ -58,7 +58,7 @@ def main() -> None:
             num_inference_steps=(args.num_inference_steps,),
             num_samples=args.num_samples,
             extractor=args.extractor,
-            num_images=2 * args.num_images,  # those that a table is judged on are half as many
+            num_images=args.num_images,
             autoguidance_scale=args.autoguidance_scale,
             seed=args.seed,
         )
@@ -77,7 +77,7 @@ def rows(calibrator: Calibrator, num_steps: int) -> list[dict[str, Any]]:
     samples = samples_of(calibrator, COMPARED, calibrator.config.num_samples)
     measure = measure_of(calibrator, samples)
     start = dpm_solver_table(pipe.scheduler, trailing_times(pipe.scheduler, num_steps))
-    trial = calibrator.trial(3, calibrator.config.num_images // 2, start._replace(guidance=calibrator.guidance))
+    trial = calibrator.trial(3, calibrator.config.num_images, start._replace(guidance=calibrator.guidance))
     found = []
     for name, table in progress(list(named_tables(calibrator, trial, num_steps).items()), "solvers"):
         scheduler = with_tables(pipe.scheduler, None)

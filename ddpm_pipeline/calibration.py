@@ -337,19 +337,24 @@ class Trial(NamedTuple):
         return self.objective.total(residuals @ residuals).item()
 
 
-def gauss_newton(trial: Trial, parameters: Parameters, damping: float = DAMPING) -> tuple[Trial, float]:
+def gauss_newton(
+    trial: Trial, parameters: Parameters, damping: float = DAMPING, few: Trial | None = None
+) -> tuple[Trial, float]:
     """One iteration: the changed trial, and the share by which its sum of squares is smaller; else `trial`, and 0.
 
     Args:
         parameters: that change the table of the trial.
         damping: added to the normal equations, relative to their diagonal; ten times as much after each failure.
+        few: a trial of the same table and with the same residuals, but with fewer noises, to differentiate with:
+            changed images come from the same noises, so their differences vary far less than the residuals.
     """
-    number, start, rows = len(parameters.differences), trial.residuals(), []
+    few = trial if few is None else few
+    number, start, rows = len(parameters.differences), few.residuals(), []
     for k, difference in enumerate(parameters.differences):
         values = [0.0] * number
         values[k] = difference
-        rows.append((trial.of(parameters.build(values)).residuals() - start) / difference)
-    jacobian = torch.stack([*rows, start])
+        rows.append((few.of(parameters.build(values)).residuals() - start) / difference)
+    jacobian = torch.stack([*rows, trial.residuals()])
     products = trial.objective.total(jacobian @ jacobian.T)
     gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
     diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
@@ -370,11 +375,13 @@ def improve(
     make_parameters: MakeParameters,
     max_iterations: int,
     least_damping: float = 0.0,
+    few: Trial | None = None,
 ) -> tuple[Trial, Trial]:
     """Gauss-Newton iterations, as long as they help on other noises, too.
 
     Args:
         trial, held_out: of the same table.
+        few: see gauss_newton; of any table with this number of steps.
         make_parameters: all_numbers, smooth_changes or smooth_changes_and_noise.
         least_damping: the first iteration has DAMPING, each later one a tenth of the one before, but not less.
     Returns:
@@ -383,7 +390,8 @@ def improve(
     damping, value = DAMPING, held_out.value()
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        changed, gain = gauss_newton(trial, parameters, damping)
+        few = None if few is None else few.of(trial.run.table)  # so that what it has in common is not run again
+        changed, gain = gauss_newton(trial, parameters, damping, few)
         judged = held_out.of(changed.run.table)
         if not (judged_value := judged.value()) < value:
             break

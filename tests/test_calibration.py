@@ -418,3 +418,32 @@ def test_octaves_of_a_checkerboard_are_the_finest(images: np.ndarray) -> None:
     assert mean == 0
     assert details[0] == pytest.approx(np.log(0.5), abs=1e-4)
     assert all(detail == pytest.approx(np.log(1e-6) / 2) for detail in details[1:])
+
+
+def test_few_noises_are_enough_to_differentiate_with(scheduler: DDPMScheduler) -> None:
+    """A quarter of the noises, and others: the variances at the end are as near to those of the data."""
+    table = dpm_solver_table(scheduler, trailing_times(scheduler, 4))
+
+    def found(number: int | None) -> tuple[float, int]:
+        data, images = Gaussian(scheduler), 0
+
+        def counted(x_t: Tensor, t: int) -> Tensor:
+            nonlocal images
+            images += len(x_t)
+            return data(x_t, t)
+
+        sampler = c.Sampler(counted, scheduler)
+
+        def trial(size: int, seed: int) -> c.Trial:
+            return c.Trial(sampler, sampler.run(table, noise(size, seed)), Variances(data))
+
+        few = None if number is None else trial(number, seed=2)
+        first, held_out = trial(8192, seed=0), trial(8192, seed=1)
+        before, images = held_out.value(), 0
+        better, better_held_out = c.improve(first, held_out, c.smooth_changes, 3, few=few)
+        assert better.value() < 0.05 * first.value()
+        return better_held_out.value() / before, images
+
+    (of_all, images_of_all), (of_few, images_of_few) = found(None), found(2048)
+    assert max(of_all, of_few) < 0.02
+    assert images_of_few < 0.6 * images_of_all

@@ -65,15 +65,16 @@ from training.progress import progress, quiet_libraries
 from training.run.record import SCHEDULER_CONFIG
 from training.run.runtime import Runtime
 
-VERSION = 5  # of what is fitted; another one does not continue
+VERSION = 6  # of what is fitted; another one does not continue
 TEACHER_IMAGES = 96
 MAX_VALUES = 2**19  # numbers in the teacher's images, which are kept at each of its 100 steps
 TEACHER_ITERATIONS = 6
 MOMENT_ITERATIONS = 2  # more of them only fit the features
 NOISE_ITERATIONS = 1
 CLEARLY_LESS = 0.9  # with one 4% smaller, the Frechet distance on MNIST became 2.8 instead of 2.3
-MAX_KEPT_VALUES = 2**31  # numbers in the states and predictions of all steps, which are kept of five runs: 8 GB
+MAX_KEPT_VALUES = 2**31  # numbers in the states and predictions of all steps, which are kept of six runs: 8 GB
 LEAST_IMAGES = 16
+DIFFERENCE_IMAGES = 32  # at least so many noises to differentiate with; else a quarter of the others
 ERROR_IMAGES = 256  # that the errors of the network are measured on
 MAX_TRAINING_IMAGES = 10_000  # whose moments are fitted to
 
@@ -231,19 +232,18 @@ class Calibrator:
         With many steps from the solver alone: it is right, and what is wrong is the network.
         """
         number, numel = len(times), int(np.prod(self._shape))
-        num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (5 * 2 * number * numel)))
+        num_images = max(LEAST_IMAGES, min(self.config.num_images, MAX_KEPT_VALUES // (6 * 2 * number * numel)))
         if num_images < self.config.num_images:
             self.runtime.print(f"{number} steps: fitted with {num_images} images, for which there is memory")
         any_table = dpm_solver_table(self.pipe.scheduler, times)._replace(guidance=self.guidance)
-        blank, blank_held_out, few = (
-            self.trial(which, share, any_table)
-            for which, share in ((2, num_images), (3, num_images // 2), (3, max(LEAST_IMAGES // 2, num_images // 8)))
-        )
+        differences = min(num_images, max(DIFFERENCE_IMAGES, num_images // 4))
+        sets = (2, num_images), (3, num_images), (5, differences), (3, max(LEAST_IMAGES // 2, num_images // 8))
+        blank, blank_held_out, blank_differences, few = (self.trial(which, share, any_table) for which, share in sets)
 
         def fit(title: str, start: Table, *kinds: tuple[str, MakeParameters, int]) -> Trial:
             trials = blank.of(start), blank_held_out.of(start)
             for kind, make_parameters, iterations in kinds:
-                trials = self._improve(title + kind, trials, make_parameters, iterations, DAMPING)
+                trials = self._improve(title + kind, trials, make_parameters, iterations, DAMPING, blank_differences)
             return trials[1]
 
         noise = (", noise", smooth_changes_and_noise, NOISE_ITERATIONS)
@@ -293,13 +293,15 @@ class Calibrator:
         make_parameters: MakeParameters,
         max_iterations: int,
         least_damping: float = 0.0,
+        differences: Trial | None = None,
     ) -> tuple[Trial, Trial]:
         """With a progress bar: at most this many iterations."""
-        table = trials[0].run.table
-        number, runs = len(table.timesteps), len(make_parameters(table, self.pipe.scheduler).differences) + 2
-        total = max_iterations * runs * number * sum(len(each.run.states[0]) for each in trials)
-        with self._progress(f"{number} steps{title}", total, *(each.sampler for each in trials)):
-            return improve(*trials, make_parameters, max_iterations, least_damping)
+        table, few = trials[0].run.table, differences or trials[0]
+        number, runs = len(table.timesteps), len(make_parameters(table, self.pipe.scheduler).differences) + 1
+        noises = runs * len(few.run.states[0]) + sum(len(each.run.states[0]) for each in trials)
+        with self._progress(f"{number} steps{title}", max_iterations * number * noises, few.sampler, trials[0].sampler,
+                            trials[1].sampler):  # fmt: skip
+            return improve(*trials, make_parameters, max_iterations, least_damping, few)
 
     def _teach(self, which: int, number: int) -> Trial:
         """The teacher's samples from this set of noises."""
