@@ -34,7 +34,7 @@ from benchmarks.networks import count_flop, make_network
 from ddpm_pipeline import DDPMPipeline, DDPMScheduler
 from ddpm_pipeline.objective import Loss
 from training import loop, plan, tune
-from training.budget import with_learning_rate
+from training.budget import with_defaults
 from training.config import GLOBAL_BATCH, Config
 from training.data.batches import Batches
 from training.denoiser import FAMILIES
@@ -134,7 +134,7 @@ class Steps:
     """
 
     def __init__(self, unet: Any, side: int, runtime: Runtime) -> None:
-        config = with_learning_rate(Config(dataset_name="moons"), unet.num_parameters())
+        config = with_defaults(Config(dataset_name="moons"), unet.num_parameters())
         pixels = np.random.default_rng(0).integers(0, 256, (GLOBAL_BATCH, 3, side, side), dtype=np.uint8)
         self.ema = FlatEMA(unet)
         self._config, self._state = config, TrainingState()
@@ -152,7 +152,7 @@ class Steps:
 
     def take(self, batch_size: int) -> tuple[float, Outcome]:
         """One step with so many images, at most GLOBAL_BATCH, at the full learning rate: its loss and outcome."""
-        assert self._config.learning_rate is not None  # `with_learning_rate`
+        assert self._config.learning_rate is not None  # `with_defaults`
         self._run.passes = plan.Passes(batch_size, 1)
         loss, passes = loop.accumulate_gradients(self._run, self._state)
         self._state.step += 1

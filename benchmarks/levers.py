@@ -1,10 +1,11 @@
 """What helps training: one change at a time, at equal images or minutes. `python benchmarks/levers.py DATA...`
 
-    python benchmarks/levers.py mnist=FOLDER cifar10=FOLDER --max_train_images 32000 --levers "base,muon + batch 16"
+    python benchmarks/levers.py mnist=FOLDER cifar10=FOLDER --max_train_images 32000 --levers "base,adamw,hold"
 
 For each data set, lever and seed a run of train.py with the network `tiny`, at 32 pixels, in --output_dir. Of its EMA
 weights: Frechet and kernel distance of samples from the training images, with 25 calls of DPM-Solver++ 2M, the same
-seeds for all; and the error of x_0_pred on 512 held-out images with the weight of v, whatever the network predicts.
+seeds for all; and, of data with a test split, the error of x_0_pred on 512 of its images with the weight of v, whatever
+the network predicts.
 What is measured is kept in benchmarks/results/levers-NAME.json, so the same command continues where it was stopped.
 """
 
@@ -59,7 +60,7 @@ LEVERS: dict[str, list[str]] = {
     "lr 2e-3": ["--learning_rate", "2e-3"],
     "constant lr": ["--lr_scheduler", "constant"],
     "hold": ["--lr_scheduler", "hold"],
-    "muon": ["--optimizer", "muon"],
+    "adamw": ["--optimizer", "adamw"],
     "dropout 0.1": ["--dropout", "0.1"],
     "learned variance": ["--variance_type", "learned_range"],
     "EMA 0.99": ["--ema_max_decay", "0.99"],
@@ -171,7 +172,7 @@ def measure(run: Path, num_samples: int, cpu_threads: int | None) -> dict[str, A
         found |= {each.measure: list(each.estimate), f"{each.measure}, real images": each.real_data_baseline}
     record = model.record
     return found | {
-        "held_out_error": held_out_error(model.pipe, split.held_out, runtime),
+        "held_out_error": held_out_error(model.pipe, split.held_out, runtime) if len(split.held_out) else None,
         "steps": record.step,
         "images": record.step * record.global_batch,
         "minutes": round(record.seconds / 60, 2),
@@ -205,7 +206,7 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         groups.setdefault((row["data"], row["length"], row["lever"]), []).append(row)
     for (data, length, lever), group in groups.items():
-        cells = [_mean([_value(row[measure]) for row in group]) for measure in MEASURES]
+        cells = [_mean([_value(row[name]) for row in group if row[name] is not None]) for name in MEASURES]
         base = groups.get((data, length, "base"))
         ratio = f"{_above_real(group) / _above_real(base):.2f}" if base else ""
         images = f"{statistics.mean(row['images'] for row in group):,.0f}"
@@ -218,6 +219,8 @@ def _value(of: Any) -> float:
 
 
 def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.4g}"
     return mean if len(values) < 2 else f"{mean} &plusmn; {statistics.stdev(values) / math.sqrt(len(values)):.2g}"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate, with_learning_rate
+from training.budget import DEFAULT_MINUTES, TRUSTED, Budget, learning_rate, with_defaults
 from training.config import Config
 from training.loop import seconds_left
 from training.run.state import TrainingState
@@ -193,9 +193,29 @@ def test_the_warm_up_that_is_not_given_is_short_in_a_short_run():
 @pytest.mark.parametrize(("given", "millions", "expected"), [(None, 2, 1e-3), (None, 36, 2e-4), (5e-4, 36, 5e-4)])
 def test_the_learning_rate_that_is_not_given_depends_on_the_network(given, millions, expected):
     config = make_config(learning_rate=given)
-    assert with_learning_rate(config, int(millions * 1e6)).learning_rate == expected
+    assert with_defaults(config, int(millions * 1e6)).learning_rate == expected
     finetuning = make_config(learning_rate=given, init_from="user/model")
-    assert with_learning_rate(finetuning, int(millions * 1e6)).learning_rate == (given or 1e-4)
+    assert with_defaults(finetuning, int(millions * 1e6)).learning_rate == (given or 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "millions", "trained", "expected"),
+    [
+        ({}, 2, None, "muon"),
+        ({}, 36, None, "adamw"),  # not measured
+        ({"init_from": "user/model"}, 2, None, "adamw"),
+        ({"optimizer": "adamw"}, 2, None, "adamw"),
+        ({"optimizer": "muon", "init_from": "user/model"}, 36, None, "muon"),
+        ({}, 36, {"optimizer": "muon"}, "muon"),  # a run goes on with its optimizer
+        ({}, 2, {"optimizer": "adamw"}, "adamw"),
+        ({}, 2, {"seed": 0}, "adamw"),  # of a version without the setting
+        ({"optimizer": "muon"}, 2, {"optimizer": "adamw"}, "muon"),  # which check_same_run refuses
+    ],
+)
+def test_the_optimizer_that_is_not_given_depends_on_the_network_and_the_checkpoint(
+    settings, millions, trained, expected
+):
+    assert with_defaults(make_config(**settings), int(millions * 1e6), trained).optimizer == expected
 
 
 @pytest.mark.parametrize("kind", ["cosine", "hold"])

@@ -18,7 +18,7 @@ from training.denoiser import PRESETS
 
 ROOT = Path(__file__).parents[1]
 MOONS = ("--dataset_name", "moons")
-NEEDS_DATA = {"mnist.yaml": [], "tiles.yaml": ["--train_data_dir", "tiles"]}
+NEEDS_DATA = {name: ["--train_data_dir", "my/images"] for name in ("tiles.yaml", "emoji-64.yaml")}
 
 
 def make_config(**options):

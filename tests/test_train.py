@@ -643,15 +643,17 @@ def first_rows(source, target, count=40):
     [
         ("mnist", "mnist.yaml", (1, 32, 32), {}),
         ("crawl-tiles/item", "tiles.yaml", (3, 32, 32), {"denoiser": "tiny"}),
+        ("emoji-128", "emoji-64.yaml", (3, 64, 64), {}),
         ("cifar10", "cifar10.yaml", (3, 32, 32), {"denoiser": "tiny"}),
+        ("cifar10", "cifar10-fast.yaml", (3, 32, 32), {"denoiser": "tiny"}),
     ],
 )
 def test_presets_train_on_their_data(work, shared_data, name, config, shape, options):
     source = shared_data / name
-    if name.startswith("crawl"):
+    if name.startswith(("crawl", "emoji")):
         options = {"train_data_dir": source, **options}
     else:
-        options = {"dataset_name": first_rows(source, work / "data" / name), **options}
+        options = {"dataset_name": first_rows(source, work / "data" / config), **options}
     options = {
         "output_dir": work / config,
         "cache_dir": work / "cache",

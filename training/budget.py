@@ -12,6 +12,7 @@ whatever the speed does. All this is in the checkpoint, so a resumed run has the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ WARMUP_STEPS, WARMUP_SHARE = 500, 0.05  # the shorter one, if no warm-up is give
 HOLD_DECAY = 0.2  # the last share of the run, in which "hold" decays
 PARTS = 10  # of a run: what happens "now and then" does so at the end of each
 TRUSTED = 64  # steps; what the first ones take says little
+SMALL = 20e6  # parameters of a network, which then has Muon and the higher learning rate
 
 
 @dataclass
@@ -133,12 +135,20 @@ class Budget:
             self.since, self.share_then, self.total = step, min(1.0, used), max(step + 1, round(step / used))
 
 
-def with_learning_rate(config: Config, num_parameters: int) -> Config:
-    """The settings with the default learning rate of such a network, if they give none."""
-    if config.learning_rate is not None:
-        return config
-    default = 1e-4 if config.init_from else 1e-3 if num_parameters <= 20e6 else 2e-4
-    return replace(config, learning_rate=default)
+def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any] | None = None) -> Config:
+    """The settings with the default optimizer and learning rate of such a network, where they give none.
+
+    Args:
+        trained: the settings of the checkpoint that the run continues from, with its optimizer.
+    """
+    is_small = num_parameters <= SMALL
+    if (optimizer := config.optimizer) is None:
+        optimizer = "muon" if is_small and config.init_from is None else "adamw"
+        if trained is not None:
+            optimizer = trained.get("optimizer", "adamw")  # older checkpoints lack it
+    if (rate := config.learning_rate) is None:
+        rate = 1e-4 if config.init_from else 1e-3 if is_small else 2e-4
+    return replace(config, optimizer=optimizer, learning_rate=rate)
 
 
 def learning_rate(config: Config, budget: Budget, step: int) -> float:
@@ -150,7 +160,7 @@ def learning_rate(config: Config, budget: Budget, step: int) -> float:
         "hold", elsewhere called warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395; with a linear decay Haegele
         et al. 2024, arXiv 2405.18392.
     """
-    assert config.learning_rate is not None  # `with_learning_rate`
+    assert config.learning_rate is not None  # `with_defaults`
     used = budget.share(step - 1)
     if config.lr_warmup_steps is None:
         factor = min(1.0, max(step / WARMUP_STEPS, budget.share(step) / WARMUP_SHARE))

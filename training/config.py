@@ -110,7 +110,8 @@ class Config:
         max_train_images: number of images after which training ends, each counted as often as it is seen; rounded to
             whole steps.
         optimizer: adamw; or muon, which moves each weight matrix equally far in all directions, and everything else as
-            AdamW does, see docs/training.md.
+            AdamW does, see docs/training.md; default: muon, but adamw for networks of more than 20 million parameters
+            and with init_from.
         learning_rate: learning rate of the optimizer at the end of its warm-up; default: 1e-3, for networks of more
             than 20 million parameters 2e-4, and with init_from 1e-4.
         lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run; hold, which is
@@ -224,7 +225,7 @@ class Config:
     max_train_minutes: float | None = None
     max_train_steps: int | None = None
     max_train_images: int | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] | None = None
     learning_rate: float | None = None
     lr_scheduler: Literal["cosine", "linear", "hold", "constant"] = "cosine"
     lr_warmup_steps: int | None = None

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ddpm_pipeline.cpu import importing
 from ddpm_pipeline.files import remove
-from training.budget import Budget, with_learning_rate
+from training.budget import Budget, with_defaults
 from training.config import Config, parse
 from training.data.stores import ShardError
 from training.hub import during_training
@@ -114,7 +114,7 @@ def main(config: Config, stop: StopSignal) -> int:
     with torch.device("meta"):
         plan.check_weights(make(network, device=torch.device("meta")), runtime, plan.averages_of(config))
     unet = make(network)
-    config = with_learning_rate(config, unet.num_parameters())
+    config = with_defaults(config, unet.num_parameters(), found and found[1]["config"])
     record_background(unet, config.background)
     record_center_crop(unet, config.center_crop)
     if classes is not None:

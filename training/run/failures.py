@@ -62,7 +62,8 @@ def check_same_run(
     if digest_before is None:
         names.append("resolution")
     # A checkpoint that is older than a setting was trained as its default says.
-    before = {name: getattr(type(config), name) for name in (*names, "variance_type")} | manifest["config"]
+    before = {name: getattr(type(config), name) for name in (*names, "variance_type")}
+    before |= {"optimizer": "adamw"} | manifest["config"]
     compared = [(name, before[name], getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
