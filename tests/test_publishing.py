@@ -22,6 +22,7 @@ from ddpm_pipeline.calibrated import Guidance, save_tables
 from ddpm_pipeline.labels import record_class_names
 from ddpm_pipeline.solver_tables import dpm_solver_table
 from tests.models import tiny_unet
+from training.budget import with_defaults
 from training.config import Config
 from training.hub import check, files, stage
 from training.hub.card import write_card
@@ -33,8 +34,8 @@ def make_run(folder, *, unet=None, scheduler=(), **config):
     """A run as train.py leaves it."""
     scheduler = DDPMScheduler(**{"num_train_timesteps": 20, "timestep_spacing": "trailing", **dict(scheduler)})
     DDPMPipeline(unet or tiny_unet(3), scheduler).save_pretrained(folder / "pipeline")
-    settings = {"dataset_name": "moons", "output_dir": str(folder), "max_train_steps": 1000, "learning_rate": 1e-3}
-    config = Config(**settings | config)
+    settings = {"dataset_name": "moons", "output_dir": str(folder), "max_train_steps": 1000}
+    config = with_defaults(Config(**settings | config), 2_000_000)
     RunRecord(
         step=900,
         global_batch=32,
