@@ -348,13 +348,13 @@ def gauss_newton(
         few: a trial of the same table and with the same residuals, but with fewer noises, to differentiate with:
             changed images come from the same noises, so their differences vary far less than the residuals.
     """
-    few = trial if few is None else few
-    number, start, rows = len(parameters.differences), few.residuals(), []
+    number, residuals, rows = len(parameters.differences), trial.residuals(), []
+    few, start = (trial, residuals) if few is None else (few, few.residuals())
     for k, difference in enumerate(parameters.differences):
         values = [0.0] * number
         values[k] = difference
         rows.append((few.of(parameters.build(values)).residuals() - start) / difference)
-    jacobian = torch.stack([*rows, trial.residuals()])
+    jacobian = torch.stack([*rows, residuals])
     products = trial.objective.total(jacobian @ jacobian.T)
     gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
     diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
@@ -381,16 +381,16 @@ def improve(
 
     Args:
         trial, held_out: of the same table.
-        few: see gauss_newton; of any table with this number of steps.
         make_parameters: all_numbers, smooth_changes or smooth_changes_and_noise.
         least_damping: the first iteration has DAMPING, each later one a tenth of the one before, but not less.
+        few: see gauss_newton; of any table with this number of steps.
     Returns:
         Both trials, of the best table.
     """
     damping, value = DAMPING, held_out.value()
     for _ in range(max_iterations):
         parameters = make_parameters(trial.run.table, trial.sampler.scheduler)
-        few = None if few is None else few.of(trial.run.table)  # so that what it has in common is not run again
+        few = None if few is None else few.of(trial.run.table)
         changed, gain = gauss_newton(trial, parameters, damping, few)
         judged = held_out.of(changed.run.table)
         if not (judged_value := judged.value()) < value:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from training.config import FIRST_OPTIMIZER
+
 if TYPE_CHECKING:
     from training.config import Config
 
@@ -143,9 +145,10 @@ def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any
     """
     is_small = num_parameters <= SMALL
     if (optimizer := config.optimizer) is None:
-        optimizer = "muon" if is_small and config.init_from is None else "adamw"
         if trained is not None:
-            optimizer = trained.get("optimizer", "adamw")  # older checkpoints lack it
+            optimizer = trained.get("optimizer", FIRST_OPTIMIZER)
+        else:
+            optimizer = "muon" if is_small and config.init_from is None else "adamw"
     if (rate := config.learning_rate) is None:
         rate = 1e-4 if config.init_from else 1e-3 if is_small else 2e-4
     return replace(config, optimizer=optimizer, learning_rate=rate)

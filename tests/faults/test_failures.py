@@ -261,12 +261,8 @@ def test_nonfinite_steps_are_skipped_on_request(workspace, world_size):
     before, after, later = (workspace.sha256("run", step) for step in (3, 4, 5))
     for file in (checkpoint.WEIGHTS, checkpoint.EMA):
         assert before[file] == after[file] != later[file]
-    states = [
-        torch.load(workspace.folder / "run" / f"checkpoint-{step:06}" / checkpoint.OPTIMIZER, weights_only=True)[
-            "state"
-        ]
-        for step in (3, 4, 6)
-    ]
+    files = [workspace.folder / "run" / f"checkpoint-{step:06}" / checkpoint.OPTIMIZER for step in (3, 4, 6)]
+    states = [torch.load(file, weights_only=True)["state"] for file in files]
     for number, entry in states[0].items():
         assert all(torch.equal(states[1][number][name], value) for name, value in entry.items())
         assert not all(torch.equal(states[2][number][name], value) for name, value in entry.items())

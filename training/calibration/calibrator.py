@@ -299,9 +299,9 @@ class Calibrator:
         table, few = trials[0].run.table, differences or trials[0]
         number, runs = len(table.timesteps), len(make_parameters(table, self.pipe.scheduler).differences) + 1
         noises = runs * len(few.run.states[0]) + sum(len(each.run.states[0]) for each in trials)
-        with self._progress(f"{number} steps{title}", max_iterations * number * noises, few.sampler, trials[0].sampler,
-                            trials[1].sampler):  # fmt: skip
-            return improve(*trials, make_parameters, max_iterations, least_damping, few)
+        samplers = [each.sampler for each in (few, *trials)]
+        with self._progress(f"{number} steps{title}", max_iterations * number * noises, *samplers):
+            return improve(*trials, make_parameters, max_iterations, least_damping, differences)
 
     def _teach(self, which: int, number: int) -> Trial:
         """The teacher's samples from this set of noises."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_pipeline.decode import parse_colour
 from ddpm_pipeline.pixels import height_width
+from training.config import FIRST_OPTIMIZER
 from training.messages import some
 from training.run.checkpoint import CheckpointError
 from training.run.record import data_set
@@ -61,9 +62,9 @@ def check_same_run(
     digest_before = manifest.get("data_digest")  # older checkpoints have none
     if digest_before is None:
         names.append("resolution")
-    # A checkpoint that is older than a setting was trained as its default says.
+    # A checkpoint that is older than a setting was trained as its default says, but for that of the optimizer.
     before = {name: getattr(type(config), name) for name in (*names, "variance_type")}
-    before |= {"optimizer": "adamw"} | manifest["config"]
+    before |= {"optimizer": FIRST_OPTIMIZER} | manifest["config"]
     compared = [(name, before[name], getattr(config, name)) for name in names]
     compared.append(("global batch", manifest["global_batch"], global_batch))
     compared.append(("number of images", manifest["num_images"], num_images))
