@@ -158,8 +158,9 @@ def prepare_sampling(
     if latents is not None and (latents.is_meta or not latents.float().isfinite().all()):
         raise ValueError("latents have values that are nan or infinite: give finite numbers, about N(0, I)")
     table = choose_table(
-        calibrated, scheduler, unet, guide, guidance_of(denoiser), num_inference_steps, timesteps=timesteps, eta=eta
-    )
+        calibrated, scheduler, unet, guide, guidance_of(denoiser), num_inference_steps, shape[2:],
+        timesteps=timesteps, eta=eta,
+    )  # fmt: skip
     if table is None:
         scheduler = set_schedule(scheduler, num_inference_steps, timesteps)
     else:

@@ -26,6 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .betas import MAX_TRAIN_TIMESTEPS
+from .pixels import height_width
 from .schedulers import check_number, count_steps
 from .scheduling_ddpm import DDPMScheduler, check_choice, check_int, check_timesteps
 
@@ -244,6 +245,7 @@ def choose_table(
     guide: UNet2DModel | None,
     guidance: Guidance,
     num_inference_steps: int | None,
+    size: tuple[int, int],
     **not_of_a_table: Any,
 ) -> Table | None:
     """The table that a call of the pipeline uses, or None.
@@ -251,7 +253,7 @@ def choose_table(
     Args:
         calibrated: None: a table if there is one for this call; it warns if that was fitted to another model.
         guide: of the pipeline.
-        guidance: of the call, and `not_of_a_table` are arguments that a table does not take.
+        guidance, size: of the call, (H, W); `not_of_a_table` are arguments that a table does not take.
     Raises:
         ValueError: calibrated is True, and there is no such table.
     """
@@ -261,6 +263,8 @@ def choose_table(
     number = count_steps(scheduler, num_inference_steps)
     table = find_table(scheduler, number, guidance)
     given = [name for name, value in not_of_a_table.items() if value is not None]
+    own = unet.config["sample_size"]
+    own = size if own is None else height_width(own)
     problem = None
     if given:
         problem = f"{given[0]} is given, and a table takes none: leave one of the two out"
@@ -268,7 +272,10 @@ def choose_table(
         problem = f"the scheduler is a {type(scheduler).__name__}: tables are for our DDPMScheduler"
     elif table is None:
         there_are = ", ".join(_described(len(each.timesteps), each.guidance) for each in load_tables(scheduler))
-        problem = f"there is no table for {_described(number, guidance)}: this model has {there_are or 'no tables'}"
+        others = f"tables for {there_are}" if there_are else "no tables"
+        problem = f"there is no table for {_described(number, guidance)}: this model has {others}"
+    elif size != own:
+        problem = f"the tables are for {own[0]} x {own[1]} pixels, and these images have {size[0]} x {size[1]}"
     elif mismatch := why_not(scheduler, unet, guide, table):
         problem = f"the tables are not for this model: {mismatch}"
         if calibrated is None:
@@ -316,8 +323,9 @@ def why_not(scheduler: DDPMScheduler, unet: UNet2DModel, guide: UNet2DModel | No
         if any(tensor.is_meta for tensor in network.state_dict().values()):
             return "its weights are on the meta device, where they cannot be compared"
         own_first = sorted(LOADED_DTYPES.items(), key=lambda item: item[1] != network.dtype)  # mostly the only one
-        if not any(saved[name][of_dtype] == _cached_hash(network, dtype) for of_dtype, dtype in own_first):
-            return "they were fitted to other weights" if network is unet else "they were fitted with another guide"
+        hashes = ((saved[name][of_dtype], _cached_hash(network, dtype)) for of_dtype, dtype in own_first)
+        if not any(then is not None and then == now for then, now in hashes):
+            return "they were fitted to other weights" if name == "weights" else "they were fitted with another guide"
     return None
 
 

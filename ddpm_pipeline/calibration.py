@@ -357,6 +357,8 @@ def gauss_newton(
     jacobian = torch.stack([*rows, residuals])
     products = trial.objective.total(jacobian @ jacobian.T)
     gram, gradient, before = products[:-1, :-1], products[:-1, -1], products[-1, -1].item()
+    if not gram.any():  # whatever is changed, the images are the same
+        return trial, 0.0
     diagonal = gram.diagonal() + 1e-12 * gram.diagonal().max()
     most = MAX_MOVE * torch.tensor(parameters.differences, dtype=torch.float64).abs()
     for _ in range(MAX_TRIES):

@@ -164,6 +164,8 @@ def prepare_denoiser(
         place_guide(guide, unet, device)  # if it was set later, or the networks are offloaded
         return UNetDenoiser(unet, labels, 1.0, interval, auto_scale, guide)
     if interval is not None and (labels is None or scale == 1):
-        reason = "this network has no classes" if labels is None else "guidance_scale is 1, no guidance"
+        scales = "guidance_scale is 1" if guide is None else "guidance_scale and autoguidance_scale are 1"
+        has_no_classes = labels is None and (scale != 1 or guide is None)
+        reason = "this network has no classes" if has_no_classes else f"{scales}, no guidance"
         warnings.warn(f"guidance_interval={guidance_interval} has no effect: {reason}", stacklevel=4)
     return UNetDenoiser(unet, labels, scale, interval)

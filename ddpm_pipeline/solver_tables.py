@@ -158,6 +158,9 @@ def with_epsilon_scales(table: Table, scheduler: DDPMScheduler, scales: Sequence
     """
     rows = []
     for row, alpha_bar, scale in zip(table.coefficients, _alpha_bars(table, scheduler), scales):
+        if alpha_bar == 0:  # epsilon is x_t, whatever the network predicts: there is nothing to scale
+            rows.append(list(row))
+            continue
         coef_x_t, coef_x_0, *others = row
         moved = sum(row[1:]) * (1 - 1 / scale)
         rows.append([coef_x_t + moved / math.sqrt(alpha_bar), coef_x_0 - moved, *others])

@@ -93,6 +93,21 @@ def test_the_pipeline_has_tables_and_a_second_command_keeps_them(work, model, ca
     assert size < 5000
 
 
+def test_a_finished_table_is_used_before_the_next_one_is_fitted(work, model, monkeypatch, capsys):
+    def interrupted(run, scheduler, number, total):
+        if number == 3:
+            raise KeyboardInterrupt
+        return calibration.best_times(run, scheduler, number, total)
+
+    monkeypatch.setattr("training.calibration.calibrator.best_times", interrupted)
+    calibrate(work, model, expected=130, num_inference_steps="2,3")
+    assert list(tables(model)) == [2]
+    monkeypatch.undo()
+    capsys.readouterr()
+    calibrate(work, model, num_inference_steps="2,3")
+    assert "2 steps: fitted before" in capsys.readouterr().out and list(tables(model)) == [2, 3]
+
+
 def test_another_seed_or_number_of_images_is_fitted_anew(work, model, capsys):
     calibrate(work, model, num_inference_steps="2")
     before = tables(model)
@@ -213,7 +228,7 @@ def test_tables_of_a_model_with_classes_are_for_their_guidance(work, tmp_path, m
     pipe = DDPMPipeline.from_pretrained(run / "pipeline")
     options = {"seeds": [0, 1], "num_inference_steps": 2, "class_labels": ["dark", "light"]}
     pipe(**options, guidance_scale=2, calibrated=True)
-    with pytest.raises(ValueError, match=r"this model has 2 steps with guidance_scale=2"):
+    with pytest.raises(ValueError, match=r"this model has tables for 2 steps with guidance_scale=2"):
         pipe(**options, calibrated=True)
 
 
@@ -239,6 +254,15 @@ def test_an_output_folder_with_another_model_is_not_touched(work, model, tmp_pat
     calibrate(work, model, num_inference_steps="2", output_dir=tmp_path / "copy")
     calibrate(work, model, num_inference_steps="3", output_dir=tmp_path / "copy")
     assert list(tables(tmp_path / "copy")) == [2, 3]
+    file = tmp_path / "copy" / "pipeline" / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"clip_sample": not config["clip_sample"]}))
+    calibrate(work, model, expected=2, num_inference_steps="2", output_dir=tmp_path / "copy")
+    assert "has another scheduler than" in capsys.readouterr().err
+    file.write_text(json.dumps(config | {"_calibration": [1]}))
+    calibrate(work, model, expected=2, num_inference_steps="4", output_dir=tmp_path / "copy")
+    assert "calibrated in" not in (seen := capsys.readouterr()).out
+    assert "scheduler_config.json: _calibration: the field has [1]" in seen.err
 
 
 @pytest.mark.parametrize("use_images", ["true", "false"])

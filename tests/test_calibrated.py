@@ -228,8 +228,9 @@ def test_calls_with_and_without_a_table(pipe, options, expected):
     [
         ({"eta": 0.0}, "calibrated=True, but eta is given"),
         ({"timesteps": [19, 5], "num_inference_steps": None}, "calibrated=True, but timesteps is given"),
-        ({"num_inference_steps": 5}, "no table for 5 steps: this model has 4 steps, 3 steps"),
-        ({"num_inference_steps": None}, "no table for 20 steps: this model has 4 steps, 3 steps"),
+        ({"num_inference_steps": 5}, "no table for 5 steps: this model has tables for 4 steps, 3 steps"),
+        ({"height": 16}, "calibrated=True, but the tables are for 8 x 8 pixels, and these images have 16 x 8"),
+        ({"num_inference_steps": None}, "no table for 20 steps: this model has tables for 4 steps, 3 steps"),
         ({"calibrated": "yes"}, "calibrated is 'yes': give one of None, True, False"),
         ({"calibrated": np.array([1, 2])}, "calibrated is array([1, 2]): give one of None, True, False"),
         ({"calibrated": torch.tensor([1, 2])}, "calibrated is tensor([1, 2]): give one of None, True, False"),
@@ -269,7 +270,7 @@ def test_a_table_is_for_its_guidance(interval):
     ):
         assert network_timesteps(pipe, **{**same, **other}) == [19, 14, 9, 4]
     name = "4 steps with guidance_scale=2" + (f", guidance_interval={interval}" if interval else "")
-    message = f"no table for 4 steps with guidance_scale=3: this model has {name}, 3 steps"
+    message = f"no table for 4 steps with guidance_scale=3: this model has tables for {name}, 3 steps"
     with pytest.raises(ValueError, match=re.escape(message)):
         sample(pipe, class_labels=1, guidance_scale=3, calibrated=True)
     with pytest.warns(UserWarning, match="guidance_interval=.* has no effect"):
@@ -298,6 +299,11 @@ def change_behind_torch(pipe):
     pipe.unet.conv_in.weight.data.add_(1e-3)
 
 
+def change_and_hide_a_hash(pipe):
+    change_in_place(pipe)
+    pipe.scheduler.config[CALIBRATION]["weights"]["float16"] = None
+
+
 def replace(pipe):
     pipe.unet = tiny_unet(seed=1)
 
@@ -312,6 +318,7 @@ def load_others(pipe):
     [
         (change_in_place, "they were fitted to other weights"),
         (change_below_half_precision, "they were fitted to other weights"),
+        (change_and_hide_a_hash, "they were fitted to other weights"),
         (change_behind_torch, "they were fitted to other weights"),
         (replace, "they were fitted to other weights"),
         (load_others, "they were fitted to other weights"),

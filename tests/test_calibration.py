@@ -124,6 +124,14 @@ def test_iterations_that_do_not_help_on_other_noises_are_not_kept(scheduler: DDP
     assert c.improve(first, perfect, c.all_numbers, 3) == (first, perfect)
 
 
+def test_a_network_that_sees_nothing_of_its_input_has_nothing_to_fit(scheduler: DDPMScheduler) -> None:
+    table = dpm_solver_table(scheduler, trailing_times(scheduler, 4))
+    table = table._replace(coefficients=[[0.0, 1.0] for _ in table.timesteps])
+    sampler = c.Sampler(lambda x_t, t: torch.zeros_like(x_t), scheduler)
+    start = c.Trial(sampler, sampler.run(table, noise(8)), c.TeacherObjective(torch.ones(8, 1, 4, 4), alone))
+    assert c.gauss_newton(start, c.smooth_changes(table, scheduler)) == (start, 0.0)
+
+
 def test_processes_find_the_same_numbers_as_one() -> None:
     """The sums of two halves are those of the whole."""
     inputs, target = [noise(8, seed) for seed in range(3)], noise(8, seed=3)
@@ -299,6 +307,13 @@ def test_epsilon_scaling_divides_the_predicted_noise(scheduler: DDPMScheduler) -
         x_0 = (x_t - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         expected = ddim.step(epsilon / scale, t, x_t).prev_sample
         torch.testing.assert_close(c.next_state(row, x_t, [x_0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pure_noise_has_no_predicted_noise_to_divide() -> None:
+    zero_snr = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    table = dpm_solver_table(zero_snr, trailing_times(zero_snr, 4))
+    scaled = with_epsilon_scales(table, zero_snr, [1.1] * 4)
+    assert scaled.coefficients[0] == list(table.coefficients[0]) and scaled.coefficients[1] != table.coefficients[1]
 
 
 def test_errors_of_an_exact_network_are_those_of_the_closed_form(scheduler: DDPMScheduler) -> None:

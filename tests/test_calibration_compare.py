@@ -437,8 +437,9 @@ def test_the_benchmark_takes_the_records_with_the_most_samples(tmp_path, capsys,
     assert Image.open(tmp_path / "few-steps-test.png").size[0] > 400
 
 
-def test_the_plot_is_written(tmp_path):
-    plot(RECORDS, tmp_path / "compare.png")
+@pytest.mark.parametrize("calls", [{5, 10}, {5}])
+def test_the_plot_is_written(calls, tmp_path):
+    plot([record for record in RECORDS if record.calls in calls], tmp_path / "compare.png")
     width, height = Image.open(tmp_path / "compare.png").size
     assert width > height > 400  # a panel for each of the two measures
 

@@ -1,10 +1,10 @@
 """Calibrate a sampler of few steps: `accelerate launch training/calibrate.py runs/mine [--num_inference_steps 5,10]`.
 
 It fits the numbers of a sampler with few steps to the network, on all processes, and saves them in
-scheduler_config.json: from then on `pipe(num_inference_steps=10)` uses them. In the end it compares the sampler with
-every scheduler of diffusers: calibration/comparison.md with a plot beside it.
+scheduler_config.json as soon as a number of steps is done: from then on `pipe(num_inference_steps=10)` uses them. In
+the end it compares the sampler with every scheduler of diffusers: calibration/comparison.md with a plot beside it.
 
-What is fitted is kept in calibration/, so the same command continues where it was stopped.
+Finished tables and samples of the comparison are kept in calibration/, so the same command continues after them.
 
 Exit codes: 0 done; 2 a mistake in the command, or the model or its data cannot be read; 130 stopped by Ctrl-C.
 """
@@ -44,8 +44,7 @@ def calibrate(config: CalibrationConfig) -> None:
 
     calibrator = Calibrator(config)
     calibrator.load_images()
-    calibrator.fit()
-    results.save(calibrator)
+    calibrator.fit(lambda: results.save(calibrator))
     if config.compare:
         results.compare_all(calibrator)
     calibrator.runtime.barrier()

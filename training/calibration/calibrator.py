@@ -56,7 +56,7 @@ from ddpm_pipeline.solver_tables import dpm_solver_table, leading_times, solver_
 from training.calibration.compare import load_records
 from training.calibration.config import MAX_IMAGES, CalibrationConfig
 from training.calibration.moments import Moments
-from training.calibration.results import COMPARISON, FITS, FOLDER, Fits
+from training.calibration.results import COMPARISON, FITS, FOLDER, Fits, kept_tables
 from training.data.classes import Classes, find_classes
 from training.data.split import DataSplit, evenly_spaced
 from training.evaluation.reference import load_split
@@ -118,15 +118,20 @@ class Calibrator:
             if (effective := guidance_of(self.denoiser(np.arange(1)))) != self.guidance:
                 raise ValueError(f"{self.guidance} would be {effective} for {config.model}: it has no classes to guide")
         self.folder = self._output_folder()
-        self.runtime.in_turn(lambda: load_records(self.results / COMPARISON))  # a damaged one: now, not after the fit
+        self.runtime.in_turn(self._check_kept)
+
+    def _check_kept(self) -> None:
+        """What an earlier calibration has left: if it is damaged, that is said now, not after the fit."""
+        load_records(self.results / COMPARISON)
+        kept_tables(self.folder, self.pipe)
 
     def _output_folder(self) -> Path:
         """The folder of the pipeline that gets the tables."""
         name = Path(self.config.output_dir or self.config.model).resolve()
         if self.config.output_dir:
             folder = name / "pipeline"
-            if folder.is_dir() and weights_of(DDPMPipeline.from_pretrained(folder)) != weights_of(self.pipe):
-                raise ValueError(f"{folder} has another model than {self.config.model}: give another --output_dir")
+            if folder.is_dir():
+                self._check_same_model(DDPMPipeline.from_pretrained(folder), folder)
             return folder
         if not name.is_dir():
             raise ValueError(
@@ -136,6 +141,18 @@ class Calibrator:
         if not (folder / SCHEDULER_CONFIG).exists():
             raise ValueError(f"{folder} has no {SCHEDULER_CONFIG}: give --output_dir for the calibrated pipeline")
         return folder
+
+    def _check_same_model(self, there: Any, folder: Path) -> None:
+        """ValueError unless the pipeline of the output folder has these networks and this scheduler."""
+        schedulers = [
+            (type(each.scheduler).__name__, {k: v for k, v in each.scheduler.config.items() if not k.startswith("_")})
+            for each in (there, self.pipe)
+        ]
+        same_scheduler = schedulers[0] == schedulers[1]
+        if same_scheduler and weights_of(there) == weights_of(self.pipe):
+            return
+        other = "another model" if same_scheduler else "another scheduler"
+        raise ValueError(f"{folder} has {other} than {self.config.model}: give another --output_dir")
 
     @property
     def results(self) -> Path:
@@ -165,6 +182,7 @@ class Calibrator:
         if all((images[i] == images[0]).all() for i in range(len(images))):
             raise ValueError("all training images are equal: nothing can be fitted to them; give --use_images false")
         chosen = evenly_spaced(len(images), MAX_TRAINING_IMAGES)
+        self.runtime.print(f"features of {number:,} training images, and classifiers of them, unless they are cached")
         options: dict[str, Any] = {"cache_dir": self.cache_dir, "device": self.runtime.device}
 
         others = self.others(self.split)
@@ -193,12 +211,22 @@ class Calibrator:
 
     # ---- Tables ------------------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Fit the tables that are not in the folder of results yet."""
+    def fit(self, on_table: Callable[[], None]) -> None:
+        """Fit the tables that are not in the folder of results yet.
+
+        Args:
+            on_table: called when there is a new one, and once if there are some already.
+        """
         self.results.mkdir(parents=True, exist_ok=True)
         fits = Fits(self.results / FITS, self._key())
-        self.tables = self.runtime.broadcast(fits.read(self.pipe.scheduler.num_steps))
-        missing = [number for number in self.config.num_inference_steps if number not in self.tables]
+        found = self.runtime.in_turn(lambda: fits.read(self.pipe.scheduler.num_steps))
+        found = self.runtime.broadcast(found)
+        self.tables = {number: each for number, each in found.items() if each.guidance == self.guidance}
+        numbers = self.config.num_inference_steps
+        missing = [number for number in numbers if number not in self.tables]
+        if there_are := [number for number in numbers if number in self.tables]:
+            self.runtime.print(f"{', '.join(map(str, there_are))} steps: fitted before")
+            on_table()
         if not missing:
             return
         teacher = self._teach(0, TEACHER_IMAGES)
@@ -206,6 +234,7 @@ class Calibrator:
             held_out = self._teach(1, TEACHER_IMAGES // 2)
         for number in missing:
             started = time.monotonic()
+            self.runtime.print(f"{number} steps: the fit begins")
             times = best_times(teacher.run, self.pipe.scheduler, number, self._total)
             if self.moments is None:
                 table = self._fit_to_teacher(self._fit_steps(teacher, times), teacher, held_out)
@@ -217,6 +246,7 @@ class Calibrator:
             if self.runtime.is_main:
                 fits.write(self.tables)
             self.runtime.print(f"{number} steps: calibrated in {(time.monotonic() - started) / 60:.1f} min")
+            on_table()
 
     def _fit_steps(self, teacher: Trial, times: list[int]) -> Table:
         return fit_steps(teacher.sampler, teacher.run, times, self._total)
@@ -321,7 +351,7 @@ class Calibrator:
         labels = None if (found := self.labels(np.arange(1000))) is None else np.bincount(found).tolist()
         parts = [
             VERSION, self.model.sha256, guide, scheduler, self.guidance, images, labels,
-            self.config.num_images, self.config.seed, self.moments and self.moments.extractors,
+            self._as_many_on_each(self.config.num_images), self.config.seed, self.moments and self.moments.extractors,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -333,10 +363,14 @@ class Calibrator:
         size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else [config.sample_size] * 2
         return config.in_channels, *size
 
+    def _as_many_on_each(self, number: int) -> int:
+        """At least so many, and as many on each process."""
+        world_size = self.runtime.world_size
+        return -(-number // world_size) * world_size
+
     def _share(self, number: int) -> np.ndarray:
         """Which ones of about so many are those of this process: as many on each."""
-        world_size = self.runtime.world_size
-        return np.arange(self.runtime.rank, -(-number // world_size) * world_size, world_size)
+        return np.arange(self.runtime.rank, self._as_many_on_each(number), self.runtime.world_size)
 
     def _sampler(self, which: int, number: int, labels: list[int] | None = None) -> tuple[Sampler, Tensor]:
         """This process's share of a set of noises: a sampler for them, and x_T, (B, C, H, W).

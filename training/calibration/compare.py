@@ -118,7 +118,7 @@ def load_records(path: Path) -> list[Record]:
         for saved in json.loads(path.read_text(encoding="utf-8"))["records"]:
             results = [Result(**{**each, "estimate": Estimate(*each["estimate"])}) for each in saved["results"]]
             records.append(Record(**{**saved, "results": results}))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} has no records of a comparison ({error!r}): remove it, or give another file"
         ) from None
@@ -405,11 +405,13 @@ def _plain(estimate: Estimate) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Plot each measure over the number of network calls: the main settings in colour, the others in gray."""
+    """Plot each measure over the number of network calls, the main settings in colour; of a single number, a line for
+    each setting."""
     firsts = _first_results(records)
     figure, _ = make_figure(len(firsts))
+    draw_panel = _plot_measure if len({record.calls for record in records}) > 1 else _plot_ranking
     for axes, first in zip(figure.axes, firsts):
-        _plot_measure(axes, records, first)
+        draw_panel(axes, records, first)
     save_figure(figure, figure.axes, path)
 
 
@@ -450,6 +452,22 @@ def _plot_measure(axes: Axes, records: Sequence[Record], first: Result) -> None:
     axes.set_ylim(min(0.0, 1.1 * min(lowest)), 1.1 * highest)  # gray lines may leave the plot
     axes.set_xticks(calls, [f"{number}" for number in calls])
     axes.minorticks_off()
+
+
+def _plot_ranking(axes: Axes, records: Sequence[Record], first: Result) -> None:
+    rows = [(r.estimate, record) for record in records if (r := record.result(first.measure)) is not None]
+    rows.sort(key=lambda row: row[0].value, reverse=True)
+    for is_calibrated, label in ((False, None), (True, "calibrated")):
+        places = [place for place, (_, record) in enumerate(rows) if record.is_calibrated == is_calibrated]
+        if places:
+            values, errors = zip(*(rows[place][0] for place in places))
+            axes.errorbar(values, places, xerr=[error or 0 for error in errors], fmt="o", label=label)
+    if first.real_data_baseline is not None:
+        axes.axvline(first.real_data_baseline, color="gray", linestyle="--", label="real-data baseline")
+    axes.set_yticks(range(len(rows)), [record.setting for _, record in rows])
+    axes.set(xlim=(min(0.0, axes.get_xlim()[0]), None), ylim=(-2.5, len(rows) - 0.5))  # with room for the legend
+    axes.set_xlabel(f"{first.name},\n{first.extractor}" if first.extractor else first.name)
+    axes.set_title(f"{records[0].calls} network calls for each image", fontsize="medium")
 
 
 def _points(records: Iterable[Record], measure: str) -> list[tuple[int, Estimate]]:

@@ -68,7 +68,7 @@ class Fits:
     key: str
 
     def read(self, num_train_timesteps: int) -> dict[int, Table]:
-        """The tables of this key by their number of steps; those that cannot be read do not count."""
+        """The tables of this key by their number of steps; those that are damaged do not count."""
         try:
             tables = [table_from_json(each, num_train_timesteps) for each in self._content()[self.key]]
         except (ValueError, KeyError, TypeError):
@@ -82,26 +82,40 @@ class Fits:
     def _content(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
+
+
+def kept_tables(folder: Path, pipe: Any) -> tuple[list[Table], str | None]:
+    """The tables in the folder of a pipeline that are for these networks, and why others there are not.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    file = folder / SCHEDULER_CONFIG
+    config = read_json(file) if file.exists() else pipe.scheduler.config
+    try:
+        return fitted_tables(with_tables(pipe.scheduler, config.get(CALIBRATION)), pipe.unet, pipe.guide)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def save(calibrator: Calibrator) -> None:
     """Put the tables into the configuration of the scheduler, beside those for other numbers of steps or guidance."""
     pipe, folder, runtime = calibrator.pipe, calibrator.folder, calibrator.runtime
-    chosen = [calibrator.tables[number] for number in calibrator.config.num_inference_steps]
+    numbers = [number for number in calibrator.config.num_inference_steps if number in calibrator.tables]
+    chosen = [calibrator.tables[number] for number in numbers]
     replaced = {(len(each.timesteps), each.guidance) for each in chosen}
-    # those of the folder as it is now: another calibration may have ended during this one
-    is_there = (folder / SCHEDULER_CONFIG).exists()
-    config = read_json(folder / SCHEDULER_CONFIG) if is_there else pipe.scheduler.config
-    fitted, _ = fitted_tables(with_tables(pipe.scheduler, config.get(CALIBRATION)), pipe.unet, pipe.guide)
+    fitted, reason = kept_tables(folder, pipe)  # as they are now: another calibration may have ended during this one
+    if reason is not None:
+        runtime.print(f"older tables of {folder} are dropped: {reason}")
     kept = [each for each in fitted if (len(each.timesteps), each.guidance) not in replaced]
     save_tables(pipe.scheduler, pipe.unet, sorted([*kept, *chosen], key=lambda each: len(each.timesteps)), pipe.guide)
     runtime.barrier()  # no rank reads what rank 0 writes
     if not runtime.is_main:
         return
-    if is_there:
+    if (folder / SCHEDULER_CONFIG).exists():
         _write(folder / "pipeline.py", pipeline_source())  # first: an older one has no tables
         config = json.loads(pipe.scheduler.to_json_string())
         _write(folder / SCHEDULER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -111,8 +125,7 @@ def save(calibrator: Calibrator) -> None:
             pipe.save_pretrained(temporary)
             if calibrator.model.record is not None:
                 calibrator.model.record.save(temporary)
-    numbers = ", ".join(map(str, calibrator.config.num_inference_steps))
-    runtime.print(f"{folder} samples with calibrated steps for num_inference_steps={numbers}")
+    runtime.print(f"{folder} samples with calibrated steps for num_inference_steps={', '.join(map(str, numbers))}")
 
 
 # ---- Comparison ------------------------------------------------------------------------------------------------------
@@ -147,7 +160,8 @@ def compare_all(calibrator: Calibrator) -> None:
         if calls >= MANY_CALLS:
             built_in = rounds[1]
     if runtime.is_main:
-        lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", "", *table(records)]
+        lines = [f"# {config.model}: calibrated steps beside the schedulers of diffusers", ""]
+        lines += [_about(calibrator), "", *table(records)]
         _write(path.with_suffix(".md"), "\n".join(lines) + "\n")
         if any(record.results for record in records):
             plot(records, path.with_suffix(".png"))
@@ -155,6 +169,17 @@ def compare_all(calibrator: Calibrator) -> None:
         runtime.print(line)
     plotted = "and its plot beside it" if summary(records) else "but no setting could be measured"
     runtime.print(f"the comparison: {path.with_suffix('.md')}, {plotted}")
+
+
+def _about(calibrator: Calibrator) -> str:
+    """What the tables below compare."""
+    numbers, guidance = sorted(calibrator.config.num_inference_steps), guidance_arguments(calibrator.guidance)
+    text = f"Calibrated: {', '.join(map(str, numbers))} steps"
+    if guidance:
+        arguments = ", ".join(f"{name}={value}" for name, value in guidance.items())
+        theirs = "the others are not guided" if calibrator.guidance.guidance_scale == 1 else "and so are the others"
+        text += f", guided with {arguments}; {theirs}. A guided step is two network calls"
+    return f"{text}. Best built-in: of {len(SETTINGS)} settings of diffusers' schedulers, with at most as many calls."
 
 
 def samples_of(calibrator: Calibrator, first: int, number: int) -> Samples:

@@ -230,7 +230,7 @@ class Runtime:
     def print(self, line: str) -> None:
         """Print on the main process only; accelerate would print on that of each machine."""
         if self.is_main:
-            print(line)
+            print(line, flush=True)  # now, also to a file or a pipe
 
 
 def _make_error(kind: type[Exception], message: str) -> Exception:
