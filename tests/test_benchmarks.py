@@ -260,6 +260,7 @@ def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies
         "families",
         "few_steps",
         "gpu",
+        "guided",
         "interpolation",
         "killed",
         "levers",

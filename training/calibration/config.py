@@ -21,13 +21,13 @@ class CalibrationConfig:
         output_dir: folder for the calibrated pipeline and the comparison; default: the folder of the model, whose
             scheduler gets the tables.
         num_inference_steps: numbers of sampling steps to calibrate, separated by commas.
-        num_images: noises that samples are drawn from to compare them with the training images.
+        num_images: noises that samples are drawn from to compare them with the training images, at least 16.
         use_images: whether to fit to the training images, too; false: to the model's own samples of 100 steps only.
         guidance_scale: of classifier-free guidance that the tables are for; 1: no guidance.
         autoguidance_scale: of autoguidance that the tables are for; 1: no guidance.
         guidance_interval: LO,HI: guidance at the timesteps t with LO <= t < HI alone; default: at all timesteps.
         compare: whether to compare with every scheduler of diffusers in the end.
-        num_samples: samples of each scheduler in the comparison.
+        num_samples: samples of each scheduler in the comparison, at least 64.
         fit_extractor: further features of the fit: a file or a model, as for extractor but another one, that knows such
             images, such as one that was trained on many photos; default: none.
         extractor: features of the comparison: pixels, classifier, a .th or .pt file or a model of transformers, as for
