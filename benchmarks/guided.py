@@ -1,4 +1,4 @@
-"""A model guided by a weaker version of itself, beside itself alone: `python benchmarks/guided.py RUN --calls 50 --name N`.
+"""A model guided by a weaker version of itself, beside itself alone: `python benchmarks/guided.py RUN --name NAME`.
 
 At equal network calls for each image, of which a guided step needs two. Solvers of diffusers alone, two of them guided,
 with the samples, features and images of the comparison of training/calibrate.py. What is measured is kept in its file

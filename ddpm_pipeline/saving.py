@@ -21,7 +21,7 @@ from .scheduling_ddpm import DDPMScheduler, fields_without_effect, known_fields
 
 # The modules of `pipeline.py`, each after those it imports.
 BUNDLED = (
-    "precision", "cpu", "betas", "scheduling_ddpm", "schedulers", "calibrated", "pixels", "decode", "loading", "images",
+    "precision", "cpu", "betas", "scheduling_ddpm", "schedulers", "pixels", "calibrated", "decode", "loading", "images",
     "group_norm", "attention", "packed_weights", "fast_unet", "labels", "guide", "denoiser", "sampling", "calls",
     "inversion", "interpolation", "inpainting", "arguments", "saving", "pipeline_ddpm",
 )  # fmt: skip
