@@ -131,14 +131,15 @@ class Steps:
     Args:
         unet: on the device of the runtime, as `tune.apply` has set it.
         side: of the images, in pixels.
+        optimizer: default: that of a run with such a network.
     """
 
-    def __init__(self, unet: Any, side: int, runtime: Runtime) -> None:
-        config = with_defaults(Config(dataset_name="moons"), unet.num_parameters())
+    def __init__(self, unet: Any, side: int, runtime: Runtime, optimizer: Any = None) -> None:
+        config = with_defaults(Config(dataset_name="moons", optimizer=optimizer), unet.num_parameters())
         pixels = np.random.default_rng(0).integers(0, 256, (GLOBAL_BATCH, 3, side, side), dtype=np.uint8)
         self.ema = FlatEMA(unet)
         self._config, self._state = config, TrainingState()
-        self._updater = Updater(make_optimizer(config, unet), config.max_grad_norm, runtime)
+        self._updater = Updater(make_optimizer(config, unet, runtime.matmul_dtype()), config.max_grad_norm, runtime)
         scheduler = DDPMScheduler(prediction_type=config.prediction_type)
         self._run: Any = SimpleNamespace(  # what `accumulate_gradients` uses of a Run
             config=config,

@@ -266,6 +266,7 @@ def test_the_gpu_script_tests_itself_without_a_gpu_and_outlives_a_part_that_dies
         "levers",
         "peers",
         "nodes",
+        "optimizers",
         "solvers",
     ],
 )

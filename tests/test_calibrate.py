@@ -274,7 +274,7 @@ def test_the_comparison_names_the_schedulers_of_diffusers(work, model, monkeypat
     assert "2 calls, " in capsys.readouterr().out
     folder = model / "calibration"
     text = (folder / "comparison.md").read_text()
-    assert "calibrated" in text and DDIM.name in text and DDPM.name in text
+    assert "Calibrated: 2, 3 steps. Best built-in: of 2 settings" in text and DDIM.name in text and DDPM.name in text
     assert Image.open(folder / "comparison.png").width > 100
     records = json.loads((folder / "comparison.json").read_text())["records"]
     numbers = [record["inputs"]["num_samples"] for record in records]
