@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.common import RESULTS, machine, write_json
-from benchmarks.few_steps import FRECHET, entry
+from benchmarks.few_steps import entry
 from ddpm_pipeline.calibrated import Guidance
 from training.calibration.calibrator import Calibrator
 from training.calibration.compare import Record, cell, compare
@@ -33,12 +33,19 @@ def main() -> None:
     parser.add_argument("run", help="the folder of a finished run with a guide (train.py --guide_snapshot)")
     parser.add_argument("--calls", type=int, default=50, help="for each image; default: %(default)s")
     parser.add_argument("--autoguidance_scale", type=float, default=2.0, help="default: %(default)s")
-    parser.add_argument("--guidance_interval", default="100,700", help="LO,HI; default: %(default)s")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        default=(100, 700),
+        help="default: %(default)s",
+    )
     parser.add_argument("--num_samples", type=int, default=1024)
     parser.add_argument("--cpu_threads", type=int)
     parser.add_argument("--name", required=True, help="of the result")
     args = parser.parse_args()
-    low, high = (float(end) for end in args.guidance_interval.split(","))
+    low, high = map(float, args.guidance_interval)
     guidance = Guidance(1.0, args.autoguidance_scale, (low, high))
     options = {"num_samples": args.num_samples, "cpu_threads": args.cpu_threads}
     calibrator = Calibrator(CalibrationConfig(model=args.run, **options))
@@ -73,11 +80,10 @@ def measure(calibrator: Calibrator, calls: int, guidance: Guidance) -> list[Reco
 def lines_of(records: list[Record]) -> list[str]:
     """A table in Markdown, the nearest first."""
     lines = ["| setting | calls | Frechet distance | kernel distance |", "|---|---|---|---|"]
-    rows = {}
-    for record in records:
-        of = {result.measure: result.estimate for result in record.results}
-        rows[of[FRECHET].value] = f"| {record.setting} | {record.num_calls} | " + " | ".join(map(cell, of.values()))
-    return [*lines, *(f"{rows[value]} |" for value in sorted(rows))]
+    for record in sorted(records, key=lambda record: record.results[0].estimate.value):
+        distances = " | ".join(cell(result.estimate) for result in record.results)
+        lines.append(f"| {record.setting} | {record.num_calls} | {distances} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -49,7 +50,7 @@ def main() -> None:
 
 def measure(rounds: int, runtime: Runtime) -> dict[tuple[str, int], list[float]]:
     """Seconds of GLOBAL_BATCH images in each round, by optimizer and images of a step."""
-    calls = {}
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
     for optimizer in OPTIMIZERS:
         unet = make_network(FAMILY, SIDE)
         tune.apply(tune.default_tuning(runtime.device.type, runtime.dtype), unet)

@@ -60,7 +60,7 @@ from training.calibration.results import COMPARISON, FITS, FOLDER, Fits, kept_ta
 from training.data.classes import Classes, find_classes
 from training.data.split import DataSplit, evenly_spaced
 from training.evaluation.reference import load_split
-from training.evaluation.samples import load_models
+from training.evaluation.samples import hash_scheduler, load_models
 from training.progress import progress, quiet_libraries
 from training.run.record import SCHEDULER_CONFIG
 from training.run.runtime import Runtime
@@ -144,15 +144,13 @@ class Calibrator:
 
     def _check_same_model(self, there: Any, folder: Path) -> None:
         """ValueError unless the pipeline of the output folder has these networks and this scheduler."""
-        schedulers = [
-            (type(each.scheduler).__name__, {k: v for k, v in each.scheduler.config.items() if not k.startswith("_")})
-            for each in (there, self.pipe)
-        ]
-        same_scheduler = schedulers[0] == schedulers[1]
-        if same_scheduler and weights_of(there) == weights_of(self.pipe):
+        if hash_scheduler(there.scheduler) != self.model.scheduler_hash:
+            other = "scheduler"
+        elif weights_of(there) != weights_of(self.pipe):
+            other = "model"
+        else:
             return
-        other = "another model" if same_scheduler else "another scheduler"
-        raise ValueError(f"{folder} has {other} than {self.config.model}: give another --output_dir")
+        raise ValueError(f"{folder} has another {other} than {self.config.model}: give another --output_dir")
 
     @property
     def results(self) -> Path:
@@ -219,8 +217,7 @@ class Calibrator:
         """
         self.results.mkdir(parents=True, exist_ok=True)
         fits = Fits(self.results / FITS, self._key())
-        found = self.runtime.in_turn(lambda: fits.read(self.pipe.scheduler.num_steps))
-        found = self.runtime.broadcast(found)
+        found = self.runtime.broadcast(self.runtime.in_turn(lambda: fits.read(self.pipe.scheduler.num_steps)))
         self.tables = {number: each for number, each in found.items() if each.guidance == self.guidance}
         numbers = self.config.num_inference_steps
         missing = [number for number in numbers if number not in self.tables]

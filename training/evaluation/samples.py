@@ -145,7 +145,7 @@ def _load_ema(name: str, folder: Path, revision: str | None) -> Model:
         sha256 = _hash_weights(pipe.unet.state_dict())
     elif sha256_of(file) != sha256:
         raise ValueError(f"{folder} was replaced while it was read: run the same command again")
-    return Model(pipe, "EMA", sha256, _hash_scheduler(pipe.scheduler), record)
+    return Model(pipe, "EMA", sha256, hash_scheduler(pipe.scheduler), record)
 
 
 def _load_online(run: Path, ema: Model, step: int) -> Model:
@@ -171,7 +171,8 @@ def _load_online(run: Path, ema: Model, step: int) -> Model:
     )
 
 
-def _hash_scheduler(scheduler: Any) -> str:
+def hash_scheduler(scheduler: Any) -> str:
+    """sha256 of its class and configuration, without tables of calibrated steps and other fields with a "_"."""
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps([type(scheduler).__name__, config], sort_keys=True).encode()).hexdigest()
 
