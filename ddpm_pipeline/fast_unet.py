@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from .attention import ChunkedAttnProcessor
-from .group_norm import group_norm, kernel
+from .group_norm import group_norm, has_kernel, kernel
 from .packed_weights import FastConv2d, has_own_forward
 
 
@@ -38,6 +39,23 @@ class FastResnetBlock2D(ResnetBlock2D):
         shortcut = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         output = shortcut + hidden_states
         return output if self.output_scale_factor == 1 else output / self.output_scale_factor
+
+
+class FastUpsample2D(Upsample2D):
+    """Each pixel four times, then a convolution: channels-last images stay so.
+
+    diffusers makes 64 images or more contiguous here, because of an error of torch on GPUs
+    (https://github.com/huggingface/diffusers/issues/984), and all layers behind would compute more slowly.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if not has_kernel(hidden_states) or args or kwargs:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        scale = 2.0 if output_size is None else None
+        x = nn.functional.interpolate(hidden_states, size=output_size, scale_factor=scale, mode="nearest")
+        layer: Any = self  # `conv` is annotated as None
+        y: Tensor = layer.conv(x)
+        return y
 
 
 def norm_and_silu(x: Tensor, norm: nn.Module, dropout: nn.Module | None = None) -> Tensor:
@@ -67,6 +85,8 @@ def speed_up(network: nn.Module) -> None:
             module.__class__ = FastResnetBlock2D
         elif type(module) is nn.GroupNorm:
             module.__class__ = FastGroupNorm
+        elif type(module) is Upsample2D and _only_repeats_pixels(module):
+            module.__class__ = FastUpsample2D
         elif type(module) is nn.Conv2d:
             module.__class__ = FastConv2d
         elif isinstance(module, Attention):
@@ -94,4 +114,15 @@ def _is_plain(block: ResnetBlock2D) -> bool:
         and block.upsample is None
         and block.downsample is None
         and type(block.nonlinearity) is nn.SiLU
+    )
+
+
+def _only_repeats_pixels(layer: Any) -> bool:
+    """Before a convolution."""
+    return (
+        layer.use_conv
+        and layer.name == "conv"
+        and layer.norm is None
+        and layer.interpolate
+        and not layer.use_conv_transpose
     )

@@ -10,12 +10,20 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpm_pipeline import fast_unet
+from ddpm_pipeline import fast_unet, kernels
 from ddpm_pipeline.attention import CHUNK, ChunkedAttnProcessor, chunked_attention
-from ddpm_pipeline.fast_unet import FastGroupNorm, FastResnetBlock2D, as_channels_last, in_best_format, speed_up
+from ddpm_pipeline.fast_unet import (
+    FastGroupNorm,
+    FastResnetBlock2D,
+    FastUpsample2D,
+    as_channels_last,
+    in_best_format,
+    speed_up,
+)
 from training.denoiser import FAMILIES, PRESETS, make_denoiser
 
 UNUSUAL = {
@@ -81,6 +89,31 @@ def test_every_layer_of_a_preset_is_fast_and_stays_channels_last(name, channels)
     with torch.no_grad():
         model(as_channels_last(torch.randn(2, channels, 16, 16)), 5)
     assert len(formats) > 20 and all(formats)
+
+
+@pytest.mark.skipif(kernels.load()[0] is None, reason=f"no kernel: {kernels.load()[1]}")
+@pytest.mark.parametrize("output_size", [None, (6, 9)])
+def test_upsampled_images_stay_channels_last_however_many_they_are(output_size):
+    """diffusers makes 64 images contiguous; then all layers behind are slow."""
+    layer = Upsample2D(4, use_conv=True)
+    x = as_channels_last(torch.randn(64, 4, 3, 5, requires_grad=True))
+    expected = layer(x, output_size)
+    speed_up(layer)
+    assert type(layer) is FastUpsample2D
+    found = layer(x, output_size)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    contiguous = x.detach().contiguous()
+    torch.testing.assert_close(layer(contiguous, output_size), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_conv": False}, {"use_conv_transpose": True}, {"interpolate": False}])
+def test_other_ways_of_upsampling_stay(options):
+    layer = Upsample2D(4, **{"use_conv": True} | options)
+    speed_up(layer)
+    assert type(layer) is Upsample2D
 
 
 def test_layers_of_other_classes_and_processors_of_the_user_stay():
