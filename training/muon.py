@@ -64,33 +64,41 @@ class Muon(torch.optim.AdamW):
         for weight in group["params"]:
             if weight.grad is not None:
                 by_shape[weight.shape[0], weight.shape[1:].numel()].append(weight)
-        for weights in by_shape.values():
-            self._move(weights, group["lr"], group["weight_decay"])
-            for weight in weights:
-                weight.grad = None  # AdamW leaves alone what has no gradient
+        if by_shape:
+            self._move(list(by_shape.values()), group["lr"], group["weight_decay"])
         super().step()
 
-    def _move(self, weights: list[Tensor], learning_rate: float, weight_decay: float) -> None:
-        """One step of weights that are matrices of one shape."""
+    def _move(self, groups: list[list[Tensor]], learning_rate: float, weight_decay: float) -> None:
+        """One step of weights, those in a group matrices of one shape. Their gradients are dropped."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        weights = [weight for group in groups for weight in group]
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         momenta = [self.state[weight]["momentum"] for weight in weights]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        w, m, g = as_matrices(weights), as_matrices(momenta), as_matrices(gradients)
+        of_groups = [as_matrices([weight.grad for weight in group if weight.grad is not None]) for group in groups]
+        for weight in weights:
+            weight.grad = None  # AdamW leaves alone what has no gradient
+        decay: Any = MOMENTUM  # Any: this and the learning rate are numbers or tensors
+        rate: Any = learning_rate
         if grad_scale is not None:
-            g /= grad_scale
+            torch._foreach_div_(of_groups, grad_scale)
+        if found_inf is not None:
+            skip = found_inf > 0
+            for g in of_groups:
+                g.masked_fill_(skip, 0)  # gradients and a rate of 0 change nothing below
+            decay, rate = torch.where(skip, 1, MOMENTUM), torch.where(skip, 0, learning_rate)
 
-        m.mul_(MOMENTUM).add_(g)
-        o = orthogonalise(g.add_(m, alpha=MOMENTUM).to(self._dtype)).float()
-        scale = UPDATE_RMS * math.sqrt(max(w.shape[1:]))
-        w.mul_(1 - learning_rate * weight_decay).sub_(o, alpha=learning_rate * scale)
-
-        for tensors, matrices in ((weights, w), (momenta, m)):
-            for tensor, matrix in zip(tensors, matrices):
-                new = matrix.view(tensor.shape)
-                tensor.copy_(new if found_inf is None else torch.where(found_inf > 0, tensor, new))
+        gradients = _like_weights(of_groups, groups)
+        torch._foreach_mul_(momenta, decay)
+        torch._foreach_add_(momenta, gradients)
+        torch._foreach_add_(gradients, momenta, alpha=MOMENTUM)  # and so to the matrices: their memory is the same
+        updates = []
+        for g in of_groups:
+            scale = UPDATE_RMS * math.sqrt(max(g.shape[1:]))
+            updates.append(orthogonalise(g.to(self._dtype)).float() * (rate * scale))
+        torch._foreach_mul_(weights, 1 - rate * weight_decay)
+        torch._foreach_sub_(weights, _like_weights(updates, groups))
 
 
 def matrix_names(network: nn.Module) -> set[str]:
@@ -105,6 +113,12 @@ def matrix_names(network: nn.Module) -> set[str]:
 def as_matrices(tensors: list[Tensor]) -> Tensor:
     """A copy of tensors (rows, ...) with equally many numbers, (N, rows, columns). A convolution is (out, in k k)."""
     return torch.stack([tensor.flatten(1) for tensor in tensors])
+
+
+def _like_weights(of_groups: list[Tensor], groups: list[list[Tensor]]) -> list[Tensor]:
+    """Each matrix in the shape of its weight, without a copy."""
+    pairs = [pair for matrices, weights in zip(of_groups, groups) for pair in zip(matrices, weights)]
+    return [matrix.view(weight.shape) for matrix, weight in pairs]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
