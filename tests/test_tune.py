@@ -38,9 +38,7 @@ def unet():
 def trial_with_speeds(unet, runtime, speed, monkeypatch, batch_size=16, deadline=1e9, clock=lambda: 0.0):
     """A trial in which a step with a candidate takes 1 / speed(candidate) seconds for each image."""
     trial = Trial(unet, SHAPE, batch_size, runtime, deadline, clock)
-    monkeypatch.setattr(
-        trial, "_step_seconds", lambda tuning, number: [9.0] + [trial._batch_size / speed(tuning)] * (number - 1)
-    )
+    monkeypatch.setattr(trial, "_seconds", lambda tuning: trial._batch_size / speed(tuning))
     return trial
 
 
@@ -61,6 +59,25 @@ def test_the_default_stays_where_nothing_is_clearly_faster(unet, runtime, monkey
     trial = trial_with_speeds(unet, runtime, lambda tuning: 100 if tuning == default else 102, monkeypatch)
     assert trial.run(default) == default
     assert len(trial.rates) == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_load_that_comes_or_goes_does_not_choose(unet, runtime, monkeypatch, before, after):
+    """After some steps of the trial, everything takes three times as long, or a third."""
+    default = Tuning("channels_last", "chunks")
+    trial = trial_with_speeds(unet, runtime, lambda tuning: 110 if tuning == default else 100, monkeypatch)
+    alone, taken = trial._seconds, []
+    for change in range(20):
+
+        def seconds(tuning, change=change):
+            taken.append(tuning)
+            return alone(tuning) * (before if len(taken) <= change else after)
+
+        monkeypatch.setattr(trial, "_seconds", seconds)
+        taken.clear()
+        trial.rates.clear()
+        assert trial.run(default) == default
+    assert len(taken) == 18  # two to cut the batch, eight for each other candidate
 
 
 def test_no_candidate_begins_after_the_deadline(unet, runtime, monkeypatch):

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ddpm_pipeline import kernels
+from ddpm_pipeline import fast_unet, kernels
 from ddpm_pipeline.attention import ChunkedAttnProcessor
 from ddpm_pipeline.fast_unet import as_channels_last, speed_up
 from ddpm_pipeline.files import replacing
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 
 FILE = "tuning.json"  # in cache_dir
 SECONDS = 4.0  # no candidate is begun later than this; the last one ends within a second
-STEP_SECONDS = 0.25  # the batch of the trial is cut until a step takes about this long
+STEP_SECONDS = 0.2  # the batch of the trial is cut until a step takes about this long
+ROUNDS = 3  # steps of each of two candidates
 # On other devices than the CPU attention is always fused.
 CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("chunks", "fused"),
     "memory_format": ("channels_last", "contiguous"),
 }
-MARGIN = 1.03  # a candidate must be this much faster than the one chosen so far: noise must not choose
+MARGIN = 1.05  # a candidate must be this much faster than the one chosen so far: noise must not choose
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Trial:
     Args:
         deadline: on time.monotonic(); no candidate is begun later.
     Attributes:
-        rates: images per second of each candidate that was tried.
+        rates: images per second of each candidate that was tried, in its fastest step.
     """
 
     def __init__(
@@ -230,72 +232,72 @@ class Trial:
     ) -> None:
         self._unet, self._image_shape, self._runtime = unet, image_shape, runtime
         self._deadline, self._clock = deadline, clock
-        self._batch_size = batch_size
+        self._batch_size, self._threads = batch_size, torch.get_num_threads()
         self.rates: dict[Tuning, float] = {}
 
     def run(self, default: Tuning) -> Tuning:
         """The fastest candidate, or the default where none is clearly faster or there is no time to try."""
-        device = self._runtime.device
-        threads = threads_before = torch.get_num_threads()
-        best = default
+        device, threads, best = self._runtime.device, self._threads, default
         with without_traces(self._unet, device):
             self._cut_batch(default)
             for field, values in CHOICES.items():
                 if self._clock() < self._deadline and not (field == "attention" and device.type != "cpu"):
                     candidates = [replace(best, **{field: value}) for value in values]  # type: ignore[arg-type]  # CHOICES
-                    best = self._faster(best, *candidates)
+                    for candidate in candidates:
+                        if candidate not in self.rates and candidate != best:
+                            best = self._faster(best, candidate)
             while self._runtime.adapts_threads and threads >= 4 and self._clock() < self._deadline:
                 # A small network on many cores waits more than it computes.
                 threads //= 2
                 if best is (best := self._faster(best, replace(best, threads=threads))):
                     break
         if device.type == "cpu":
-            torch.set_num_threads(threads_before)
+            torch.set_num_threads(self._threads)
         return best
 
     def measure(self, tuning: Tuning) -> float:
         """Images per second with this candidate alone, on this rank."""
         with without_traces(self._unet, self._runtime.device):
             self._cut_batch(tuning)
-            return self._rate(tuning)
+            self._seconds(tuning)  # it warms up
+            return self._batch_size / min(self._seconds(tuning) for _ in range(ROUNDS))
 
-    def _faster(self, best: Tuning, *candidates: Tuning) -> Tuning:
-        """The first unless another one is clearly faster."""
-        for candidate in (best, *candidates):
-            if candidate not in self.rates:
-                self.rates[candidate] = self._rate(candidate)
-            if self.rates[candidate] > MARGIN * self.rates[best]:
-                best = candidate
-        return best
+    def _faster(self, best: Tuning, candidate: Tuning) -> Tuning:
+        """The first unless the other one is clearly faster: by steps in turn, so that other load affects both alike."""
+        pair = (best, candidate)
+        seconds: dict[Tuning, list[float]] = {tuning: [] for tuning in pair}
+        for i in range(1 + ROUNDS):  # the first round warms up
+            for tuning in pair if i % 2 else reversed(pair):
+                seconds[tuning].append(self._seconds(tuning))
+            if i and self._clock() > self._deadline:
+                break
+        for tuning in pair:
+            self.rates[tuning] = max(self.rates.get(tuning, 0.0), self._batch_size / min(seconds[tuning][1:]))
+        ratio = median(of_best / of_candidate for of_best, of_candidate in list(zip(*seconds.values()))[1:])
+        return candidate if ratio > MARGIN else best
 
     def _cut_batch(self, tuning: Tuning) -> None:
         """Find out how long a step takes with few images, and so how many a step of the trial may have."""
         wanted, self._batch_size = self._batch_size, min(self._batch_size, 2)
-        seconds = min(self._step_seconds(tuning, number=2))
+        seconds = min(self._seconds(tuning) for _ in range(2))
         self._batch_size = max(1, min(wanted, round(self._batch_size * STEP_SECONDS / seconds)))
 
-    def _rate(self, tuning: Tuning) -> float:
-        return self._batch_size / min(self._step_seconds(tuning, number=4)[1:])  # the first one warms up
-
-    def _step_seconds(self, tuning: Tuning, number: int) -> list[float]:
+    def _seconds(self, tuning: Tuning) -> float:
+        """Of a training step with this candidate."""
         apply(tuning, self._unet)
-        if tuning.threads is not None:
-            torch.set_num_threads(tuning.threads)
         device = self._runtime.device
+        if device.type == "cpu":
+            torch.set_num_threads(tuning.threads or self._threads)
         inputs = random_inputs(self._unet, self._image_shape, self._batch_size, device)
-        seconds = []
-        for _ in range(number):
-            self._wait()
-            begin = time.perf_counter()
-            with self._runtime.autocast():
-                prediction = self._unet(*inputs, return_dict=False)[0]
-            prediction.float().square().mean().backward()
-            self._wait()
-            seconds.append(time.perf_counter() - begin)
-            for parameter in self._unet.parameters():
-                parameter.grad = None
-            if self._clock() > self._deadline and len(seconds) > 1:
-                break
+        self._wait()
+        begin = time.perf_counter()
+        with self._runtime.autocast():
+            prediction = self._unet(*inputs, return_dict=False)[0]
+        prediction.float().square().mean().backward()
+        self._wait()
+        seconds = time.perf_counter() - begin
+        for parameter in self._unet.parameters():
+            parameter.grad = None
         return seconds
 
     def _wait(self) -> None:
@@ -310,7 +312,7 @@ def _key(unet: Any, image_shape: tuple[int, int, int], batch_size: int, runtime:
     parts = [
         name, runtime.device.type, torch.get_num_threads(), runtime.world_size, torch.__version__, str(runtime.dtype),
         config, image_shape, batch_size, unet.is_gradient_checkpointing, kernels.load()[1],
-        kernels.SOURCE.read_text(encoding="utf-8"),
+        *(Path(file).read_text(encoding="utf-8") for file in (kernels.SOURCE, fast_unet.__file__, __file__)),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
