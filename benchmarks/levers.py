@@ -58,6 +58,7 @@ LEVERS: dict[str, list[str]] = {
     "batch 64": ["--train_batch_size", "64"],
     "lr 5e-4": ["--learning_rate", "5e-4"],
     "lr 2e-3": ["--learning_rate", "2e-3"],
+    "lr 4e-3": ["--learning_rate", "4e-3"],
     "constant lr": ["--lr_scheduler", "constant"],
     "hold": ["--lr_scheduler", "hold"],
     "adamw": ["--optimizer", "adamw"],
