@@ -190,12 +190,25 @@ def test_the_warm_up_that_is_not_given_is_short_in_a_short_run():
     assert rates(10, lr_warmup_steps=20, lr_scheduler="constant")(10) == pytest.approx(0.05)
 
 
-@pytest.mark.parametrize(("given", "millions", "expected"), [(None, 2, 1e-3), (None, 36, 2e-4), (5e-4, 36, 5e-4)])
-def test_the_learning_rate_that_is_not_given_depends_on_the_network(given, millions, expected):
-    config = make_config(learning_rate=given)
-    assert with_defaults(config, int(millions * 1e6)).learning_rate == expected
-    finetuning = make_config(learning_rate=given, init_from="user/model")
-    assert with_defaults(finetuning, int(millions * 1e6)).learning_rate == (given or 1e-4)
+@pytest.mark.parametrize(
+    ("settings", "millions", "trained", "expected"),
+    [
+        ({}, 2, None, 2e-3),  # with Muon
+        ({"optimizer": "adamw"}, 2, None, 1e-3),
+        ({}, 36, None, 2e-4),
+        ({"optimizer": "muon"}, 36, None, 2e-4),
+        ({"init_from": "user/model"}, 2, None, 1e-4),
+        ({"init_from": "user/model"}, 36, None, 1e-4),
+        ({"learning_rate": 5e-4}, 2, None, 5e-4),
+        ({"learning_rate": 5e-4, "init_from": "user/model"}, 36, None, 5e-4),
+        ({}, 2, {"optimizer": "muon", "learning_rate": 1e-3}, 1e-3),  # of a version with another default
+        ({"learning_rate": 5e-4}, 2, {"optimizer": "muon", "learning_rate": 1e-3}, 5e-4),
+    ],
+)
+def test_the_learning_rate_that_is_not_given_depends_on_network_optimizer_and_checkpoint(
+    settings, millions, trained, expected
+):
+    assert with_defaults(make_config(**settings), int(millions * 1e6), trained).learning_rate == expected
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any
     """The settings with the default optimizer and learning rate of such a network, where they give none.
 
     Args:
-        trained: the settings of the checkpoint that the run continues from, with its optimizer.
+        trained: the settings of the checkpoint that the run continues from, whose optimizer and learning rate it keeps.
     """
     is_small = num_parameters <= SMALL
     if (optimizer := config.optimizer) is None:
@@ -150,7 +150,9 @@ def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any
         else:
             optimizer = "muon" if is_small and config.init_from is None else "adamw"
     if (rate := config.learning_rate) is None:
-        rate = 1e-4 if config.init_from else 1e-3 if is_small else 2e-4
+        rate = (trained or {}).get("learning_rate")
+    if rate is None:
+        rate = 1e-4 if config.init_from else 2e-4 if not is_small else 2e-3 if optimizer == "muon" else 1e-3
     return replace(config, optimizer=optimizer, learning_rate=rate)
 
 

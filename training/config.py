@@ -113,8 +113,9 @@ class Config:
         optimizer: adamw; or muon, which moves each weight matrix equally far in all directions, and everything else as
             AdamW does, see docs/training.md; default: muon, but adamw for networks of more than 20 million parameters
             and with init_from.
-        learning_rate: learning rate of the optimizer at the end of its warm-up; default: 1e-3, for networks of more
-            than 20 million parameters 2e-4, and with init_from 1e-4.
+        learning_rate: learning rate of the optimizer at the end of its warm-up; default: 2e-3 with muon and 1e-3 with
+            adamw, for networks of more than 20 million parameters 2e-4, and with init_from 1e-4; a resumed run keeps
+            its own.
         lr_scheduler: learning rate after warm-up: cosine or linear decay to 0 at the end of the run; hold, which is
             constant until the last fifth of the run, then linear decay to 0; or constant.
         lr_warmup_steps: steps over which the learning rate rises linearly from 0; default: 500, but at most a
