@@ -41,6 +41,7 @@ from training.run.validation import Validation
 
 LEVERS: dict[str, list[str]] = {
     "base": [],
+    "uniform": ["--timestep_sampling", "uniform"],
     "stratified": ["--timestep_sampling", "stratified"],
     "logit-normal": ["--timestep_sampling", "logit_normal"],
     "importance": ["--timestep_sampling", "importance"],
@@ -57,6 +58,7 @@ LEVERS: dict[str, list[str]] = {
     "batch 32": ["--train_batch_size", "32"],
     "batch 64": ["--train_batch_size", "64"],
     "lr 5e-4": ["--learning_rate", "5e-4"],
+    "lr 1e-3": ["--learning_rate", "1e-3"],
     "lr 2e-3": ["--learning_rate", "2e-3"],
     "lr 4e-3": ["--learning_rate", "4e-3"],
     "constant lr": ["--lr_scheduler", "constant"],

@@ -49,6 +49,7 @@ class Stream(enum.IntEnum):
     NOISE_CANDIDATE = 19
     INPUT_PERTURBATION = 20
     SHARD_ORDER = 21
+    TIMESTEP_KIND = 22
 
 
 def key(*numbers: int) -> int:

@@ -6,7 +6,8 @@ stratified: those of a step are spread evenly, with one random shift for all, so
 logit_normal: more of those in the middle. t / T of rectified flow, whose signal is 1 - t / T and whose noise is t / T,
     is logistic(N(0, 1)) (Esser et al. 2024, arXiv 2403.03206, Section 3.1): log SNR = -2 logit(t / T) is N(0, 4). Here
     log SNR is drawn, so the noise levels are the same whatever the schedule. As in the source nothing is divided by the
-    probability: what is drawn more often counts more in the loss.
+    probability: what is drawn more often counts more in the loss. Unlike there, a tenth of the timesteps are uniform:
+    T - 1, where sampling begins, would be drawn once in a million times, and with a terminal SNR of 0 never.
 importance: in proportion to the root of the second moment of the loss, see `ImportanceSampling`; the loss stays that
     of uniform timesteps.
 """
@@ -29,7 +30,7 @@ LOG_SNR_STD = 2.0  # of logit_normal
 NUM_BINS = 100  # of timesteps, at most: each has one second moment
 KEEP = 1 - 1 / 64  # of a moment at each loss of its bin: the last 64 of them count most
 LEAST = 10  # losses of each bin before sampling is by moments, as of each timestep in Nichol and Dhariwal 2021
-UNIFORM_SHARE = 0.1  # of the draws are uniform, so that no weight is above 10, and no moment is forgotten
+UNIFORM_SHARE = 0.1  # of the draws are uniform: with importance no weight is above 10, and no moment is forgotten
 LOSS_RANGE = 1e-15, 1e15  # whose squares are in the range of float32
 
 
@@ -47,15 +48,18 @@ def draw_timesteps(
     """
     check_choice("timestep_sampling", timestep_sampling, ("uniform", "stratified", "logit_normal"))
     num_steps = scheduler.num_steps
+    uniform = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
     if timestep_sampling == "uniform":
-        return rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
+        return uniform
     if timestep_sampling == "stratified":
         shift = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_SHIFT, step), torch.zeros(1, dtype=torch.int64))
         return ((shift + index / GOLDEN_RATIO) % 1 * num_steps).long()
     log_snr = LOG_SNR_STD * rng.normal(rng.key(seed, rng.Stream.TIMESTEP_LOG_SNR, step), index, ()).double()
     of_timesteps = scheduler.snr(torch.arange(num_steps)).log()  # falls
     middles = (of_timesteps[1:] + of_timesteps[:-1]) / 2
-    return torch.searchsorted(-middles, -log_snr)  # the timestep with the nearest one
+    nearest = torch.searchsorted(-middles, -log_snr)  # the timestep with the nearest one
+    is_uniform = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_KIND, step), index) < UNIFORM_SHARE
+    return torch.where(is_uniform, uniform, nearest)
 
 
 class ImportanceSampling:

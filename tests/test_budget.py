@@ -231,6 +231,23 @@ def test_the_optimizer_that_is_not_given_depends_on_the_network_and_the_checkpoi
     assert with_defaults(make_config(**settings), int(millions * 1e6), trained).optimizer == expected
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained", "expected"),
+    [
+        ({}, None, "logit_normal"),
+        ({"timestep_sampling": "stratified"}, None, "stratified"),
+        ({"prediction_type": "epsilon"}, None, "uniform"),  # not measured
+        ({"loss_weighting": "min_snr"}, None, "uniform"),
+        ({"variance_type": "learned_range"}, None, "uniform"),
+        ({}, {"timestep_sampling": "importance"}, "importance"),  # a run goes on with its timesteps
+        ({}, {"seed": 0}, "uniform"),  # of a version without the setting
+        ({"timestep_sampling": "uniform"}, {"timestep_sampling": "importance"}, "uniform"),
+    ],
+)
+def test_the_timesteps_that_are_not_given_depend_on_what_is_learned_and_the_checkpoint(settings, trained, expected):
+    assert with_defaults(make_config(**settings), 2_000_000, trained).timestep_sampling == expected
+
+
 @pytest.mark.parametrize("kind", ["cosine", "hold"])
 def test_in_minutes_the_learning_rate_falls_as_in_steps(kind):
     config = make_config(learning_rate=0.1, max_train_minutes=10, lr_scheduler=kind)

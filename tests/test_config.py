@@ -185,7 +185,7 @@ def test_every_preset_parses_and_survives_a_round_trip(file, tmp_path):
 def test_choices_match_the_loss_weightings_and_the_sampling_of_timesteps():
     types = get_type_hints(Config)
     assert get_args(types["loss_weighting"]) == WEIGHTINGS
-    assert types["timestep_sampling"] == TimestepSampling
+    assert types["timestep_sampling"] == TimestepSampling | None
 
 
 def test_choices_match_the_schedules(capsys):

@@ -141,12 +141,14 @@ def test_a_resumed_run_keeps_its_batches(runtime, monkeypatch):
         ({}, 1000, 64),  # an hour
         ({"max_train_minutes": 10}, 214, 64),
         ({"max_train_minutes": 10}, 213, 32),  # 127,800 images, 1,997 steps of 64
-        ({"max_train_minutes": 10}, 100, 16),
+        ({"max_train_minutes": 10}, 27, 32),
+        ({"max_train_minutes": 10}, 26, 16),  # 15,600 images, 487 steps of 32
         ({"max_train_minutes": 10}, 1, 16),
         ({"max_train_minutes": 1}, None, 64),  # without a trial
         ({"max_train_images": 128_000}, None, 64),
         ({"max_train_images": 127_000}, None, 32),
-        ({"max_train_images": 16_000}, 10_000, 16),
+        ({"max_train_images": 16_000}, 10_000, 32),
+        ({"max_train_images": 15_900}, 10_000, 16),
         ({"max_train_images": 128_000, "max_train_minutes": 1}, 10, 16),
         ({"max_train_steps": 100}, 10, 64),  # who counts steps wants so many
         ({"max_train_images": 1000, "gradient_accumulation_steps": 2}, None, 64),

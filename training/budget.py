@@ -138,10 +138,10 @@ class Budget:
 
 
 def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any] | None = None) -> Config:
-    """The settings with the default optimizer and learning rate of such a network, where they give none.
+    """The settings with the defaults that depend on others: optimizer, learning rate, which timesteps are drawn.
 
     Args:
-        trained: the settings of the checkpoint that the run continues from, whose optimizer and learning rate it keeps.
+        trained: the settings of the checkpoint that the run continues from, which keeps its own.
     """
     is_small = num_parameters <= SMALL
     if (optimizer := config.optimizer) is None:
@@ -153,7 +153,13 @@ def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any
         rate = (trained or {}).get("learning_rate")
     if rate is None:
         rate = 1e-4 if config.init_from else 2e-4 if not is_small else 2e-3 if optimizer == "muon" else 1e-3
-    return replace(config, optimizer=optimizer, learning_rate=rate)
+    if (sampling := config.timestep_sampling) is None:
+        # Weights say for uniform timesteps how much each counts, and the bound of learned variances is for these.
+        is_plain = config.loss_weighting == "simple" and config.variance_type != "learned_range"
+        sampling = "logit_normal" if config.prediction_type == "v_prediction" and is_plain else "uniform"
+        if trained is not None:
+            sampling = trained.get("timestep_sampling", "uniform")
+    return replace(config, optimizer=optimizer, learning_rate=rate, timestep_sampling=sampling)
 
 
 def learning_rate(config: Config, budget: Budget, step: int) -> float:

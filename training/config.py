@@ -91,7 +91,9 @@ class Config:
             or bound, see docs/training.md.
         timestep_sampling: timesteps of a batch: uniform (each on its own), stratified (spread evenly), logit_normal
             (more of those between noise and image, which then count more) or importance (more of those with large
-            losses, which then count less, so that only the noise of the gradient changes), see docs/training.md.
+            losses, which then count less, so that only the noise of the gradient changes), see docs/training.md;
+            default: logit_normal with v_prediction, simple and a fixed variance, else uniform; a resumed run keeps its
+            own.
         noise_candidates: number of noises that are drawn for an image, of which it gets the nearest (Immiscible
             Diffusion); 1: the image has no influence on its noise.
         input_perturbation: standard deviation of further noise in the input of the network, relative to the noise that
@@ -217,7 +219,7 @@ class Config:
     loss_weighting: Literal[
         "simple", "sample", "epsilon", "v_prediction", "min_snr", "soft_min_snr", "edm", "sigmoid", "bound"
     ] = "simple"
-    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "importance"] = "uniform"
+    timestep_sampling: Literal["uniform", "stratified", "logit_normal", "importance"] | None = None
     noise_candidates: int = 1
     input_perturbation: float = 0.0
     train_batch_size: int | Literal["auto"] = "auto"

@@ -255,6 +255,7 @@ def accumulate_gradients(run: Run, state: TrainingState) -> tuple[Tensor, list[F
     from ddpm_pipeline import objective, rng
 
     config, runtime = run.config, run.runtime
+    assert config.timestep_sampling is not None  # `with_defaults`
     batch_size, num_passes = run.passes.batch_size, run.passes.number
     torch.manual_seed(rng.key(config.seed, rng.Stream.DROPOUT, state.step, runtime.rank))
     loss_sum = torch.zeros((), device=runtime.device)

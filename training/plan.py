@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # Images, each counted as often as it is seen; rules of thumb. The moons look right after 32,000, digits after 150,000,
 # all with the smallest family; before a larger one is worth its time, it should see as many.
 ENOUGH, RATHER_FEW, FEW = 200_000, 50_000, 10_000
-ENOUGH_STEPS, LEAST_BATCH = 2000, 16
+ENOUGH_STEPS = {GLOBAL_BATCH: 2000, 32: 500}  # by images of a step; with fewer steps, a step has fewer images
+LEAST_BATCH = 16
 MANY_PASSES = 250  # over the training images; 300 digits were best after 256 (docs/training.md, "Small sets")
 SECONDS = 2.0  # for one network
 # Of the memory of a step: for each weight the gradient, two moments of AdamW (or one of Muon), the EMA and a copy in
@@ -159,7 +160,7 @@ def default_batch(
     config: Config, budget: Budget, images_per_second: float | None, manifest: dict[str, Any] | None
 ) -> int:
     """Images of a step if no batch size is given: GLOBAL_BATCH; in a run that is limited in images or time and comes to
-    fewer than ENOUGH_STEPS with them, a half or a quarter.
+    fewer steps than ENOUGH_STEPS, a half or a quarter.
 
     Args:
         budget: for steps of GLOBAL_BATCH images.
@@ -173,10 +174,7 @@ def default_batch(
     images = budget.steps * GLOBAL_BATCH
     if images_per_second:
         images = min(images, budget.seconds * images_per_second)
-    batch = GLOBAL_BATCH
-    while batch > LEAST_BATCH and images < ENOUGH_STEPS * batch:
-        batch //= 2
-    return batch
+    return next((batch for batch, steps in ENOUGH_STEPS.items() if images >= steps * batch), LEAST_BATCH)
 
 
 def plan_passes(
