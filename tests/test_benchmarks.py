@@ -315,7 +315,7 @@ def test_a_lever_that_does_not_exist_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "levers.py d=folder --levers base,more --max_train_images 64 --name x".split())
     with pytest.raises(SystemExit):
         levers.main()
-    assert "levers has 'more': give some of base, stratified" in capsys.readouterr().err
+    assert "levers has 'more': give some of base, uniform" in capsys.readouterr().err
 
 
 def test_the_time_to_a_distance_is_on_a_line_between_two_runs():

@@ -382,6 +382,7 @@ def test_the_training_section(run, tmp_path):
         "| noise schedule | linear |",
         "| optimizer steps | 900, 90% of the planned run, with 32 images each |",
         "| images seen | 28,800 |",
+        "| loss | simple, logit_normal timesteps |",
         "| training time | 30 minutes |",
         "| hardware | 2 x cpu, float32 |",
         f"| parameters | {sum(parameter.numel() for parameter in tiny_unet(3).parameters()):,} |",

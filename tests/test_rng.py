@@ -88,6 +88,7 @@ def test_stream_ids_differ_and_are_those_of_old_runs():
         "NOISE_CANDIDATE": 19,
         "INPUT_PERTURBATION": 20,
         "SHARD_ORDER": 21,
+        "TIMESTEP_KIND": 22,
     }
     assert len(set(ids.values())) == len(rng.Stream.__members__)  # an alias would be a member, but not in the iteration
     for stream in rng.Stream:

@@ -330,6 +330,7 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         "train_steps": f"{record.step:,}" + (f", {record.used:.0%} of the planned run" if record.used < 1 else ""),
         "global_batch": record.global_batch,
         "images_seen": f"{record.step * record.global_batch:,}",
+        "loss": f"{config.get('loss_weighting', 'simple')}, {config.get('timestep_sampling') or 'uniform'} timesteps",
         "optimizer": {"adamw": "AdamW", "muon": "Muon"}[config.get("optimizer", FIRST_OPTIMIZER)],
         "learning_rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
         "ema_max_decay": config["ema_max_decay"],
