@@ -260,7 +260,10 @@ class Trial:
         with without_traces(self._unet, self._runtime.device):
             self._cut_batch(tuning)
             self._seconds(tuning)  # it warms up
-            return self._batch_size / min(self._seconds(tuning) for _ in range(ROUNDS))
+            seconds = [self._seconds(tuning)]
+            while len(seconds) < ROUNDS and self._clock() < self._deadline:
+                seconds.append(self._seconds(tuning))
+            return self._batch_size / min(seconds)
 
     def _faster(self, best: Tuning, candidate: Tuning) -> Tuning:
         """The first unless the other one is clearly faster: by steps in turn, so that other load affects both alike."""
