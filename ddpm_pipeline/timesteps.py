@@ -7,7 +7,7 @@ logit_normal: more of those in the middle. t / T of rectified flow, whose signal
     is logistic(N(0, 1)) (Esser et al. 2024, arXiv 2403.03206, Section 3.1): log SNR = -2 logit(t / T) is N(0, 4). Here
     log SNR is drawn, so the noise levels are the same whatever the schedule. As in the source nothing is divided by the
     probability: what is drawn more often counts more in the loss. Unlike there, a tenth of the timesteps are uniform:
-    T - 1, where sampling begins, would be drawn once in a million times, and with a terminal SNR of 0 never.
+    T - 1, where sampling begins, would be drawn once in four million times, and with a terminal SNR of 0 never.
 importance: in proportion to the root of the second moment of the loss, see `ImportanceSampling`; the loss stays that
     of uniform timesteps.
 """
@@ -48,12 +48,12 @@ def draw_timesteps(
     """
     check_choice("timestep_sampling", timestep_sampling, ("uniform", "stratified", "logit_normal"))
     num_steps = scheduler.num_steps
-    uniform = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
-    if timestep_sampling == "uniform":
-        return uniform
     if timestep_sampling == "stratified":
         shift = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_SHIFT, step), torch.zeros(1, dtype=torch.int64))
         return ((shift + index / GOLDEN_RATIO) % 1 * num_steps).long()
+    uniform = rng.integers(rng.key(seed, rng.Stream.TIMESTEP, step), index, num_steps)
+    if timestep_sampling == "uniform":
+        return uniform
     log_snr = LOG_SNR_STD * rng.normal(rng.key(seed, rng.Stream.TIMESTEP_LOG_SNR, step), index, ()).double()
     of_timesteps = scheduler.snr(torch.arange(num_steps)).log()  # falls
     middles = (of_timesteps[1:] + of_timesteps[:-1]) / 2

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from training.config import FIRST_OPTIMIZER
+from training.config import FIRST_OPTIMIZER, FIRST_TIMESTEP_SAMPLING
 
 if TYPE_CHECKING:
     from training.config import Config
@@ -143,22 +143,20 @@ def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any
     Args:
         trained: the settings of the checkpoint that the run continues from, which keeps its own.
     """
+    if trained is not None:
+        own = {"optimizer": FIRST_OPTIMIZER, "timestep_sampling": FIRST_TIMESTEP_SAMPLING} | dict(trained)
+        names = ("optimizer", "learning_rate", "timestep_sampling")
+        kept: dict[str, Any] = {name: own.get(name) for name in names if getattr(config, name) is None}
+        config = replace(config, **kept)
     is_small = num_parameters <= SMALL
     if (optimizer := config.optimizer) is None:
-        if trained is not None:
-            optimizer = trained.get("optimizer", FIRST_OPTIMIZER)
-        else:
-            optimizer = "muon" if is_small and config.init_from is None else "adamw"
+        optimizer = "muon" if is_small and config.init_from is None else "adamw"
     if (rate := config.learning_rate) is None:
-        rate = (trained or {}).get("learning_rate")
-    if rate is None:
         rate = 1e-4 if config.init_from else 2e-4 if not is_small else 2e-3 if optimizer == "muon" else 1e-3
     if (sampling := config.timestep_sampling) is None:
         # Weights say for uniform timesteps how much each counts, and the bound of learned variances is for these.
         is_plain = config.loss_weighting == "simple" and config.variance_type != "learned_range"
         sampling = "logit_normal" if config.prediction_type == "v_prediction" and is_plain else "uniform"
-        if trained is not None:
-            sampling = trained.get("timestep_sampling", "uniform")
     return replace(config, optimizer=optimizer, learning_rate=rate, timestep_sampling=sampling)
 
 

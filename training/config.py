@@ -17,7 +17,7 @@ from training.messages import some
 CONFIGS = Path(__file__).parent / "configs"
 
 GLOBAL_BATCH = 64  # images of a step, if no batch size is given; less in short runs
-FIRST_OPTIMIZER = "adamw"  # of runs that are older than the setting
+FIRST_OPTIMIZER, FIRST_TIMESTEP_SAMPLING = "adamw", "uniform"  # of runs that are older than the setting
 
 # The trackers of accelerate, by name.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")

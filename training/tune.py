@@ -242,10 +242,9 @@ class Trial:
             self._cut_batch(default)
             for field, values in CHOICES.items():
                 if self._clock() < self._deadline and not (field == "attention" and device.type != "cpu"):
-                    candidates = [replace(best, **{field: value}) for value in values]  # type: ignore[arg-type]  # CHOICES
-                    for candidate in candidates:
-                        if candidate not in self.rates and candidate != best:
-                            best = self._faster(best, candidate)
+                    others = [value for value in values if value != getattr(best, field)]
+                    for value in others:
+                        best = self._faster(best, replace(best, **{field: value}))  # type: ignore[arg-type]  # CHOICES
             while self._runtime.adapts_threads and threads >= 4 and self._clock() < self._deadline:
                 # A small network on many cores waits more than it computes.
                 threads //= 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from training.config import FIRST_OPTIMIZER
+from training.config import FIRST_OPTIMIZER, FIRST_TIMESTEP_SAMPLING
 from training.evaluation.guidance import AUTOGUIDANCE, CLASSIFIER_FREE, best_scale_text, guidance_table
 from training.hub.files import (
     GUIDE_WEIGHTS,
@@ -330,7 +330,8 @@ def _training_fields(record: RunRecord) -> dict[str, Any]:
         "train_steps": f"{record.step:,}" + (f", {record.used:.0%} of the planned run" if record.used < 1 else ""),
         "global_batch": record.global_batch,
         "images_seen": f"{record.step * record.global_batch:,}",
-        "loss": f"{config.get('loss_weighting', 'simple')}, {config.get('timestep_sampling') or 'uniform'} timesteps",
+        "loss": f"{config.get('loss_weighting', 'simple')}, "
+        f"{config.get('timestep_sampling', FIRST_TIMESTEP_SAMPLING)} timesteps",
         "optimizer": {"adamw": "AdamW", "muon": "Muon"}[config.get("optimizer", FIRST_OPTIMIZER)],
         "learning_rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
         "ema_max_decay": config["ema_max_decay"],
