@@ -73,10 +73,11 @@ def importing() -> Iterator[None]:
     Importing diffusers' U-net makes so many objects that searches for garbage, of which there is next to none, take a
     third of its two seconds. Where transformers is installed diffusers imports that too, for components that no DDPM
     has, and takes twice as long. Inside this context transformers is as if not installed. diffusers looks for it once,
-    so it goes without until the process ends; anything else can import it after the context.
+    so it goes without until the process ends; anything else can import it after the context. A process that has
+    imported diffusers before keeps transformers, too, which diffusers then counts on.
     """
     was_enabled = gc.isenabled()
-    hides = "transformers" not in sys.modules
+    hides = not {"transformers", "diffusers"} & set(sys.modules)
     gc.disable()
     if hides:
         sys.modules["transformers"] = None  # type: ignore[assignment]  # Python's mark of a module that does not exist

@@ -50,6 +50,7 @@ def test_the_first_step_comes_before_slow_imports(tmp_path):
 
 def test_transformers_is_as_if_not_installed_while_importing(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
     with importing():
         assert find_spec("transformers") is None
         with pytest.raises(ModuleNotFoundError):
@@ -59,6 +60,13 @@ def test_transformers_is_as_if_not_installed_while_importing(monkeypatch):
     with importing():
         assert importlib.import_module("transformers") is sys
     assert sys.modules["transformers"] is sys
+
+
+def test_a_process_that_has_imported_diffusers_keeps_transformers(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setitem(sys.modules, "diffusers", sys)
+    with importing():
+        assert "transformers" not in sys.modules
 
 
 def test_garbage_is_searched_again_after_imports():
