@@ -5,7 +5,7 @@
 For each data set, lever and seed a run of train.py with the network `tiny`, at 32 pixels, in --output_dir. Of its EMA
 weights: Frechet and kernel distance of samples from the training images, with 25 calls of DPM-Solver++ 2M, the same
 seeds for all; and, of data with a test split, the error of x_0_pred on 512 of its images with the weight of v, whatever
-the network predicts.
+the network predicts, and their bits per dimension.
 What is measured is kept in benchmarks/results/levers-NAME.json, so the same command continues where it was stopped.
 """
 
@@ -24,6 +24,8 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
 
 from benchmarks.common import CACHE_DIR, FEATURES_DIR, RESULTS, ROOT, data_option, machine, minutes_since, write_json
 from ddpm_pipeline import DDPMScheduler
@@ -79,7 +81,7 @@ SIDE, CALLS = 32, 25
 SOLVER = Setting("DPM-Solver++ 2M, Karras", "DPMSolverMultistepScheduler", {**TRAILING, **KARRAS})
 SEED = 2**26  # of the samples
 NUM_REFERENCE, NUM_VALIDATION = 10_000, 512
-MEASURES = ("frechet_distance", "kernel_distance", "held_out_error")
+MEASURES = ("frechet_distance", "kernel_distance", "held_out_error", "bits_per_dim")
 
 
 def main() -> None:
@@ -174,8 +176,9 @@ def measure(run: Path, num_samples: int, cpu_threads: int | None) -> dict[str, A
     for each in results:
         found |= {each.measure: list(each.estimate), f"{each.measure}, real images": each.real_data_baseline}
     record = model.record
+    if len(split.held_out):
+        found |= measure_held_out(model.pipe, split.held_out, runtime)
     return found | {
-        "held_out_error": held_out_error(model.pipe, split.held_out, runtime) if len(split.held_out) else None,
         "steps": record.step,
         "images": record.step * record.global_batch,
         "minutes": round(record.seconds / 60, 2),
@@ -183,17 +186,18 @@ def measure(run: Path, num_samples: int, cpu_threads: int | None) -> dict[str, A
     }
 
 
-def held_out_error(pipe: Any, held_out: Any, runtime: Runtime) -> float:
-    """Mean of |v - v_pred|^2 over timesteps and held-out images, of what the network's predictions are as v."""
-    options = {"prediction_type": "v_prediction", "variance_type": "fixed_small"}
-    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config, **options)
+def measure_held_out(pipe: Any, held_out: Any, runtime: Runtime) -> dict[str, Any]:
+    """Mean of |v - v_pred|^2 over timesteps and held-out images, of what the network's predictions are as v; bits."""
+    scheduler: Any = DDPMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
 
     def network(x_t: Any, t: Any) -> Any:
-        output = pipe.unet(x_t, t, return_dict=False)[0][:, : x_t.shape[1]]  # without a learned variance
-        return scheduler.convert_prediction(output, t, x_t, pipe.scheduler.prediction_type, "v_prediction")
+        prediction, *variance = pipe.unet(x_t, t, return_dict=False)[0].split(x_t.shape[1], dim=1)
+        v_pred = scheduler.convert_prediction(prediction, t, x_t, pipe.scheduler.prediction_type, "v_prediction")
+        return torch.cat([v_pred, *variance], dim=1)
 
-    validation = Validation(held_out, NUM_VALIDATION, scheduler, device=runtime.device)
-    return validation.measure(network)[0]["validation_loss"]
+    metrics, _ = Validation(held_out, NUM_VALIDATION, scheduler, device=runtime.device).measure(network)
+    bits = [metrics["bits_per_dim"], metrics["bits_per_dim_standard_error"]]
+    return {"held_out_error": metrics["validation_loss"], "bits_per_dim": bits}
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -202,14 +206,14 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     The ratio is that of the kernel distances above the real-data baseline.
     """
     lines = [
-        "| data | length | lever | seeds | images | Frechet | kernel | held-out error | kernel above real, ratio |"
+        "| data | length | lever | seeds | images | Frechet | kernel | held-out error | bits | above real, ratio |"
     ]
-    lines.append("|---" * 9 + "|")
+    lines.append("|---" * 10 + "|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["length"], row["lever"]), []).append(row)
     for (data, length, lever), group in groups.items():
-        cells = [_mean([_value(row[name]) for row in group if row[name] is not None]) for name in MEASURES]
+        cells = [_mean([_value(row[name]) for row in group if row.get(name) is not None]) for name in MEASURES]
         base = groups.get((data, length, "base"))
         ratio = f"{_above_real(group) / _above_real(base):.2f}" if base else ""
         images = f"{statistics.mean(row['images'] for row in group):,.0f}"

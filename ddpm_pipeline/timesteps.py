@@ -30,7 +30,7 @@ LOG_SNR_STD, RARE_SHARE = 2.0, 0.03  # of logit_normal; the share of its draws t
 NUM_BINS = 100  # of timesteps, at most: each has one second moment
 KEEP = 1 - 1 / 64  # of a moment at each loss of its bin: the last 64 of them count most
 LEAST = 10  # losses of each bin before sampling is by moments, as of each timestep in Nichol and Dhariwal 2021
-UNIFORM_SHARE = 0.1  # of the draws with importance are uniform, so that no weight is above 10, and no moment is forgotten
+UNIFORM_SHARE = 0.1  # of the draws with importance are uniform: no weight is above 10, and no moment is forgotten
 LOSS_RANGE = 1e-15, 1e15  # whose squares are in the range of float32
 
 
