@@ -7,7 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ddpm_pipeline import DDPMPipeline, DDPMScheduler, fidelity, likelihood, objective, rng, timesteps, visualize
+from ddpm_pipeline import (
+    DDPMPipeline,
+    DDPMScheduler,
+    classifier,
+    fidelity,
+    likelihood,
+    objective,
+    rng,
+    timesteps,
+    visualize,
+)
 from ddpm_pipeline.pixels import from_pixels, to_pixels
 from ddpm_pipeline.scheduling_ddpm import PREDICTION_TYPES, VARIANCE_TYPES
 from tests.arrays import normal, random_images, save_images
@@ -199,6 +209,8 @@ EVALUATION = {
 def test_training_and_evaluation(tmp_path, monkeypatch):
     """A run and its evaluation give the numbers that they give on the CPU."""
     monkeypatch.setitem(PRESETS, "tiny", NETWORK)  # a file of a network is tried on another device
+    monkeypatch.setattr(classifier, "BATCH_SIZE", 4)
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 20)
     paths = {"train_data_dir": save_images(tmp_path / "data", 60, 8, 8), "cache_dir": tmp_path / "cache"}
     paths |= {"denoiser": "tiny"}
 
