@@ -72,6 +72,22 @@ def test_whatever_the_speed_does_the_share_grows_to_1_in_time(seconds_of_step):
     assert not steps or max(steps) < 0.1  # nor does the learning rate jump
 
 
+@pytest.mark.parametrize("steps_in_all", [8, 20, 50])
+def test_with_a_limit_in_steps_too_a_few_slow_steps_are_a_whole_run(steps_in_all):
+    """The time ends it before it has had as many steps as are needed to trust their speed."""
+    budget = Budget(steps=5000, seconds=600)
+    shares, seconds = simulate(budget, lambda n: 600 / steps_in_all)
+    assert seconds == pytest.approx(600, abs=1.01 * 600 / steps_in_all)
+    assert all(before < after for before, after in pairwise(shares)) and shares[-1] == 1
+    assert shares[len(shares) // 2] < 0.7  # it grows bit by bit
+
+
+def test_a_first_step_that_takes_long_changes_nothing_where_time_will_do():
+    budget = Budget(steps=1000, seconds=600)
+    shares, _ = simulate(budget, lambda n: 140.0 if n == 1 else 0.4)
+    assert shares == [n / 1000 for n in range(1, 1001)]
+
+
 @pytest.mark.parametrize("steps", [1000, math.inf])
 def test_less_time_than_a_step(steps):
     shares, seconds = simulate(Budget(steps=steps, seconds=1e-9), lambda n: 5.0)

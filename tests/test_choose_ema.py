@@ -89,6 +89,11 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def averages_of(run, length):
+    shapes = {name: tensor.shape for name, tensor in load_file(run / "pipeline" / WEIGHTS).items()}
+    return reconstruct(list_snapshots(run, shapes), length)
+
+
 def test_the_best_average_becomes_the_model(work, run, capsys):
     before = contents(run / "pipeline")
     choose(work, run)
@@ -101,7 +106,7 @@ def test_the_best_average_becomes_the_model(work, run, capsys):
     assert contents(run / "pipeline-last") == before
 
     # the new one: its weights, guide, record, tables and images
-    saved, averaged = load_file(run / "pipeline" / WEIGHTS), reconstruct(list_snapshots(run), float(best))
+    saved, averaged = load_file(run / "pipeline" / WEIGHTS), averages_of(run, float(best))
     assert saved.keys() == averaged.keys() and all(torch.equal(saved[name], averaged[name]) for name in saved)
     after = contents(run / "pipeline")
     assert after.keys() == before.keys()
@@ -232,11 +237,17 @@ def test_what_is_no_run_with_averages_is_refused(work, run, capsys):
     assert "has snapshots up to step 95" in error() and "finish the run" in error()
     for path in run.glob("step-000096-*"):
         path.rename(run / "ema" / path.name)
+    for step in range(1, 96):  # all but those of the last step, which are too few for the lengths of `arguments`
+        for path in run.glob(f"ema/step-{step:06d}-*"):
+            path.rename(run / path.name)
+    assert "the average of length 0.02 cannot be put together from the 2 snapshots" in error()
+    for path in run.glob("step-*"):
+        path.rename(run / "ema" / path.name)
     snapshot.write_bytes(b"damaged")
     assert f"{snapshot} cannot be read" in error()
     text = file.read_text()
     file.write_text(text.replace('"post_hoc_ema": true', '"post_hoc_ema": false'))
-    assert "was trained without --post_hoc_ema" in error()
+    assert "was not trained with --post_hoc_ema from its first step to its last" in error()
     file.write_text(text)
     shutil.rmtree(run / "ema")
     assert "has no snapshots of averages" in error()

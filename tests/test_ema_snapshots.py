@@ -1,5 +1,6 @@
 """--post_hoc_ema: averages in training and in checkpoints, and their snapshots in RUN/ema/."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -152,13 +153,22 @@ def test_a_new_run_leaves_those_of_an_earlier_one_until_its_first_checkpoint(uni
     assert all(snapshots(run)[name] != before[name] for name in names([1, 2]))
 
 
+def test_a_new_run_without_averages_leaves_none_of_an_earlier_one(uninterrupted, work):
+    run = shutil.copytree(uninterrupted, work / "without")
+    train_until(work, run.name, 2, seed=1, post_hoc_ema="false")
+    assert snapshots(run) == {}
+
+
 def test_settings_that_change_when_a_run_is_resumed(work, capsys):
     for name, setting in (("late", "false"), ("dropped", "true")):
         train_until(work, name, 4, post_hoc_ema=setting)
     capsys.readouterr()
     assert train(work, "late", resume_from_checkpoint="latest") == 0
-    assert "post_hoc_ema is true, but the checkpoint has none of its averages" in capsys.readouterr().out
-    assert not (work / "late" / "ema").exists()
+    output = capsys.readouterr().out
+    assert "post_hoc_ema is true, but the checkpoint is without its averages" in output
+    assert "choose_ema.py" not in output and not (work / "late" / "ema").exists()
+    record = json.loads((work / "late" / "pipeline" / "training.json").read_text())
+    assert record["config"]["post_hoc_ema"] is False
     assert train(work, "dropped", resume_from_checkpoint="latest", post_hoc_ema="false") == 0
     assert "post_hoc_ema True -> False: no more snapshots" in capsys.readouterr().out
     assert snapshots(work / "dropped").keys() == names(range(1, 5))
@@ -193,6 +203,9 @@ def test_a_full_disk_is_one_line(work, monkeypatch, capsys):
 # ---- When they are due -----------------------------------------------------------------------------------------------
 
 
+SHAPES = {"weight": (2, 3), "bias": (2,)}
+
+
 def make(tmp_path, tell=print):
     model = torch.nn.Linear(3, 2)
     ema = FlatEMA(model)
@@ -208,7 +221,7 @@ def test_a_run_has_at_most_64_of_each_length(tmp_path, steps):
         if main.is_due(share):
             main.write(step, share)
             other.write(step, share)
-    found = list_snapshots(tmp_path)
+    found = list_snapshots(tmp_path, SHAPES)
     assert len(found) == 2 * min(64, steps)
     assert {profile.step for profile in found} >= {steps, -(-steps // 64)}
     assert max(profile for profile in found) == Profile(gamma_of(0.05), steps)
@@ -223,16 +236,23 @@ def test_a_run_that_is_ended_where_it_was_stopped_gets_those_of_its_last_step(tm
     main.load_state(main.state_dicts(), 7, share=1.0)
     assert main.is_due(1.0)
     main.write(7, 1.0)
-    assert {profile.step for profile in list_snapshots(tmp_path)} == {7} and not main.is_due(1.0)
+    assert {profile.step for profile in list_snapshots(tmp_path, SHAPES)} == {7} and not main.is_due(1.0)
 
 
 def test_no_snapshots_and_damaged_ones_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"ema has no snapshots of averages: they come from train.py --post_hoc_ema"):
-        list_snapshots(tmp_path)
+        list_snapshots(tmp_path, SHAPES)
     main, _ = make(tmp_path)
     main.write(1, 1.0)
     path = tmp_path / "ema" / "step-000001-0.05.safetensors"
-    path.write_bytes(b"")
-    read = list_snapshots(tmp_path)[Profile(gamma_of(0.05), 1)]
-    with pytest.raises(ValueError, match=r"step-000001-0.05.safetensors cannot be read"):
-        read()
+    shutil.copy(path, path.with_name("step-000000-0.05.safetensors"))  # of no step
+    assert [profile.step for profile in list_snapshots(tmp_path, SHAPES)] == [1, 1]
+    for shapes in (SHAPES | {"more": (1,)}, {"bias": (2,)}, SHAPES | {"bias": (3,)}):
+        with pytest.raises(ValueError, match=r"-0.05.safetensors is not of this network: (more|weight|bias)"):
+            list_snapshots(tmp_path, shapes)
+    read = list_snapshots(tmp_path, SHAPES)[Profile(gamma_of(0.05), 1)]
+    for damaged in (path.read_bytes()[:-1], b""):
+        path.write_bytes(damaged)
+        for attempt in (read, lambda: list_snapshots(tmp_path, SHAPES)):
+            with pytest.raises(ValueError, match=r"step-000001-0.05.safetensors cannot be read"):
+                attempt()

@@ -1,5 +1,6 @@
 """The plan of a run: memory against closed forms, the batch that fits, and the network that is fast enough."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +167,8 @@ def test_a_resumed_run_has_the_batch_it_had():
         default = plan.default_batch(config, Budget.of(config, 64), 1.0, {"global_batch": before})
         assert config.global_batch(1, default) == before
     assert config.global_batch(3, default) == 132  # which is refused, as before
+    config = replace(config, gradient_accumulation_steps=32)  # so is this: 32 passes of at least one image
+    assert config.global_batch(1, plan.default_batch(config, Budget(1), 1.0, {"global_batch": 16})) == 32
 
 
 def test_memory_in_a_container(monkeypatch, tmp_path):

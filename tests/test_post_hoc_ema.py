@@ -200,7 +200,33 @@ def test_the_coefficients_are_those_of_least_squares(moved):
     *columns, last, target = (np.where(tau <= t, density(gamma, t)(tau), 0) for gamma, t in [*profiles, wanted])
     differences = np.stack([column - last for column in columns], axis=1)
     expected = np.linalg.lstsq(differences, target - last, rcond=None)[0]
-    assert coefficients(profiles, wanted) == pytest.approx([*expected, 1 - expected.sum()], abs=1e-3)
+    found, relative = coefficients(profiles, wanted)
+    assert found == pytest.approx([*expected, 1 - expected.sum()], abs=1e-3)
+    difference = np.sqrt(np.mean((differences @ expected + last - target) ** 2) / np.mean(target**2))
+    assert relative == pytest.approx(difference, rel=0.01) and relative > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("length", "is_there", "is_enough"),
+    [
+        (0.02, lambda profile: True, True),
+        (0.25, lambda profile: True, True),
+        (0.02, lambda profile: profile != Profile(gamma_of(0.05), STEPS), False),
+        (0.07, lambda profile: profile != Profile(gamma_of(0.05), STEPS), True),
+        (0.25, lambda profile: profile.step > STEPS / 2, False),
+        (0.07, lambda profile: profile.step > STEPS / 2, True),
+        (0.25, lambda profile: profile == Profile(gamma_of(0.05), STEPS), False),
+        (0.05, lambda profile: profile == Profile(gamma_of(0.05), STEPS), True),
+    ],
+)
+def test_lengths_for_which_snapshots_are_missing_are_refused(moved, length, is_there, is_enough):
+    motion, snapshots = moved
+    left = {profile: weights for profile, weights in snapshots.items() if is_there(profile)}
+    if is_enough:
+        assert error(reconstruct(readers(left), length), motion.direct(length)) < 0.1
+    else:
+        with pytest.raises(ValueError, match=rf"length {length} cannot be put together from the {len(left)} snapshots"):
+            reconstruct(readers(left), length)
 
 
 def test_the_average_of_one_step_is_its_weights():

@@ -303,6 +303,21 @@ def test_a_home_folder_is_expanded(work, monkeypatch, capsys):
     assert f"resumed from {work}" in capsys.readouterr().out and (work / "new" / "pipeline").is_dir()
 
 
+def test_a_resumed_run_has_begun_from_what_it_has_begun_from(work, capsys):
+    def begun_from():
+        return json.loads((work / "tuned" / "pipeline" / "training.json").read_text())["config"]["init_from"]
+
+    model = str(work / "run" / "pipeline")
+    assert train(work, output_dir=work / "tuned", init_from=model) == 0
+    assert train(work, output_dir=work / "tuned", resume_from_checkpoint="latest", max_train_steps=3) == 0
+    assert begun_from() == model
+    for other in ("user/model", f"{model}/"):
+        assert train(work, output_dir=work / "tuned", resume_from_checkpoint="latest", init_from=other) == 2
+        assert f"was trained with init_from {model!r}, but now it is {other!r}" in capsys.readouterr().err
+    assert train(work, resume_from_checkpoint="latest", init_from="user/model") == 2
+    assert "was trained with init_from None, but now it is 'user/model'" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_before_the_families_resumes_with_the_network_that_it_names(work):
     """Its manifest has no network, and `tiny` meant another one; it continues as a run with the fields of that one."""
     file = work / "config.json"

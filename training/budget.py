@@ -25,7 +25,8 @@ DEFAULT_MINUTES = 60.0  # if no limit is given
 WARMUP_STEPS, WARMUP_SHARE = 500, 0.05  # the shorter one, if no warm-up is given
 HOLD_DECAY = 0.2  # the last share of the run, in which "hold" decays
 PARTS = 10  # of a run: what happens "now and then" does so at the end of each
-TRUSTED = 64  # steps; what the first ones take says little
+TRUSTED = 64  # steps; what the first ones take says little, unless they take
+TRUSTED_SHARE = 0.25  # of the time
 SMALL = 20e6  # parameters of a network, which then has Muon and the higher learning rate
 
 
@@ -103,8 +104,8 @@ class Budget:
         seconds_per_step = max(1e-9, seconds - self.seconds_then) / max(1, step - self.read_at)
         self.read_at, self.seconds_then = step, seconds
         total = min(self.steps, step + round(max(0.0, self.seconds - seconds) / seconds_per_step))
-        is_too_early = self.total == self.steps < math.inf and step < TRUSTED and seconds < self.seconds
-        if total == self.total or is_too_early:
+        is_too_early = step < TRUSTED and seconds < TRUSTED_SHARE * self.seconds
+        if total == self.total or (is_too_early and self.total == self.steps < math.inf):
             return
         used = seconds / self.seconds if math.isinf(self.total) else self.share(step)
         self.since, self.share_then, self.total = step, used if step < total else 1.0, total
@@ -140,12 +141,14 @@ class Budget:
 def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any] | None = None) -> Config:
     """The settings with the defaults that depend on others: optimizer, learning rate, which timesteps are drawn.
 
+    A run that continues has also begun from the weights that it has begun from.
+
     Args:
         trained: the settings of the checkpoint that the run continues from, which keeps its own.
     """
     if trained is not None:
         own = {"optimizer": FIRST_OPTIMIZER, "timestep_sampling": FIRST_TIMESTEP_SAMPLING} | dict(trained)
-        names = ("optimizer", "learning_rate", "timestep_sampling")
+        names = ("optimizer", "learning_rate", "timestep_sampling", "init_from")
         kept: dict[str, Any] = {name: own.get(name) for name in names if getattr(config, name) is None}
         config = replace(config, **kept)
     is_small = num_parameters <= SMALL

@@ -337,6 +337,7 @@ def save_checkpoint(run: Run, state: TrainingState) -> None:
                 },
                 total_limit=run.config.checkpoints_total_limit,
             )
+            run.averages.remove_earlier()
             run.log.replace_earlier_files()
     state.saved_step = state.step
 

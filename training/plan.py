@@ -168,7 +168,7 @@ def default_batch(
         manifest: of the checkpoint that the run continues from, with its batch.
     """
     if manifest is not None:
-        return int(manifest["global_batch"]) // config.gradient_accumulation_steps
+        return max(1, int(manifest["global_batch"]) // config.gradient_accumulation_steps)
     if config.max_train_steps is not None or config.gradient_accumulation_steps > 1:
         return GLOBAL_BATCH
     images = budget.steps * GLOBAL_BATCH

@@ -30,6 +30,8 @@ TRACKED = (0.05, 0.10)  # lengths of the averages that are updated in training
 # 0.3% for the shortest, mostly of rounding, and below 0.2% for the longest; beyond both it grows fast.
 SHORTEST, LONGEST = 0.02, 0.25
 NEGLIGIBLE = 1e-9  # a coefficient that changes no float32
+# Of a profile that is put together, relative. With all snapshots of a run it is at most 0.015.
+LARGEST_ERROR = 0.1
 
 
 class Profile(NamedTuple):
@@ -70,12 +72,14 @@ def inner_product(a: Profile, b: Profile) -> float:
     return (gamma_1 + 1) * (gamma_2 + 1) / (gamma_1 + gamma_2 + 1) * (t_1 / t_2) ** gamma_2 / t_2
 
 
-def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> list[float]:
+def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
     """Those x with which the sum of x_i p_i has the smallest squared difference, integrated, from the wanted profile.
 
     They sum to 1, so that constant weights are their own average. The paper leaves that out, and with 64 snapshots it
     makes next to no difference; with the few of a short run, the weights would shrink by some per cent. The solution
     has a Lagrange multiplier m: sum_j <p_i, p_j> x_j + m = <p_i, p> for all i, and sum_j x_j = 1.
+
+    Beside them |sum of x_i p_i - p| / |p|, the relative error of the profile.
 
     Args:
         snapshots: their profiles, all different.
@@ -84,8 +88,28 @@ def coefficients(snapshots: Sequence[Profile], wanted: Profile) -> list[float]:
     matrix = np.ones((n + 1, n + 1))
     matrix[:n, :n] = [[inner_product(a, b) for b in snapshots] for a in snapshots]
     matrix[n, n] = 0
-    solution = np.linalg.solve(matrix, [*(inner_product(snapshot, wanted) for snapshot in snapshots), 1])
-    return [float(x) if abs(x) > NEGLIGIBLE else 0.0 for x in solution[:n]]
+    products = np.array([inner_product(snapshot, wanted) for snapshot in snapshots])
+    x = np.linalg.solve(matrix, [*products, 1])[:n]
+    square = inner_product(wanted, wanted)
+    error = math.sqrt(max(0.0, 1 + (x @ matrix[:n, :n] @ x - 2 * x @ products) / square))
+    return [float(each) if abs(each) > NEGLIGIBLE else 0.0 for each in x], error
+
+
+def coefficients_of(snapshots: Sequence[Profile], length: float) -> list[float]:
+    """`coefficients` for the average of this length at the last step of the snapshots.
+
+    Raises:
+        ValueError: the length is outside of SHORTEST to LONGEST, or these snapshots are too few for it.
+    """
+    check_length(length)
+    found, error = coefficients(snapshots, Profile(gamma_of(length), max(profile.step for profile in snapshots)))
+    if error > LARGEST_ERROR:
+        raise ValueError(
+            f"the average of length {length:g} cannot be put together from the {len(snapshots)} snapshots that are "
+            f"there, only one that differs by {error:.0%}: some are missing, or the run had few steps; lengths near "
+            f"{TRACKED[0]:g} and {TRACKED[1]:g} need the fewest"
+        )
+    return found
 
 
 def reconstruct(snapshots: Mapping[Profile, Callable[[], Mapping[str, Tensor]]], length: float) -> dict[str, Tensor]:
@@ -94,12 +118,10 @@ def reconstruct(snapshots: Mapping[Profile, Callable[[], Mapping[str, Tensor]]],
     Args:
         snapshots: what reads each, so that only one at a time is in memory.
     Raises:
-        ValueError: a length outside of SHORTEST to LONGEST, or weights that are non-finite.
+        ValueError: as `coefficients_of`; or weights that are non-finite.
     """
-    check_length(length)
-    wanted = Profile(gamma_of(length), max(profile.step for profile in snapshots))
     sums: dict[str, Tensor] = {}
-    for read, x in zip(snapshots.values(), coefficients(list(snapshots), wanted)):
+    for read, x in zip(snapshots.values(), coefficients_of(list(snapshots), length)):
         if x:
             for name, tensor in read().items():
                 sums[name] = sums.get(name, 0) + x * tensor.double()

@@ -22,7 +22,7 @@ from training.evaluation.evaluator import Evaluator
 from training.evaluation.measures import Measurement
 from training.evaluation.reference import RealImages
 from training.evaluation.samples import Model, SamplerConfig
-from training.post_hoc_ema import reconstruct
+from training.post_hoc_ema import coefficients_of, reconstruct
 from training.progress import is_terminal
 from training.run import checkpoint
 from training.run.ema_snapshots import FOLDER, list_snapshots
@@ -60,17 +60,27 @@ class Choice:
                 recover_pipeline(self.run)
         if not (self.run / PIPELINE).is_dir():
             raise ValueError(f"{self.run} has no {PIPELINE}/: finish the run, --resume_from_checkpoint latest")
-        self.snapshots = list_snapshots(self.run)
         self.evaluator = Evaluator(config.evaluation(), self.runtime)
         self.model: Model = self.evaluator.models[0]
+        self._check_averages()
+        parameters = self.model.pipe.unet.named_parameters()
+        self.snapshots = list_snapshots(self.run, {name: tuple(each.shape) for name, each in parameters})
         self._check_steps()
+        for length in config.ema:  # before anything is drawn
+            coefficients_of(list(self.snapshots), length)
         self.measured: dict[float | None, Measurement | None] = {}  # by length; None: the model as it is
+
+    def _check_averages(self) -> None:
+        record = self.model.record
+        if record is None or not record.config.get("post_hoc_ema"):
+            raise ValueError(
+                f"{self.run / PIPELINE} was not trained with --post_hoc_ema from its first step to its last"
+            )
 
     def _check_steps(self) -> None:
         """Snapshots of another step than the last one are of another run, or this one is not finished."""
         record = self.model.record
-        if record is None or not record.config.get("post_hoc_ema"):
-            raise ValueError(f"the model in {self.run / PIPELINE} was trained without --post_hoc_ema")
+        assert record is not None
         if (newest := max(profile.step for profile in self.snapshots)) != record.step:
             raise ValueError(
                 f"{self.run / FOLDER} has snapshots up to step {newest:,}, {self.run / PIPELINE} is of step "

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,6 +48,11 @@ class EMASnapshots:
         self._parts = 0  # of NUMBER parts of the run that have their snapshots
         self._newest = 0  # step of the newest snapshot of this run, or of the checkpoint that it continues from
 
+    @property
+    def enabled(self) -> bool:
+        """Whether there are averages; False also for a run that continues from a checkpoint without them."""
+        return self._averages is not None
+
     def update(self, step: int, skip: Tensor) -> None:
         """After optimizer step `step`, and after the update of the EMA; `skip` as for that."""
         if self._averages is not None:
@@ -72,9 +77,7 @@ class EMASnapshots:
             return
         try:
             self._folder.mkdir(exist_ok=True)
-            others = [path for path, of_step, _ in _files(self._folder) if of_step > newest]
-            for path in [*others, *self._folder.glob(".step-*")]:  # and what a killed run has left half written
-                remove(path)
+            self._remove_after(newest)
             for length, weights in self._averages.state_dicts().items():
                 path = self._folder / f"step-{step:06d}-{length:.2f}.safetensors"
                 with replacing(path) as temporary:
@@ -82,6 +85,18 @@ class EMASnapshots:
         except (OSError, SafetensorError) as error:
             advice = "checkpoints are untouched: make room, then --resume_from_checkpoint latest"
             raise checkpoint.disk_full(self._folder, error, self.bytes_to_come(), advice) from error
+
+    def remove_earlier(self) -> None:
+        """After a checkpoint of a new run: without averages of its own, it leaves no snapshots of an earlier one."""
+        if self._folder is not None and self._averages is None and self._newest == 0:
+            self._remove_after(0)
+
+    def _remove_after(self, step: int) -> None:
+        """Delete the snapshots of later steps, and what a killed run has left half written."""
+        assert self._folder is not None
+        later = [path for path, of_step, _ in _files(self._folder) if of_step > step]
+        for path in [*later, *self._folder.glob(".step-*")]:
+            remove(path)
 
     def bytes_to_come(self) -> int:
         """Of the snapshots that the rest of the run writes, at most."""
@@ -103,36 +118,53 @@ class EMASnapshots:
             share: of the budget that is used at its step.
         """
         found = {length: weights[name] for length, name in checkpoint.AVERAGES.items() if name in weights}
+        self._newest = step
         if self._averages is None:
             if found:
                 self._tell("WARNING: post_hoc_ema True -> False: no more snapshots of its averages are written, and no "
                            "length can be chosen after training")  # fmt: skip
-        elif not found:
-            self._tell("WARNING: post_hoc_ema is true, but the checkpoint has none of its averages, which begin with "
-                       "the first step: none are kept")  # fmt: skip
+        elif len(found) < len(checkpoint.AVERAGES):
+            self._tell("WARNING: post_hoc_ema is true, but the checkpoint is without its averages, which begin with "
+                       "the first step: none are kept, and no length can be chosen after training")  # fmt: skip
             self._averages = None
         else:
             self._averages.load_state_dicts(found)
             # a run that was stopped, and ends here with another limit, has no snapshots of this step yet
-            self._newest, self._parts = step, min(NUMBER - 1, _parts(share))
+            self._parts = min(NUMBER - 1, _parts(share))
 
 
-def list_snapshots(run: Path) -> dict[Profile, Callable[[], dict[str, Tensor]]]:
+def list_snapshots(run: Path, shapes: Mapping[str, Sequence[int]]) -> dict[Profile, Callable[[], dict[str, Tensor]]]:
     """For each snapshot of a run, in order, what reads it.
 
+    Args:
+        shapes: of the parameters of its network, by name.
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; or one is damaged, or of another network.
     """
     found = {Profile(gamma_of(length), step): path for path, step, length in _files(run / FOLDER)}
     if not found:
         raise ValueError(f"{run / FOLDER} has no snapshots of averages: they come from train.py --post_hoc_ema")
+    for path in found.values():
+        _check_shapes(path, shapes)
     return {profile: partial(_read, path) for profile, path in found.items()}
+
+
+def _check_shapes(path: Path, expected: Mapping[str, Sequence[int]]) -> None:
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    for name in sorted(found.keys() | expected.keys()):
+        shape, wanted = found.get(name), expected.get(name)
+        if shape is None or wanted is None or tuple(shape) != tuple(wanted):
+            raise ValueError(f"{path} is not of this network: {name} has the shape {shape}, in the model {wanted}")
 
 
 def _files(folder: Path) -> list[tuple[Path, int, float]]:
     """Path, step and length of each snapshot in a folder, in order."""
     matches = [(path, NAME.fullmatch(path.name)) for path in folder.glob("step-*")]
-    return sorted((path, int(match[1]), float(match[2])) for path, match in matches if match)
+    return sorted((path, int(match[1]), float(match[2])) for path, match in matches if match and int(match[1]))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

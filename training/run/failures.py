@@ -55,7 +55,7 @@ def check_same_run(
     names = [
         "denoiser", "seed", "random_flip", "random_vertical_flip", "random_rotate90", "ddpm_num_steps",
         "ddpm_beta_schedule", "prediction_type", "background", "center_crop", "class_conditional", "dropout",
-        "optimizer",
+        "optimizer", "init_from",
     ]  # fmt: skip
     if config.class_conditional:
         names += ["label_dropout", "balance_classes"]

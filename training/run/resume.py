@@ -116,9 +116,10 @@ def restore(
     if changes := describe_changes(manifest, config, budget, runtime.mixed_precision):
         runtime.print(changes)
     if budget.share(step) >= 1:
+        limits = [f"--{name}" for name in LIMITS if getattr(config, name) is not None] or ["--max_train_minutes"]
         runtime.print(
             f"Nothing is left to train: this run is to have {budget}, and has had {step:,} steps in "
-            f"{seconds / 60:.1f} minutes. To train on, give a larger --max_train_steps or --max_train_minutes"
+            f"{seconds / 60:.1f} minutes. To train on, give a larger {' or '.join(limits)}"
         )
     return TrainingState(step, step, owes_validation=manifest.get("owes_validation", False), clock=Clock(seconds))
 
