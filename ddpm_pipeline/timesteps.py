@@ -6,8 +6,8 @@ stratified: those of a step are spread evenly, with one random shift for all, so
 logit_normal: more of those in the middle. t / T of rectified flow, whose signal is 1 - t / T and whose noise is t / T,
     is logistic(N(0, 1)) (Esser et al. 2024, arXiv 2403.03206, Section 3.1): log SNR = -2 logit(t / T) is N(0, 4). Here
     log SNR is drawn, so the noise levels are the same whatever the schedule. As in the source nothing is divided by the
-    probability: what is drawn more often counts more in the loss. Unlike there, 3% of the timesteps are uniform: T - 1,
-    where sampling begins, would be drawn once in four million times, and with a terminal SNR of 0 never.
+    probability: what is drawn more often counts more in the loss. Unlike there, a tenth of the timesteps are uniform:
+    T - 1, where sampling begins, would be drawn once in four million times, and with a terminal SNR of 0 never.
 importance: in proportion to the root of the second moment of the loss, see `ImportanceSampling`; the loss stays that
     of uniform timesteps.
 """
@@ -25,12 +25,12 @@ from .transfer import to_device
 
 TimestepSampling = Literal["uniform", "stratified", "logit_normal", "importance"]
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
-LOG_SNR_STD, RARE_SHARE = 2.0, 0.03  # of logit_normal; the share of its draws that are uniform
+LOG_SNR_STD = 2.0  # of logit_normal
 
 NUM_BINS = 100  # of timesteps, at most: each has one second moment
 KEEP = 1 - 1 / 64  # of a moment at each loss of its bin: the last 64 of them count most
 LEAST = 10  # losses of each bin before sampling is by moments, as of each timestep in Nichol and Dhariwal 2021
-UNIFORM_SHARE = 0.1  # of the draws with importance are uniform: no weight is above 10, and no moment is forgotten
+UNIFORM_SHARE = 0.1  # of the draws are uniform: with importance no weight is above 10, and no moment is forgotten
 LOSS_RANGE = 1e-15, 1e15  # whose squares are in the range of float32
 
 
@@ -58,7 +58,7 @@ def draw_timesteps(
     of_timesteps = scheduler.snr(torch.arange(num_steps)).log()  # falls
     middles = (of_timesteps[1:] + of_timesteps[:-1]) / 2
     nearest = torch.searchsorted(-middles, -log_snr)  # the timestep with the nearest one
-    is_uniform = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_KIND, step), index) < RARE_SHARE
+    is_uniform = rng.uniform(rng.key(seed, rng.Stream.TIMESTEP_KIND, step), index) < UNIFORM_SHARE
     return torch.where(is_uniform, uniform, nearest)
 
 

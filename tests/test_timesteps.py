@@ -40,8 +40,8 @@ def test_stratified_t_is_uniform_and_spread_evenly_in_any_part_of_the_batch():
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 def test_logit_normal_timesteps_have_the_noise_levels_of_rectified_flow(beta_schedule):
-    """Its t is logistic(N(0, 1)), and SNR is ((1 - t) / t)^2, so the t that has the SNR of ours is so, too; but for
-    3%, which are uniform."""
+    """Its t is logistic(N(0, 1)), and SNR is ((1 - t) / t)^2, so the t that has the SNR of ours is so, too; but for a
+    tenth, which is uniform."""
     scheduler = DDPMScheduler(beta_schedule=beta_schedule)
     drawn = draw_timesteps(scheduler, "logit_normal", seed=0, step=0, index=torch.arange(40_000))
     again = draw_timesteps(scheduler, "logit_normal", seed=0, step=0, index=torch.arange(100, 300))
@@ -51,15 +51,15 @@ def test_logit_normal_timesteps_have_the_noise_levels_of_rectified_flow(beta_sch
     edges = [0, 100, 200, 300, 400, 500, 600, 700, 800, 900, T]
     logit = (of_flow / (1 - of_flow)).log()  # rises with t
     upper = [stats.norm.cdf((logit[e - 1] + logit[e]) / 2) for e in edges[1:-1]]  # halfway between two timesteps
-    expected = (0.97 * torch.tensor([0.0, *upper, 1.0]).diff() + 0.003) * len(drawn)
+    expected = (0.9 * torch.tensor([0.0, *upper, 1.0]).diff() + 0.01) * len(drawn)
     found = torch.stack([counts[a:b].sum() for a, b in zip(edges, edges[1:])]).double()
     assert stats.chisquare(found, expected).pvalue > 1e-3
 
 
-def test_a_terminal_snr_of_0_is_drawn_as_often_as_the_uniform_share_says():
+def test_a_terminal_snr_of_0_is_drawn_as_often_as_the_uniform_tenth_says():
     scheduler = DDPMScheduler(num_train_timesteps=20, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     drawn = draw_timesteps(scheduler, "logit_normal", seed=0, step=0, index=torch.arange(100_000))
-    assert (drawn == 19).sum() == pytest.approx(0.03 / 20 * 100_000, abs=4 * 150**0.5)
+    assert (drawn == 19).sum() == pytest.approx(0.1 / 20 * 100_000, abs=4 * 500**0.5)
 
 
 def test_a_sampling_that_does_not_exist_is_named():
