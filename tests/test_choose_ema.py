@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ddpm_pipeline import DDPMPipeline, visualize
 from ddpm_pipeline.calibrated import load_tables, save_tables
 from ddpm_pipeline.solver_tables import dpm_solver_table
+from tests.arrays import save_images
 from tests.models import quiet, tiny_unet
 from tests.short_run import SHORT_RUN, flags, run_here, run_on_two
 from training.evaluation.config import ChoiceConfig
@@ -206,6 +207,13 @@ def test_other_lengths_are_refused(work, run, capsys, length):
     choose(work, run, expected=2, ema=length)
     (line,) = capsys.readouterr().err.splitlines()
     assert f"length of an average is {length.split(',')[-1]}: give a number from 0.02 to 0.25" in line
+
+
+def test_a_run_on_a_single_image_is_refused(work, tmp_path, run, capsys):
+    images = save_images(tmp_path / "images", 1, 16, 16)
+    choose(work, run, expected=2, ema="0.05", train_data_dir=images)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("choose_ema.py: ")]
+    assert "no distance could be measured" in line and "give (N, D) with N at least 2" in line
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ddpm_pipeline import DDPMPipeline
 from ddpm_pipeline.calibrated import Guidance, load_tables, save_tables
 from ddpm_pipeline.solver_tables import dpm_solver_table
-from tests.arrays import random_images
+from tests.arrays import random_images, save_images
 from tests.short_run import SHORT_RUN, flags, fresh_accelerate, run_here
 from training.budget import Budget
 from training.config import Config
@@ -301,6 +301,16 @@ def test_a_home_folder_is_expanded(work, monkeypatch, capsys):
     assert train(work, resume_from_checkpoint="~/run/checkpoint-000002", max_train_steps=3) == 0
     assert train(work, output_dir="~/new", init_from="~/run/pipeline") == 0
     assert f"resumed from {work}" in capsys.readouterr().out and (work / "new" / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize("before", ["0", "null", "2"])
+def test_another_number_of_held_out_images_says_with_what_it_came(work, capsys, before):
+    options = {"output_dir": work / "held out", "train_data_dir": save_images(work / "more", 40, 8, 8)}
+    options |= {"resolution": 8, "num_validation_images": 2, "max_train_steps": 2}
+    assert train(work, **options, validation_steps=before) == 0
+    now = "null" if before == "0" else "0"
+    assert train(work, **options, resume_from_checkpoint="latest", validation_steps=now) == 2
+    assert f"change it back (--validation_steps {before})" in capsys.readouterr().err
 
 
 def test_a_resumed_run_has_begun_from_what_it_has_begun_from(work, capsys):

@@ -99,7 +99,10 @@ class Choice:
             found = self.evaluator.measure_sampler(model, sampler, self.real, extractors, primary=False)
             self.measured[length] = next((m for m in found if m.measure == "frechet_distance"), None)
         self.measured = self.runtime.broadcast(self.measured)
-        for warning in self.evaluator.warnings:
+        warnings = dict.fromkeys(self.runtime.broadcast(self.evaluator.warnings))
+        if not any(self.measured.values()):
+            raise ValueError(f"no distance could be measured: {'; '.join(warnings)}")
+        for warning in warnings:
             self.runtime.print(f"WARNING: {warning}.")
         self.runtime.print("\n".join(["", *self.table(), ""]))
 
@@ -116,9 +119,7 @@ class Choice:
 
     def table(self) -> list[str]:
         """A line for each length."""
-        first = next((each for each in self.measured.values() if each is not None), None)
-        if first is None:
-            return ["nothing could be measured"]
+        first = next(each for each in self.measured.values() if each is not None)
         as_it_is = "as it is"
         if self.model.record is not None and self.model.record.ema_length is not None:
             as_it_is += f", {self.model.record.ema_length:g}"
