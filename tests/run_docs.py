@@ -30,8 +30,9 @@ SHORT = {
     "evaluate": "--num_samples 16 --num_inference_steps 2 --num_bound_images 2 --num_flow_images 2 --num_reference 16 "
     "--batch_size 16 --strata 8 --cache_dir cache --cpu_threads 1",
     "calibrate": "--num_inference_steps 2 --num_images 16 --compare false --cache_dir cache --cpu_threads 1",
-    "choose_ema": "--num_samples 16 --num_inference_steps 2 --num_reference 16 --batch_size 16 --cache_dir cache "
-    "--cpu_threads 1",
+    # after two steps other lengths cannot be put together
+    "choose_ema": "--ema 0.05,0.1 --num_samples 16 --num_inference_steps 2 --num_reference 16 --batch_size 16 "
+    "--cache_dir cache --cpu_threads 1",
     "publish": "",
     "curve": "",
 }
