@@ -77,7 +77,7 @@ def importing() -> Iterator[None]:
     imported diffusers before keeps transformers, too, which diffusers then counts on.
     """
     was_enabled = gc.isenabled()
-    hides = not {"transformers", "diffusers"} & set(sys.modules)
+    hides = sys.modules.keys().isdisjoint({"transformers", "diffusers"})
     gc.disable()
     if hides:
         sys.modules["transformers"] = None  # type: ignore[assignment]  # Python's mark of a module that does not exist

@@ -150,7 +150,7 @@ def check_network(
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
     files, use_safetensors = _find_weights(folder, variant, use_safetensors)
-    headers = _safetensors_headers if use_safetensors else _bin_headers
+    headers = _checked_headers if use_safetensors else _bin_headers
     saved = {_current_name(name): header for file in files for name, header in headers(file).items()}
     where = files[0] if len(files) == 1 else folder
     if missing := expected.keys() - saved.keys():
@@ -214,12 +214,16 @@ def variant_tag(variant: str | None) -> str:
     return f".{variant}" if variant else ""
 
 
-def _safetensors_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each tensor."""
+def safetensors_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor. OSError, SafetensorError: the file cannot be read."""
+    with safe_open(file, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  it is not a dict
+        return {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+
+
+def _checked_headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     try:
-        with safe_open(file, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  it is not a dict
-            return {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+        return safetensors_headers(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
 

@@ -25,8 +25,8 @@ DEFAULT_MINUTES = 60.0  # if no limit is given
 WARMUP_STEPS, WARMUP_SHARE = 500, 0.05  # the shorter one, if no warm-up is given
 HOLD_DECAY = 0.2  # the last share of the run, in which "hold" decays
 PARTS = 10  # of a run: what happens "now and then" does so at the end of each
-TRUSTED = 64  # steps; what the first ones take says little, unless they take
-TRUSTED_SHARE = 0.25  # of the time
+TRUSTED = 64  # steps; what the first ones take says little,
+TRUSTED_SHARE = 0.25  # unless they have taken this share of the time
 SMALL = 20e6  # parameters of a network, which then has Muon and the higher learning rate
 
 
@@ -141,10 +141,8 @@ class Budget:
 def with_defaults(config: Config, num_parameters: int, trained: Mapping[str, Any] | None = None) -> Config:
     """The settings with the defaults that depend on others: optimizer, learning rate, which timesteps are drawn.
 
-    A run that continues has also begun from the weights that it has begun from.
-
     Args:
-        trained: the settings of the checkpoint that the run continues from, which keeps its own.
+        trained: the settings of the checkpoint that the run continues from, which keeps its own, and its `init_from`.
     """
     if trained is not None:
         own = {"optimizer": FIRST_OPTIMIZER, "timestep_sampling": FIRST_TIMESTEP_SAMPLING} | dict(trained)

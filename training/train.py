@@ -349,7 +349,7 @@ def finish(run: Run, record: RunRecord, samples: Tensor | None) -> None:
         print(f"\npipeline/ has the EMA weights of {describe_best(record.best)}{last}.")
     elif run.config.keep_best:
         print(f"\nWARNING: no validation had a {BY[run.config.keep_best]}: pipeline/ has the weights of the last step")
-    if (share := run.config.guide_snapshot) is not None and not (run.guide.step or math.inf) < record.weights_step:
+    if (share := run.config.guide_snapshot) is not None and not run.guide.is_before(record.weights_step):
         print(f"\nWARNING: guide_snapshot is {share:g}, but pipeline/ has no guide: none is of before its own step")
     if run.config.post_hoc_ema:
         print(f"\nTo choose how long its weights are averaged: training/choose_ema.py {run.output_dir}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from training.evaluation.evaluator import Evaluator
 from training.evaluation.measures import Measurement
 from training.evaluation.reference import RealImages
 from training.evaluation.samples import Model, SamplerConfig
-from training.post_hoc_ema import coefficients_of, reconstruct
+from training.post_hoc_ema import Profile, coefficients_of, reconstruct
 from training.progress import is_terminal
 from training.run import checkpoint
 from training.run.ema_snapshots import FOLDER, list_snapshots
@@ -62,30 +63,29 @@ class Choice:
             raise ValueError(f"{self.run} has no {PIPELINE}/: finish the run, --resume_from_checkpoint latest")
         self.evaluator = Evaluator(config.evaluation(), self.runtime)
         self.model: Model = self.evaluator.models[0]
-        self._check_averages()
-        parameters = self.model.pipe.unet.named_parameters()
-        self.snapshots = list_snapshots(self.run, {name: tuple(each.shape) for name, each in parameters})
-        self._check_steps()
-        for length in config.ema:  # before anything is drawn
-            coefficients_of(list(self.snapshots), length)
+        self.snapshots = self._find_snapshots()
         self.measured: dict[float | None, Measurement | None] = {}  # by length; None: the model as it is
 
-    def _check_averages(self) -> None:
+    def _find_snapshots(self) -> dict[Profile, Callable[[], dict[str, Tensor]]]:
+        """Those of the run, checked before anything is drawn: they are of this model, and enough for each length.
+
+        Snapshots of another step than the last one are of another run, or this one is not finished.
+        """
         record = self.model.record
         if record is None or not record.config.get("post_hoc_ema"):
             raise ValueError(
                 f"{self.run / PIPELINE} was not trained with --post_hoc_ema from its first step to its last"
             )
-
-    def _check_steps(self) -> None:
-        """Snapshots of another step than the last one are of another run, or this one is not finished."""
-        record = self.model.record
-        assert record is not None
-        if (newest := max(profile.step for profile in self.snapshots)) != record.step:
+        parameters = self.model.pipe.unet.named_parameters()
+        snapshots = list_snapshots(self.run, {name: tuple(each.shape) for name, each in parameters})
+        if (newest := max(profile.step for profile in snapshots)) != record.step:
             raise ValueError(
                 f"{self.run / FOLDER} has snapshots up to step {newest:,}, {self.run / PIPELINE} is of step "
                 f"{record.step:,}: finish the run, --resume_from_checkpoint latest"
             )
+        for length in self.config.ema:
+            coefficients_of(list(snapshots), length)
+        return snapshots
 
     # ---- Measuring ---------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +27,8 @@ from training.run import checkpoint
 
 if TYPE_CHECKING:
     from training.ema import FlatEMA
+
+T = TypeVar("T")
 
 FOLDER = "ema"  # in the folder of a run
 NAME = re.compile(r"step-(\d{6,})-(\d\.\d\d)\.safetensors")
@@ -135,7 +137,7 @@ class EMASnapshots:
             self._parts = min(NUMBER - 1, _parts(share))
 
 
-def list_snapshots(run: Path, shapes: Mapping[str, Sequence[int]]) -> dict[Profile, Callable[[], dict[str, Tensor]]]:
+def list_snapshots(run: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[Profile, Callable[[], dict[str, Tensor]]]:
     """For each snapshot of a run, in order, what reads it.
 
     Args:
@@ -148,18 +150,16 @@ def list_snapshots(run: Path, shapes: Mapping[str, Sequence[int]]) -> dict[Profi
         raise ValueError(f"{run / FOLDER} has no snapshots of averages: they come from train.py --post_hoc_ema")
     for path in found.values():
         _check_shapes(path, shapes)
-    return {profile: partial(_read, path) for profile, path in found.items()}
+    return {profile: partial(_read, path, load_file) for profile, path in found.items()}
 
 
-def _check_shapes(path: Path, expected: Mapping[str, Sequence[int]]) -> None:
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+def _check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    from ddpm_pipeline.loading import safetensors_headers  # imports diffusers: not before it is needed
+
+    found = {name: shape for name, (shape, _) in _read(path, safetensors_headers).items()}
     for name in sorted(found.keys() | expected.keys()):
         shape, wanted = found.get(name), expected.get(name)
-        if shape is None or wanted is None or tuple(shape) != tuple(wanted):
+        if shape != wanted:
             raise ValueError(f"{path} is not of this network: {name} has the shape {shape}, in the model {wanted}")
 
 
@@ -169,9 +169,9 @@ def _files(folder: Path) -> list[tuple[Path, int, float]]:
     return sorted((path, int(match[1]), float(match[2])) for path, match in matches if match and int(match[1]))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
     try:
-        return load_file(path)
+        return read(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 

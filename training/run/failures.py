@@ -80,10 +80,9 @@ def check_same_run(
     for name, trained, now in compared:
         if _meaning(name, trained) != _meaning(name, now):
             back = f" (--global_batch_size {trained})" if name == "global batch" else ""
-            if name == "number of images" and (steps := before.get("validation_steps")) != config.validation_steps == 0:
-                back = f" (--validation_steps {'null' if steps is None else steps})"  # else none are held out
-            elif name == "number of images" and steps == 0:
-                back = " (--validation_steps 0)"
+            steps = before.get("validation_steps")
+            if name == "number of images" and (steps == 0) != (config.validation_steps == 0):  # with 0 none is held out
+                back = f" (--validation_steps {'null' if steps is None else steps})"
             raise CheckpointError(
                 f"{path} was trained with {name} {trained!r}, but now it is {now!r}: change it back{back}, or start a "
                 "new run in another output_dir"

@@ -66,6 +66,10 @@ class GuideSnapshot(KeptWeights):
         if self._share is not None and self.step is None and share >= self._share:
             self.keep(step)
 
+    def is_before(self, step: int) -> bool:
+        """Whether there is a guide for a model with the weights of a step."""
+        return self.step is not None and self.step < step
+
     def network(self, unet: UNet2DModel, step: int) -> UNet2DModel | None:
         """The guide of a model with the weights of a step; None if no earlier ones are kept.
 
@@ -74,7 +78,7 @@ class GuideSnapshot(KeptWeights):
         """
         import torch
 
-        if self.step is None or self.step >= step:
+        if not self.is_before(step):
             return None
         with torch.device("meta"):  # without initial weights
             guide: Any = type(unet).from_config(unet.config)  # Any: diffusers may return a tuple
